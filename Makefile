@@ -1,0 +1,76 @@
+# `make help` lists the targets. PYTHON names the interpreter (3.11 or 3.12; default: the first that works of python3,
+# python3.11, python3.12); each version has its own environment: .venv (3.11) and .venv-3.12.
+
+PYTHON ?=
+# Where torch comes from; empty: pip's own index. For CPU builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# The release that is installed where the environment has none yet.
+TORCH ?= torch==2.13.0
+# Further arguments of pytest, of the training runs of `make run`, and of the benchmarks.
+TESTARGS ?=
+RUNARGS ?=
+BENCHARGS ?=
+# Folder of wheels for a CUDA machine without a package index (make gpu-check).
+WHEELS ?= wheels
+
+# Idle OpenMP threads that spin make a step many times slower when the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# Looked up once, when a recipe first needs them.
+BASE = $(eval BASE := $(shell sh tools/find_python.sh $(PYTHON)))$(BASE)
+VENV = $(eval VENV := $(shell $(BASE) -c 'import sys; print(".venv" if sys.version_info[1] == 11 else ".venv-3.12")'))$(VENV)
+PY = $(VENV)/bin/python
+INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
+
+.DEFAULT_GOAL := help
+.PHONY: help python install install-dev run test smoke lint docs bench bench-peers gpu-check wheel clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+python:
+	@sh tools/find_python.sh $(PYTHON) >/dev/null
+
+install: python ## Make the environment with what `make run` needs
+	@$(INSTALL)
+
+install-dev: python ## ... and with what the tests need
+	@$(INSTALL) --extras dev
+
+run: install ## Install, warm up on demonstrations, reinforce (GRPO), write the report
+	$(PY) -m megatron_vp2o.train --config-name countdown_tiny_supervised $(RUNARGS)
+	$(PY) -m megatron_vp2o.train --config-name countdown_tiny_grpo $(RUNARGS)
+	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo
+
+test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
+	$(PY) -m pytest $(TESTARGS)
+
+smoke: install-dev ## The short set of tests, for a second Python
+	$(PY) -m pytest -m smoke $(TESTARGS)
+
+lint: install-dev ## ruff check, ruff format --check, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+docs: install ## Renew docs/configuration.md and docs/metrics.md from the code
+	$(PY) -m megatron_vp2o.config.reference > build.configuration.md && mv build.configuration.md docs/configuration.md
+	$(PY) -m megatron_vp2o.tracking.reference > build.metrics.md && mv build.metrics.md docs/metrics.md
+
+bench: install ## Tokens/s, seconds of each phase of a step, start-up time (BENCHARGS)
+	$(PY) -m tools.bench all $(BENCHARGS)
+
+bench-peers: install ## Time a GRPO step of TRL's and ours in turn (own environment: .venv-peers)
+	@$(BASE) tools/install.py --venv .venv-peers --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)' \
+		--requirements tools/bench/peer_requirements.txt
+	$(PY) -m tools.bench peers --peer-python .venv-peers/bin/python $(BENCHARGS)
+
+gpu-check: ## On a CUDA machine: tests marked gpu and the benchmarks (WHEELS=folder of wheels)
+	@PYTHON='$(PYTHON)' WHEELS='$(WHEELS)' bash tools/gpu_check.sh
+
+wheel: install-dev ## Build dist/*.whl
+	$(PY) -m build --wheel --no-isolation --outdir dist .
+
+clean: ## Remove builds and caches (environments and runs stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_vp2o tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,403 @@
+"""Every setting of a run, as dataclasses: the one place where a default is written.
+
+Hydra composes these (see `register.py`), YAML files hold only differences from them, and `train.py` turns the composed
+config into plain objects once.  Names follow Megatron where Megatron has one.  No torch here: importing this must stay
+instant, because `--help` and every config error go through it.
+
+A docstring under a field is its documentation; `docs/configuration.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+class Precision(enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Implementation(enum.Enum):
+    """Which Megatron layer specs to build from."""
+
+    auto = "auto"  # transformer_engine where CUDA and transformer-engine are there, else local
+    local = "local"
+    transformer_engine = "transformer_engine"
+
+
+class Dispatcher(enum.Enum):
+    alltoall = "alltoall"
+    allgather = "allgather"
+
+
+class RouterScore(enum.Enum):
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class LoadBalancing(enum.Enum):
+    aux_loss = "aux_loss"
+    seq_aux_loss = "seq_aux_loss"
+    global_aux_loss = "global_aux_loss"
+    none = "none"
+
+
+class LRDecay(enum.Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Resume(enum.Enum):
+    auto = "auto"  # from the newest whole checkpoint of run_dir if there is one, else start
+    never = "never"  # start; refuse a run_dir that already holds a run
+    must = "must"  # refuse to start without a checkpoint
+
+
+class WandbMode(enum.Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Algorithm(enum.Enum):
+    supervised = "supervised"
+    grpo = "grpo"
+
+
+class KLReference(enum.Enum):
+    none = "none"
+    initial = "initial"  # the weights the run started from
+
+
+class DataSource(enum.Enum):
+    task = "task"  # demonstrations of the run's task
+    jsonl = "jsonl"  # one JSON object a line with a text field
+    indexed = "indexed"  # Megatron IndexedDataset (.bin/.idx), already tokenised
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only sparse MoE transformer: RMSNorm, SwiGLU, GQA, qk-norm, RoPE, no bias (the Qwen3-MoE shape)."""
+
+    num_layers: int = 4
+    """Transformer layers; every one has a MoE feed-forward block."""
+    hidden_size: int = 128
+    """D, the width of the residual stream."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int = 2
+    """Key/value heads (grouped-query attention)."""
+    kv_channels: int = 32
+    """Width of one attention head."""
+    qk_layernorm: bool = True
+    """RMSNorm on queries and keys of each head."""
+    rotary_base: float = 10000.0
+    """RoPE base."""
+    layernorm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    max_sequence_length: int = 64
+    """Longest sequence, prompt and response together, in tokens."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the input embedding and the output projection."""
+    init_method_std: float = 0.02
+    """Standard deviation of the normal initialisation."""
+    num_moe_experts: int = 16
+    """E, routed experts in a layer."""
+    moe_router_topk: int = 4
+    """k, experts a token is routed to."""
+    moe_ffn_hidden_size: int = 64
+    """F, intermediate width of one expert."""
+    moe_shared_expert_intermediate_size: Optional[int] = None
+    """Width of a shared expert that sees every token; null for none."""
+    moe_router_score_function: RouterScore = RouterScore.softmax
+    """How router logits become gates."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts before the top-k (true) or over the selected ones after it (false, as Qwen3 with
+    norm_topk_prob)."""
+    moe_router_enable_expert_bias: bool = False
+    """Auxiliary-loss-free balancing by an expert bias (needs the sigmoid score)."""
+    moe_router_load_balancing_type: LoadBalancing = LoadBalancing.aux_loss
+    """Which load-balancing loss."""
+    moe_aux_loss_coeff: float = 1e-3
+    """Its coefficient."""
+    moe_z_loss_coeff: float = 0.0
+    """Coefficient of the router z-loss; 0 turns it off."""
+    moe_token_dispatcher_type: Dispatcher = Dispatcher.alltoall
+    """How tokens reach their experts."""
+    precision: Precision = Precision.fp32
+    """Parameters and activations; the router and the log-probabilities are always float32."""
+    implementation: Implementation = Implementation.auto
+    """Layer specs: Megatron's local ones (any device) or transformer-engine (CUDA)."""
+    recompute: bool = False
+    """Full activation recomputation, layer by layer."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is split. Data parallelism is what is left: world / (tensor * pipeline * context)."""
+
+    tensor_parallel: int = 1
+    """TP: attention and embeddings split over heads and vocabulary."""
+    pipeline_parallel: int = 1
+    """PP: consecutive layers on different ranks."""
+    context_parallel: int = 1
+    """CP: sequences split over ranks (transformer-engine only)."""
+    expert_parallel: int = 1
+    """EP: experts split over ranks; takes its ranks from the data- and tensor-parallel ones."""
+    expert_tensor_parallel: int = 1
+    """ETP: each expert's intermediate width split over ranks."""
+    sequence_parallel: Optional[bool] = None
+    """Sequence parallelism; null means whenever tensor_parallel > 1 (Megatron needs it there with MoE)."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state and fp32 masters over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while back-propagation runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward runs (distributed optimizer only)."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait before the process group is declared dead."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. Steps are optimizer steps."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = 0
+    """Linear warm-up, in optimizer steps."""
+    lr_decay_style: LRDecay = LRDecay.cosine
+    """Shape of the decay, over all optimizer steps of the run."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms are not decayed."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Denominator epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 turns it off."""
+
+
+@dataclass
+class TaskConfig:
+    """What is to be solved. `name` picks the class; the other fields are its parameters
+    (unused ones are ignored by no task: see conf/task)."""
+
+    name: str = "countdown"
+    """countdown | shortest_path."""
+    seed: int = 0
+    """Seed of the problem generator: with the same seed, the same problems in the same splits."""
+    train_size: int = 2000
+    """Distinct training problems to prepare (fewer where the space is smaller; then all of them)."""
+    validation_size: int = 100
+    """Distinct held-out problems evaluated during training."""
+    test_size: int = 200
+    """Distinct held-out problems evaluated at the end."""
+    numbers: int = 3
+    """countdown: how many numbers are given."""
+    min_number: int = 1
+    """countdown: smallest number."""
+    max_number: int = 9
+    """countdown: largest number."""
+    min_target: int = 1
+    """countdown: smallest target."""
+    max_target: int = 30
+    """countdown: largest target."""
+    rows: int = 4
+    """shortest_path: grid height."""
+    columns: int = 4
+    """shortest_path: grid width."""
+    blocked_probability: float = 0.3
+    """shortest_path: chance that a cell is blocked."""
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """Softmax temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
+    max_new_tokens: int = 24
+    """Longest response, in tokens, end-of-sequence included."""
+
+
+@dataclass
+class RolloutConfig:
+    """Where and how rollouts are generated."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling during training."""
+    max_batch_size: int = 1024
+    """Most sequences decoded at once on one data-parallel rank; bounds the KV cache."""
+    refresh_interval: int = 1
+    """Rollout batches generated with one version of the actor weights before they are refreshed."""
+
+
+@dataclass
+class DataConfig:
+    """Token data for supervised training and pretraining."""
+
+    source: DataSource = DataSource.task
+    """Where documents come from."""
+    path: Optional[str] = None
+    """jsonl: the file; indexed: the prefix (without .bin or .idx)."""
+    text_field: str = "text"
+    """jsonl: the field that holds the text."""
+    tokenizer: Optional[str] = None
+    """Folder of a Hugging Face tokenizer for jsonl; null uses the task's own."""
+    pack: bool = True
+    """Put several documents into one row; attention does not cross their borders."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """What every algorithm has. A recipe picks one of the classes below through the `algorithm` group."""
+
+    name: Algorithm = Algorithm.grpo
+    """Which algorithm."""
+    steps: int = 100
+    """Training steps; for RL a step is one rollout batch."""
+    micro_batch_size: int = 64
+    """Sequences in one forward pass on one rank."""
+
+
+@dataclass
+class SupervisedConfig(AlgorithmConfig):
+    """Next-token training: warm-up on demonstrations, or pretraining on a token dataset."""
+
+    name: Algorithm = Algorithm.supervised
+    """Which algorithm."""
+    global_batch_size: int = 64
+    """Rows in one optimizer step, over all ranks."""
+    micro_batch_size: int = 64
+    """Rows in one forward pass on one rank."""
+    sequence_length: Optional[int] = None
+    """Tokens in a row; null means model.max_sequence_length."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the tokens come from."""
+
+
+@dataclass
+class GRPOConfig(AlgorithmConfig):
+    """Group-relative policy optimisation (Shao et al., arXiv 2402.03300) with token-level normalisation."""
+
+    name: Algorithm = Algorithm.grpo
+    """Which algorithm."""
+    prompts_per_step: int = 32
+    """Prompts in a rollout batch, over all ranks."""
+    group_size: int = 8
+    """G, rollouts of one prompt."""
+    minibatches: int = 1
+    """Optimizer steps per pass over a rollout batch."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    clip_epsilon_low: float = 0.2
+    """Lower clip of the importance ratio: 1 - this."""
+    clip_epsilon_high: float = 0.2
+    """Upper clip of the importance ratio: 1 + this."""
+    normalise_by_std: bool = True
+    """Divide advantages by the group's standard deviation (false: Dr. GRPO, arXiv 2503.20783)."""
+    advantage_epsilon: float = 1e-6
+    """Added to the standard deviation."""
+    filter_uniform_groups: bool = True
+    """Leave out groups whose rewards are all equal (they carry no gradient); they are counted."""
+    kl_coef: float = 0.0
+    """beta, weight of the KL to the reference (k3 estimator)."""
+    kl_reference: KLReference = KLReference.none
+    """Which reference; needed when kl_coef > 0."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation."""
+
+    interval: int = 20
+    """Training steps between evaluations; 0 evaluates only at start and end."""
+    problems: int = 100
+    """Problems of the validation split per evaluation."""
+    samples: int = 16
+    """n, samples per problem for pass@k, coverage and entropy."""
+    temperature: float = 1.0
+    """Temperature of those samples."""
+    top_p: float = 1.0
+    """Nucleus of those samples."""
+    pass_at: list[int] = field(default_factory=lambda: [1, 4, 16])
+    """The k of pass@k; each at most `samples`."""
+    final_split: bool = True
+    """Evaluate the test split once at the end."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    interval: int = 50
+    """Training steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    save_at_end: bool = True
+    """Save when the run ends."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go. `metrics.jsonl` in the run folder is always written and is the record."""
+
+    wandb: WandbMode = WandbMode.disabled
+    """Weights & Biases; offline never touches the network."""
+    wandb_project: str = "megatron-vp2o"
+    """Project name there."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to the run folder."""
+    console_interval: int = 1
+    """Steps between console lines when the output is no terminal (a terminal shows a live progress bar)."""
+
+
+@dataclass
+class TrainConfig:
+    """A whole run."""
+
+    algorithm: AlgorithmConfig = field(default_factory=GRPOConfig)
+    """supervised | grpo."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Its layout."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and schedule."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Problems and verifier."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The rollout engine."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+    name: str = "run"
+    """Name of the run: of its folder, its plots, its tracker entry."""
+    run_dir: str = "runs/${name}"
+    """Folder of everything the run writes."""
+    seed: int = 1234
+    """Seed of initialisation, data order and sampling."""
+    init_from: Optional[str] = None
+    """Checkpoint folder (or run folder) whose weights the run starts from; null starts from random weights."""
+    resume: Resume = Resume.auto
+    """Continue from the newest whole checkpoint of run_dir if there is one (auto), only so (must), or start in a
+    run_dir that holds no run yet (never)."""
+    threads: Optional[int] = None
+    """CPU threads per process; null divides the cores among the processes of this node."""
+    notes: Any = None
+    """Free text kept with the run."""

@@ -1,0 +1,406 @@
+"""What cannot work, found before any process group, download or import of torch.
+
+Every message quotes the value, the bound and the fix. Limits that Megatron-Core sets itself are in
+megatron/core/transformer/transformer_config.py (`__post_init__`) and megatron/core/parallel_state.py
+(`initialize_model_parallel`); here they come earlier, and all together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from megatron_vp2o.config.ranges import RANGES
+from megatron_vp2o.config.register import recipe_names
+from megatron_vp2o.config.schema import (
+    AlgorithmConfig,
+    DataSource,
+    Dispatcher,
+    GRPOConfig,
+    Implementation,
+    KLReference,
+    Resume,
+    RouterScore,
+    SupervisedConfig,
+    TrainConfig,
+)
+from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
+from megatron_vp2o.errors import ConfigError
+
+RECORD_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def validate(
+    config: TrainConfig, world_size: int = 1, *, cuda_devices: int | None = None, local_world_size: int = 1
+) -> None:
+    """Refuse a configuration that cannot work.
+
+    Call before the process groups and before anything is written to `run_dir` (it looks whether another run is there).
+
+    Args:
+        world_size: processes of the run.
+        cuda_devices: GPUs of this node, 0 for none; None where that is not known yet: what needs them is not checked.
+        local_world_size: processes of the run on this node.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    problems = list(_ranges(config))
+    if not problems:  # what follows divides by these numbers
+        for rule in (_model, _layout, _optimizer, _algorithm, _sequence, _evaluation, _folders):
+            problems.extend(rule(config))
+        problems.extend(_world(config, world_size))
+        if cuda_devices is not None:
+            problems.extend(_devices(config, cuda_devices, local_world_size))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def validate_prompts(config: TrainConfig, max_prompt_tokens: int) -> None:
+    """Refuse a task whose prompts, with the longest response, don't fit into the context. Call once the task is made.
+
+    Args:
+        max_prompt_tokens: the task's bound over all its prompts.
+
+    Raises:
+        ConfigError: with the value, the bound and the fix.
+    """
+    response, context = config.rollout.sampling.max_new_tokens, config.model.max_sequence_length
+    if max_prompt_tokens + response > context:
+        raise ConfigError(
+            f"prompts of task.name={config.task.name} have up to {max_prompt_tokens} tokens, and with "
+            f"rollout.sampling.max_new_tokens={response} that exceeds model.max_sequence_length={context}: "
+            f"raise model.max_sequence_length to {max_prompt_tokens + response} or shorten the responses"
+        )
+
+
+def data_parallel_size(config: TrainConfig, world_size: int) -> int:
+    """Ranks with different data: world / (tensor * pipeline * context)."""
+    parallel = config.parallel
+    return world_size // (parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel)
+
+
+def _divides(what: str, value: int, by: str, divisor: int) -> Iterator[str]:
+    """A problem if `divisor` does not divide `value`."""
+    if value % divisor:
+        fit = ", ".join(str(d) for d in range(1, min(value, 1024) + 1) if value % d == 0)
+        yield (
+            f"{what}={value} is not divisible by {by}={divisor}: choose {by} from {fit}, or {what} a multiple of "
+            f"{divisor}"
+        )
+
+
+def _ranges(config: TrainConfig) -> Iterator[str]:
+    for name, allowed in RANGES.items():
+        *path, leaf = name.split(".")
+        section: Any = reduce(getattr, path, config)
+        if hasattr(section, leaf) and (value := getattr(section, leaf)) not in allowed:
+            yield f"{name}={value} must be {allowed}"
+
+
+def _model(config: TrainConfig) -> Iterator[str]:
+    model = config.model
+    yield from _divides(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups
+    )
+    if model.kv_channels % 2:
+        yield f"model.kv_channels={model.kv_channels} must be even, because rotary embedding turns pairs of channels"
+    if model.moe_router_topk > model.num_moe_experts:
+        yield (
+            f"model.moe_router_topk={model.moe_router_topk} exceeds model.num_moe_experts={model.num_moe_experts}: "
+            f"choose at most {model.num_moe_experts}"
+        )
+    softmax = model.moe_router_score_function is RouterScore.softmax
+    if model.moe_router_topk == 1 and softmax and not model.moe_router_pre_softmax:
+        yield (
+            "model.moe_router_topk=1 with moe_router_pre_softmax=false makes every gate 1 and the router's gradient 0: "
+            "set model.moe_router_pre_softmax=true or choose a larger top-k"
+        )
+    if model.moe_router_enable_expert_bias and softmax:
+        yield (
+            "model.moe_router_enable_expert_bias=true needs model.moe_router_score_function=sigmoid, but it is "
+            "softmax: "
+            "change one of them"
+        )
+
+
+def _layout(config: TrainConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    tensor, expert_tensor = parallel.tensor_parallel, parallel.expert_tensor_parallel
+    yield from _divides(
+        "model.num_moe_experts", model.num_moe_experts, "parallel.expert_parallel", parallel.expert_parallel
+    )
+    yield from _divides("model.num_layers", model.num_layers, "parallel.pipeline_parallel", parallel.pipeline_parallel)
+    for name in ("num_attention_heads", "num_query_groups", "moe_shared_expert_intermediate_size"):
+        if (width := getattr(model, name)) is not None:
+            yield from _divides(f"model.{name}", width, "parallel.tensor_parallel", tensor)
+    yield from _divides(
+        "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "parallel.expert_tensor_parallel", expert_tensor
+    )
+    if tensor > 1 and parallel.sequence_parallel is False:
+        yield (
+            f"parallel.sequence_parallel=false with parallel.tensor_parallel={tensor}: Megatron trains experts under "
+            "tensor "
+            "parallelism only with sequence parallelism; leave it null or set it to true"
+        )
+    if tensor == 1 and parallel.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel=true with parallel.tensor_parallel=1 has nothing to split: leave it null, "
+            "or raise "
+            "parallel.tensor_parallel to at least 2"
+        )
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            f"parallel.overlap_grad_reduce=true, but they are {_yaml(parallel.distributed_optimizer)} and "
+            f"{_yaml(parallel.overlap_grad_reduce)}: set both, or turn it off"
+        )
+    if parallel.pipeline_parallel > 1 and model.moe_token_dispatcher_type is Dispatcher.allgather:
+        yield (
+            f"model.moe_token_dispatcher_type=allgather cannot take the varying lengths that "
+            f"parallel.pipeline_parallel={parallel.pipeline_parallel} sends: use alltoall, or no pipeline parallelism"
+        )
+    for setting in _needs_transformer_engine(config):
+        if model.implementation is Implementation.local:
+            yield f"{setting} needs transformer-engine, but model.implementation=local: use auto, or choose 1"
+        elif importlib.util.find_spec("transformer_engine") is None:
+            yield (
+                f"{setting} needs transformer-engine, which is not installed: install the [gpu] extra on a machine "
+                "with "
+                "CUDA, or use model.implementation=auto and parallel.context_parallel=1"
+            )
+
+
+def _needs_transformer_engine(config: TrainConfig) -> Iterator[str]:
+    if config.parallel.context_parallel > 1:
+        yield f"parallel.context_parallel={config.parallel.context_parallel}"
+    if config.model.implementation is Implementation.transformer_engine:
+        yield "model.implementation=transformer_engine"
+
+
+def _world(config: TrainConfig, world_size: int) -> Iterator[str]:
+    parallel, algorithm = config.parallel, config.algorithm
+    dense = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
+    expert = parallel.expert_parallel * parallel.expert_tensor_parallel * parallel.pipeline_parallel
+    if world_size % dense:
+        yield (
+            f"{world_size} processes are not divisible by tensor * pipeline * context parallelism = "
+            f"{parallel.tensor_parallel} * {parallel.pipeline_parallel} * {parallel.context_parallel} = {dense}: "
+            f"start a multiple of {dense} (torchrun --nproc-per-node) or lower parallel.*"
+        )
+    if world_size % expert:
+        yield (
+            f"{world_size} processes are not divisible by expert * expert-tensor * pipeline parallelism = "
+            f"{parallel.expert_parallel} * {parallel.expert_tensor_parallel} * {parallel.pipeline_parallel} = "
+            f"{expert}: "
+            f"start a multiple of {expert} (torchrun --nproc-per-node) or lower parallel.*"
+        )
+    if world_size % dense or world_size % expert:
+        return
+    ranks = data_parallel_size(config, world_size)
+    if isinstance(algorithm, SupervisedConfig) and algorithm.global_batch_size % ranks:
+        yield (
+            f"algorithm.global_batch_size={algorithm.global_batch_size} is not divisible by the {ranks} "
+            "data-parallel ranks: "
+            f"choose a multiple of {ranks}"
+        )
+    if isinstance(algorithm, GRPOConfig):
+        if algorithm.prompts_per_step % ranks:
+            yield (
+                f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not divisible by the {ranks} "
+                "data-parallel ranks: "
+                f"choose a multiple of {ranks}"
+            )
+        elif (algorithm.prompts_per_step // ranks * algorithm.group_size) % algorithm.minibatches:
+            rollouts = algorithm.prompts_per_step // ranks * algorithm.group_size
+            yield (
+                f"algorithm.minibatches={algorithm.minibatches} does not divide the {rollouts} rollouts of a rank "
+                f"(prompts_per_step={algorithm.prompts_per_step} * group_size={algorithm.group_size} / {ranks} "
+                "data-parallel "
+                f"ranks): choose a divisor of {rollouts}"
+            )
+
+
+def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> Iterator[str]:
+    if cuda_devices == 0:
+        for setting in _needs_transformer_engine(config):
+            yield (
+                f"{setting} needs a GPU, and this machine has none: use model.implementation=auto and "
+                "context_parallel=1"
+            )
+    elif local_world_size > cuda_devices:
+        yield (
+            f"{local_world_size} processes on a node with {cuda_devices} GPUs: start at most {cuda_devices} "
+            "(torchrun --nproc-per-node)"
+        )
+
+
+def _optimizer(config: TrainConfig) -> Iterator[str]:
+    optimizer, algorithm = config.optimizer, config.algorithm
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}: choose at most {optimizer.lr}"
+    total = optimizer_steps(algorithm)
+    if optimizer.lr_warmup_steps >= total:
+        yield (
+            f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} leaves nothing of the run's {total} optimizer "
+            "steps: "
+            f"choose at most {total - 1}, or raise algorithm.steps"
+        )
+
+
+def optimizer_steps(algorithm: AlgorithmConfig) -> int:
+    """Optimizer steps of the whole run, which the learning-rate schedule spans (fewer where groups are filtered "
+    "out)."""
+    if isinstance(algorithm, GRPOConfig):
+        return algorithm.steps * algorithm.epochs * algorithm.minibatches
+    return algorithm.steps
+
+
+def _algorithm(config: TrainConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    own_name = type(algorithm)().name
+    if algorithm.name is not own_name:
+        yield (
+            f"algorithm.name={algorithm.name.name} does not go with the settings of {own_name.name}: choose the group, "
+            f"algorithm={algorithm.name.name} (override /algorithm in a recipe), not the name"
+        )
+    if isinstance(algorithm, SupervisedConfig):
+        yield from _data(algorithm)
+    if isinstance(algorithm, GRPOConfig):
+        if algorithm.group_size < 2:
+            yield (
+                f"algorithm.group_size={algorithm.group_size}: a group of one is its own mean, so every advantage is "
+                "zero and "
+                "nothing is learnt; choose at least 2"
+            )
+        if algorithm.kl_coef > 0 and algorithm.kl_reference is KLReference.none:
+            yield (
+                f"algorithm.kl_coef={algorithm.kl_coef} needs a reference, but algorithm.kl_reference=none: set "
+                "algorithm.kl_reference=initial or algorithm.kl_coef=0"
+            )
+        if config.rollout.sampling.temperature == 0:
+            yield (
+                "rollout.sampling.temperature=0 is greedy, so the rollouts of a group are all alike and every "
+                "advantage is "
+                "zero: choose a temperature above 0"
+            )
+
+
+def _data(algorithm: SupervisedConfig) -> Iterator[str]:
+    data = algorithm.data
+    if data.source is not DataSource.task:
+        suffixes = ("",) if data.source is DataSource.jsonl else (".bin", ".idx")
+        if data.path is None:
+            what = "the .jsonl file" if data.source is DataSource.jsonl else "the dataset's prefix"
+            yield f"algorithm.data.source={data.source.name} needs algorithm.data.path, which is null: set it to {what}"
+        else:
+            for suffix in suffixes:
+                if not Path(data.path + suffix).is_file():
+                    yield (
+                        f"algorithm.data.path={data.path}: there is no file {data.path + suffix}; correct the path "
+                        "or use "
+                        "algorithm.data.source=task"
+                    )
+    if data.tokenizer is not None and not Path(data.tokenizer).is_dir():
+        yield (
+            f"algorithm.data.tokenizer={data.tokenizer} is not a folder: name one with a Hugging Face tokenizer in "
+            "it, or null "
+            "for the task's own"
+        )
+
+
+def _sequence(config: TrainConfig) -> Iterator[str]:
+    context, algorithm = config.model.max_sequence_length, config.algorithm
+    response = config.rollout.sampling.max_new_tokens
+    solves_task = not isinstance(algorithm, SupervisedConfig) or algorithm.data.source is DataSource.task
+    if solves_task and response >= context:
+        yield (
+            f"rollout.sampling.max_new_tokens={response} leaves no room for a prompt in "
+            f"model.max_sequence_length={context}: "
+            f"choose at most {context - 1}, less the prompt"
+        )
+    if isinstance(algorithm, SupervisedConfig) and (algorithm.sequence_length or 0) > context:
+        yield (
+            f"algorithm.sequence_length={algorithm.sequence_length} exceeds model.max_sequence_length={context}: "
+            "choose at most "
+            f"{context}, or null for just that"
+        )
+
+
+def _evaluation(config: TrainConfig) -> Iterator[str]:
+    evaluation, task = config.evaluation, config.task
+    for k in evaluation.pass_at:
+        if not 1 <= k <= evaluation.samples:
+            yield (
+                f"evaluation.pass_at has {k}, which must be between 1 and evaluation.samples={evaluation.samples}: "
+                "change it, or "
+                "draw more samples"
+            )
+    if evaluation.problems > task.validation_size:
+        yield (
+            f"evaluation.problems={evaluation.problems} exceeds task.validation_size={task.validation_size}: choose "
+            "at most "
+            f"{task.validation_size}, or prepare more"
+        )
+
+
+def _folders(config: TrainConfig) -> Iterator[str]:
+    run_dir = Path(config.run_dir)
+    if not config.name:
+        yield "name is empty: give the run a name, for its folder and its plots"
+    if config.init_from is not None and not Path(config.init_from).exists():
+        made_by = Path(config.init_from).name
+        hint = f" (`--config-name {made_by}` makes it)" if made_by in recipe_names() else ""
+        yield (
+            f"init_from={config.init_from} does not exist: run what makes it first{hint}, correct the path, or set null"
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        yield f"run_dir={config.run_dir} is a file: choose another run_dir or name"
+        return
+    has_checkpoint = any(path.is_dir() for path in (run_dir / CHECKPOINTS).glob("[!.]*"))
+    record = run_dir / RECORD_FILE
+    has_run = has_checkpoint or (record.exists() and record.stat().st_size > 0)
+    if config.resume is Resume.never and has_run:
+        yield (
+            f"resume=never, but run_dir={config.run_dir} already holds a run: choose another name or run_dir, remove "
+            "that "
+            "folder, or use resume=auto"
+        )
+    if config.resume is Resume.must and not has_checkpoint:
+        yield (
+            f"resume=must, but run_dir={config.run_dir} has no checkpoint: correct run_dir, or use resume=auto to start"
+        )
+    if config.resume is not Resume.never and has_run and (run_dir / CONFIG_FILE).exists():
+        yield from _other_run(config, run_dir)
+
+
+def _other_run(config: TrainConfig, run_dir: Path) -> Iterator[str]:
+    """A run of another task, algorithm or model cannot be continued, and must not be overwritten by starting anew."""
+    here, there = as_plain(config), as_plain(load_config(run_dir))
+    pairs = {
+        "algorithm.name": (there["algorithm"]["name"], here["algorithm"]["name"]),
+        **{f"task.{key}": (there["task"][key], value) for key, value in here["task"].items()},
+        **{
+            f"model.{key}": (there["model"][key], value)
+            for key, value in here["model"].items()
+            if key not in ("implementation", "recompute")
+        },
+    }
+    differing = [
+        f"{key} is {_yaml(old)} there and {_yaml(new)} here" for key, (old, new) in pairs.items() if old != new
+    ]
+    if differing:
+        yield (
+            f"run_dir={config.run_dir} holds another run ({'; '.join(differing[:4])}"
+            f"{'; ...' if len(differing) > 4 else ''}): choose another name or run_dir, or remove that folder"
+        )
+
+
+def _yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -1,0 +1,119 @@
+"""Policy and supervised objectives: tensors in, (sum over tokens, sums for metrics) out.
+
+Everything is a SUM over the tokens that count; the caller divides by their number over all ranks and micro-batches, so
+that every token weighs the same wherever it was computed. Shape legend: N sequences, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are cut here before exponentiation: e^20 = 4.9e8 is far outside any clip range, and finite in float32."""
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What a policy objective may look at. Values outside `mask_NS` are ignored, whatever they are (NaN included)."""
+
+    logprobs_NS: Tensor  # log pi of each token, with gradient
+    behaviour_logprobs_NS: Tensor  # log mu, of the actor that generated it, under its sampling distribution
+    advantages_N: Tensor  # one per sequence
+    mask_NS: Tensor  # bool, tokens that count
+    reference_logprobs_NS: Tensor | None = None  # log pi_ref
+    entropy_NS: Tensor | None = (
+        None  # of the distribution that each token came from; with gradient for an entropy bonus
+    )
+
+
+PolicyObjective = Callable[[PolicyInputs], tuple[Tensor, dict[str, Tensor]]]
+"""Returns the loss and metrics, float32 scalar SUMS over tokens; a metric whose name ends in `_max` is a maximum."""
+
+
+def _masked_sum(values_NS: Tensor, mask_NS: Tensor) -> Tensor:
+    return torch.where(mask_NS, values_NS, 0.0).sum(dtype=torch.float32)
+
+
+def _k3(log_ratio_NS: Tensor) -> Tensor:
+    """Unbiased, non-negative estimate of KL(q || p) at samples of q from `log p - log q`: `(p / q - 1) - log(p / q)`.
+
+    Constant, so without gradient, where the log-ratio exceeds MAX_LOG_RATIO. From Schulman, "Approximating KL
+    divergence", 2020.
+    """
+    log_ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO)
+    return log_ratio_NS.expm1() - log_ratio_NS
+
+
+@dataclass(frozen=True)
+class GRPOObjective:
+    """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3), as a loss:
+
+    `-min(r A, clip(r, 1 - clip_epsilon_low, 1 + clip_epsilon_high) A) + kl_coef KL(pi || pi_ref) - entropy_coef H`,
+    `r = pi / mu`. Log-ratios above MAX_LOG_RATIO count as that and have no gradient; below there is no bound (r -> 0).
+    """
+
+    clip_epsilon_low: float
+    clip_epsilon_high: float
+    kl_coef: float
+    entropy_coef: float
+
+    def __call__(self, inputs: PolicyInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and the metrics `loss`, `ratio`, `ratio_max`, `clip_fraction` (tokens whose gradient the
+        clip stops), `approx_kl` (KL(mu || pi), k3), and, where given, `entropy` and `kl_reference` (k3).
+
+        Raises:
+            ValueError: if `kl_coef` or `entropy_coef` is not 0 and what it weighs is missing or has no gradient.
+        """
+        self._check(inputs)
+        mask_NS = inputs.mask_NS
+        logprobs_NS = inputs.logprobs_NS.float()
+        advantages_NS = inputs.advantages_N.float()[:, None].expand_as(mask_NS)
+
+        # A token that does not count gets ratio 1 here, before anything can overflow: its gradient is 0, not 0 * inf.
+        log_ratio_NS = torch.where(mask_NS, logprobs_NS - inputs.behaviour_logprobs_NS.float(), 0.0)
+        ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO).exp()
+        clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
+        loss = -_masked_sum(torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS), mask_NS)
+
+        with torch.no_grad():
+            stopped_NS = ratio_NS * advantages_NS > clipped_NS * advantages_NS
+            metrics = {
+                "ratio": _masked_sum(ratio_NS, mask_NS),
+                "ratio_max": torch.where(mask_NS, ratio_NS, 0.0).amax() if mask_NS.numel() else ratio_NS.new_zeros(()),
+                "clip_fraction": _masked_sum(stopped_NS.float(), mask_NS),
+                "approx_kl": _masked_sum(_k3(log_ratio_NS), mask_NS),
+            }
+        if inputs.reference_logprobs_NS is not None:
+            reference_ratio_NS = torch.where(mask_NS, inputs.reference_logprobs_NS.float() - logprobs_NS, 0.0)
+            kl = _masked_sum(_k3(reference_ratio_NS), mask_NS)
+            metrics["kl_reference"] = kl.detach()
+            if self.kl_coef:
+                loss = loss + self.kl_coef * kl
+        if inputs.entropy_NS is not None:
+            entropy = _masked_sum(inputs.entropy_NS.float(), mask_NS)
+            metrics["entropy"] = entropy.detach()
+            if self.entropy_coef:
+                loss = loss - self.entropy_coef * entropy
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def _check(self, inputs: PolicyInputs) -> None:
+        if self.kl_coef and inputs.reference_logprobs_NS is None:
+            raise ValueError(f"kl_coef is {self.kl_coef} but there are no reference log-probabilities")
+        if self.entropy_coef:
+            entropy_NS = inputs.entropy_NS
+            if entropy_NS is None:
+                raise ValueError(f"entropy_coef is {self.entropy_coef} but there is no entropy")
+            if torch.is_grad_enabled() and inputs.logprobs_NS.requires_grad and not entropy_NS.requires_grad:
+                raise ValueError(
+                    f"entropy_coef is {self.entropy_coef} but the entropy has no gradient: it would do nothing"
+                )
+
+
+def supervised_objective(logprobs_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood (nats), summed over `mask_NS`, and the metric `loss`, the same sum without gradient."""
+    loss = -_masked_sum(logprobs_NS.float(), mask_NS)
+    return loss, {"loss": loss.detach()}

@@ -1,0 +1,196 @@
+"""Attention for Megatron's GPTModel: torch's fused kernel in place of the local spec's unfused one, and a KV cache for decoding.
+
+Shape legend (Megatron's own letters): s query positions, t key positions, b sequences, n query heads, g key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class FusedCoreAttention(MegatronModule):
+    """Scaled-dot-product attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Stands where the local spec has DotProductAttention (megatron/core/transformer/dot_product_attention.py), which
+    materialises the scores. Takes either no mask (causal) or a boolean one [b or 1, 1, s, t], True where attention is
+    forbidden, as Megatron writes masks.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query_sbnd: Tensor,
+        key_tbgd: Tensor,
+        value_tbgd: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """Returns [s, b, n * d]. Raises ValueError for a bias or packed_seq_params: packing is done by mask here."""
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("FusedCoreAttention takes neither attention_bias nor packed_seq_params; pass a mask.")
+        out_bnsd = F.scaled_dot_product_attention(
+            query_sbnd.permute(1, 2, 0, 3),
+            key_tbgd.permute(1, 2, 0, 3),
+            value_tbgd.permute(1, 2, 0, 3),
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=query_sbnd.shape[2] != key_tbgd.shape[2],
+        )
+        return out_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+
+class KVCache(StaticInferenceContext):
+    """Keys (already rotated) and values of one batch, each row at its own length.
+
+    It is Megatron's static inference context to GPTModel; `CachedSelfAttention` reads and writes it.  Before every
+    forward `start` says where each row's new tokens go.
+    """
+
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        super().__init__(batch_size, max_length)
+        self.max_length = max_length
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rows_B: Tensor | None = None
+
+    def start(self, position_BS: Tensor, end: int, *, prefill: bool) -> None:
+        """Announce the coming forward pass.
+
+        Args:
+            position_BS: absolute positions of its tokens, [B, S].
+            end: one more than the largest of them (given, not read off the tensor: that would stall the device).
+            prefill: all rows start at 0 with an empty cache.
+        """
+        self._position_BS = position_BS
+        self._end = end
+        self._prefill = prefill
+        self._rope_at = None
+        if not self._prefill:
+            key_T = torch.arange(self._end, device=position_BS.device)
+            self._mask_B1ST = (key_T <= position_BS[..., None])[:, None]
+            self._rows_B = torch.arange(position_BS.shape[0], device=position_BS.device)[:, None]
+
+    def rotary(self, freqs_T11d: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at the coming positions, [B, 1, S, d / 2], computed once per forward."""
+        if self._rope is None:
+            half = freqs_T11d[:, 0, 0, : freqs_T11d.shape[-1] // 2]  # Megatron repeats it for the second halves
+            self._rope = half.cos(), half.sin()
+        if self._rope_at is None:
+            self._rope_at = tuple(table[self._position_BS][:, None] for table in self._rope)
+        return self._rope_at
+
+    def append(self, layer: int, key_BGSd: Tensor, value_BGSd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new keys and values; returns all keys, all values and the mask (None: plain causal)."""
+        if layer not in self.layers:
+            rows, heads, _, width = key_BGSd.shape
+            shape = (rows, heads, self.max_length, width)
+            self.layers[layer] = (key_BGSd.new_zeros(shape), value_BGSd.new_zeros(shape))
+        keys, values = self.layers[layer]
+        if self._prefill:
+            keys[:, :, : self._end] = key_BGSd
+            values[:, :, : self._end] = value_BGSd
+            return key_BGSd, value_BGSd, None
+        keys[self._rows_B, :, self._position_BS] = key_BGSd.transpose(1, 2)
+        values[self._rows_B, :, self._position_BS] = value_BGSd.transpose(1, 2)
+        return keys[:, :, : self._end], values[:, :, : self._end], self._mask_B1ST
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (and repeat) rows, in the order given. Shape [new batch]."""
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+        self.max_batch_size = len(rows)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotary embedding, halves convention: Megatron's (models/common/embeddings/rope_utils.py) without its concatenations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of the last dimension. cos, sin: half as wide, broadcast against x."""
+    out = torch.empty_like(x)
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]  # a partial rotary width leaves the rest alone
+    return out
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron's SelfAttention with `KVCache` for decoding and, with FusedCoreAttention, a leaner path for training.
+
+    Megatron's static cache keeps all rows of a batch at one length and rotates all keys again at every token; here rows
+    have their own lengths and keys are rotated once.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """[s, b, h] -> ([s, b, h], bias), as in the base class."""
+        cache = kwargs.get("inference_context")
+        ours = isinstance(self.core_attention, FusedCoreAttention) and not self.checkpoint_core_attention
+        if not isinstance(cache, KVCache) and not (ours and cache is None and kwargs.get("packed_seq_params") is None):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        freqs = kwargs["rotary_pos_emb"]
+        freqs_T11d = freqs[0] if isinstance(freqs, tuple) else freqs
+        if isinstance(cache, KVCache):
+            cos, sin = cache.rotary(freqs_T11d)
+            query_BNSd = _turn(query.permute(1, 2, 0, 3), cos.to(query.dtype), sin.to(query.dtype))
+            key_BGSd = _turn(key.permute(1, 2, 0, 3), cos.to(key.dtype), sin.to(key.dtype))
+            keys, values, mask = cache.append(self.layer_number, key_BGSd, value.permute(1, 2, 0, 3))
+            out = _attend(query_BNSd, keys, values, mask)
+        else:
+            half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
+            cos, sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+            query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+            out = self.core_attention(query, key, value, attention_mask)
+        return self.linear_proj(out)
+
+
+def _attend(query_bnsd: Tensor, key_bgtd: Tensor, value_bgtd: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention over what `allowed` marks (None: causal). Returns [s, b, n * d]."""
+    out_bnsd = F.scaled_dot_product_attention(
+        query_bnsd,
+        key_bgtd,
+        value_bgtd,
+        attn_mask=allowed,
+        is_causal=allowed is None,
+        enable_gqa=query_bnsd.shape[1] != key_bgtd.shape[1],
+    )
+    return out_bnsd.permute(2, 0, 1, 3).flatten(2)

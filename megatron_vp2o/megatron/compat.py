@@ -1,0 +1,365 @@
+"""What differs between the supported megatron-core versions, and repairs of what is wrong in them on any device.
+
+Nothing here depends on the kind of device; that is `cpu.py`. Line numbers are of megatron/core in 0.16.1 and in 0.19.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from packaging.version import Version
+
+from megatron_vp2o.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+OLDEST, BEYOND = Version("0.16.1"), Version("0.20")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A line of megatron/core that a patch is about: its file, its number in 0.16.1 and in 0.19.2 (None: not there), its text."""
+
+    file: str
+    line_0_16_1: int | None
+    line_0_19_2: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to megatron.core.
+
+    Attributes:
+        name: as `enable_cpu` and `prepare` report it.
+        why: what goes wrong without it.
+        until: the condition that retires it. `needed` tests what of it can be tested; the patch is not applied when false.
+        targets: what is replaced, "module:attribute.path".
+        sites: the lines that make it necessary.
+    """
+
+    name: str
+    why: str
+    until: str
+    targets: tuple[str, ...]
+    sites: tuple[Site, ...]
+    needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def megatron_version() -> Version:
+    """Version of the installed megatron-core. Raises ConfigError where there is none."""
+    try:
+        return Version(importlib.metadata.version("megatron-core"))
+    except importlib.metadata.PackageNotFoundError:
+        pass  # perhaps a source checkout on PYTHONPATH, which has no metadata
+    try:
+        return Version(importlib.import_module("megatron.core").__version__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("megatron", "megatron.core"):
+            raise
+        raise ConfigError(f"megatron-core is not installed; pip install 'megatron-core>={OLDEST},<{BEYOND}'") from None
+
+
+@functools.cache
+def prepare() -> tuple[str, ...]:
+    """Check what megatron.core needs, quieten what it says at import, and apply the repairs. Before its first import.
+
+    Returns:
+        Names of the repairs that this installation needed; none where transformer-engine or NVIDIA's Apex is installed.
+
+    Raises:
+        ConfigError: megatron-core missing or of an unsupported version, or one of the packages it needs but does not declare.
+    """
+    check_installation()
+    quieten()
+    applied = []
+    for patch in REPAIRS:
+        if patch.needed():
+            patch.apply()
+            applied.append(patch.name)
+    return tuple(applied)
+
+
+def check_installation() -> None:
+    """Raises ConfigError for what `prepare` says; warns of an `apex` that is not NVIDIA's."""
+    version = megatron_version()
+    if not OLDEST <= version < BEYOND:
+        raise ConfigError(
+            f"megatron-core {version} is installed, but {OLDEST} <= version < {BEYOND} is supported; "
+            f"pip install 'megatron-core>={OLDEST},<{BEYOND}'"
+        )
+    undeclared = {
+        "psutil": "writing checkpoints; 0.16.1 hangs without it",
+        "tqdm": "its inference engines",
+    }
+    if version >= Version("0.17"):
+        undeclared["triton"] = "importing its mixture-of-experts layer"
+    for package, purpose in undeclared.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"megatron-core {version} needs {package} without declaring it (for {purpose}); pip install {package}"
+            )
+    if (place := foreign_apex()) is not None:
+        warnings.warn(
+            f"The package 'apex' in {place} is not NVIDIA's Apex: PyPI's apex is a toolkit for the Pyramid web framework. "
+            "pip uninstall apex; NVIDIA's is built from https://github.com/NVIDIA/apex, and is optional here.",
+            stacklevel=2,
+        )
+
+
+def foreign_apex() -> Path | None:
+    """Where a package `apex` is installed that lacks what Megatron imports from NVIDIA's; None if there is no such package."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    place = Path(next(iter(spec.submodule_search_locations)))
+    return None if (place / "multi_tensor_apply").is_dir() else place
+
+
+# Said by megatron.core at import: it works without these packages, only slower on a GPU.
+_HARMLESS_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed. Falling back to Torch Norm",
+)
+
+
+class _NoCudaRuntime(logging.Filter):
+    """torch/utils/cpp_extension.py, which megatron-core 0.19.2 imports, warns on a machine without CUDA."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("No CUDA runtime is found")
+
+
+def quieten() -> None:
+    """Drop the warnings of megatron.core's import that are known and harmless; say once what they amount to."""
+    for message in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_NoCudaRuntime())
+    if importlib.util.find_spec("transformer_engine") is None:
+        logger.info("megatron-core %s without transformer-engine: torch's AdamW and norms are used", megatron_version())
+
+
+# --- specs and parameters ---------------------------------------------------------------------------------------------
+
+
+def moe_submodules(layer_spec: Any) -> Any:
+    """The MoESubmodules of a layer spec: its `mlp` is a ModuleSpec in 0.16.1 and a functools.partial in 0.19.2."""
+    mlp = layer_spec.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
+def replace_in_spec(spec: Any, replacements: dict[type, type]) -> Any:
+    """A copy of a (nested) layer spec with other classes in it.
+
+    Raises:
+        ValueError: a class to be replaced does not occur, as when a Megatron version builds its specs otherwise.
+    """
+    found: set[type] = set()
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, type):
+            if node not in replacements:
+                return node
+            found.add(node)
+            return replacements[node]
+        if isinstance(node, (list, tuple)):
+            return type(node)(walk(item) for item in node)
+        if isinstance(node, dict):
+            return {key: walk(value) for key, value in node.items()}
+        if isinstance(node, functools.partial):
+            return functools.partial(walk(node.func), *map(walk, node.args), **walk(node.keywords))
+        if dataclasses.is_dataclass(node):
+            names = [field.name for field in dataclasses.fields(node) if field.init]
+            return dataclasses.replace(node, **{name: walk(getattr(node, name)) for name in names})
+        return node
+
+    copy = walk(spec)
+    if missing := sorted(old.__name__ for old in replacements if old not in found):
+        raise ValueError(f"not in the layer spec of megatron-core {megatron_version()}: {', '.join(missing)}")
+    return copy
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm as a builder for specs, where Megatron's WrappedTorchNorm refuses sequence parallelism (torch_norm.py:32; 50).
+
+    Under sequence parallelism every tensor-parallel rank sees a part of the tokens. The mark on the parameters makes
+    Megatron sum their gradients over these ranks (distributed/finalize_model_grads.py:354; 452).
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Put the routed experts' parameters into the expert buffers and optimizer, whatever the layout. Before wrapping in DDP.
+
+    Megatron marks them (`allreduce=False`) only where expert_parallel > 1. Then expert_parallel=1 with expert tensor
+    parallelism unlike tensor parallelism reduces their gradients over the wrong ranks (tensor_parallel/layers.py:829, 886 in
+    0.16.1; mended in 0.19.2), and optimizer state cannot move between expert_parallel=1 and more (its keys get a prefix
+    only where there are two optimizers).
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+# --- state that megatron.core keeps for the process -------------------------------------------------------------------
+
+
+def leave_inference_mode() -> None:
+    """Clear the process-wide flag that 0.19.2's engines set and leave set (inference/utils.py:20). 0.16.1 has none."""
+    utils = importlib.import_module("megatron.core.inference.utils")
+    if hasattr(utils, "InferenceMode"):
+        utils.InferenceMode.unset_active()
+
+
+def auxiliary_losses(micro_batches: int) -> dict[str, float]:
+    """Mean per layer and micro-batch of the router losses since the last call, before their coefficients; clears them.
+
+    A collective over all ranks of the model: call it everywhere.
+
+    Returns:
+        "moe/load_balancing_loss" and "moe/z_loss", those that are switched on; equal on all ranks.
+    """
+    from megatron.core import parallel_state
+
+    result: dict[str, float] = {}
+    for name, entry in _tracked_losses().items():
+        values_L = entry["values"]
+        dist.all_reduce(values_L, group=parallel_state.get_pipeline_model_parallel_group())
+        if entry["reduce_group"] is not None:
+            dist.all_reduce(values_L, group=entry["reduce_group"])
+        mean = values_L.sum() / (len(values_L) * micro_batches)
+        # What a rank holds now is its own tokens' share or already the whole; a mean over all ranks serves both.
+        dist.all_reduce(mean, op=dist.ReduceOp.AVG)
+        key = "moe/z_loss" if name == "z_loss" else "moe/load_balancing_loss"
+        result[key] = result.get(key, 0.0) + mean.item()
+        values_L.zero_()
+    return result
+
+
+def _tracked_losses() -> dict[str, dict[str, Any]]:
+    """Tracker of per-layer values [L]: a dictionary in moe_utils.py:1103 (0.16.1), an object in moe_logging.py:48 (0.19.2)."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ModuleNotFoundError:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        return get_moe_layer_wise_logging_tracker()
+    return {name: vars(entry) for name, entry in get_moe_metrics_tracker().metrics.items()}
+
+
+# --- repairs ----------------------------------------------------------------------------------------------------------
+
+
+def _undefined_gemm() -> bool:
+    return not hasattr(importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm")
+
+
+def _define_gemm() -> None:
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.te_general_gemm = None
+
+
+def _torch_optimizer() -> bool:
+    return not importlib.import_module("megatron.core.optimizer.distrib_optimizer").HAVE_APEX_OR_TE
+
+
+def _repair_distributed_optimizer() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def allocate(self: Any) -> None:
+        """The state that torch's Adam makes in its first step; Megatron's own allocation omits `step`."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state.setdefault(key, torch.zeros_like(parameter))
+
+    def is_torch_adam(self: Any) -> bool:
+        return isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+    @functools.wraps(state_dict)
+    def state_dict_of_any_step(self: Any) -> Any:
+        if is_torch_adam(self):
+            allocate(self)
+        return state_dict(self)
+
+    @functools.wraps(load_state_dict)
+    def load_with_own_steps(self: Any, loaded: Any) -> None:
+        if not is_torch_adam(self):
+            load_state_dict(self, loaded)
+            return
+        allocate(self)
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def set_all_but_step(self: Any, model_param: Any, tensors: Any) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)  # loaded with the groups, not with the parameters
+        set_states(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step
+
+    DistributedOptimizer.state_dict = state_dict_of_any_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+REPAIRS: tuple[Patch, ...] = (
+    Patch(
+        name="undefined-gemm",
+        why="without transformer-engine the router reads te_general_gemm, which only a successful import defines: NameError",
+        until="the name exists (0.19.2, or transformer-engine installed)",
+        targets=("megatron.core.transformer.moe.moe_utils:router_gating_linear",),
+        sites=(Site("transformer/moe/moe_utils.py", 1192, None, "if te_general_gemm is not None"),),
+        needed=_undefined_gemm,
+        apply=_define_gemm,
+    ),
+    Patch(
+        name="distributed-optimizer-load",
+        why="DistributedOptimizer over torch's AdamW cannot save before its first step nor load: it asserts one `step` over a "
+        "state that is still empty; wants `step` among a parameter's tensors; copies into leaf parameters with autograd on; "
+        "and gives all parameters one `step` tensor, which then counts once per parameter",
+        until="transformer-engine or NVIDIA's Apex is installed (their FusedAdam is used), or Megatron tests this path",
+        targets=(
+            f"{_OPTIMIZER}.state_dict",
+            f"{_OPTIMIZER}.load_state_dict",
+            f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
+        ),
+        sites=(
+            Site("optimizer/distrib_optimizer.py", 642, 839, "assert len(steps) == 1"),
+            Site("optimizer/distrib_optimizer.py", 940, 1225, "dst_tensors[key].copy_(tensors[key])"),
+            Site("optimizer/distrib_optimizer.py", 825, 1032, 's["step"] = step'),
+        ),
+        needed=_torch_optimizer,
+        apply=_repair_distributed_optimizer,
+    ),
+)

@@ -1,0 +1,166 @@
+"""The learner: a GPTModel under DistributedDataParallel with Megatron's optimizer and schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_vp2o.config.schema import Precision, TrainConfig
+from megatron_vp2o.megatron.compat import auxiliary_losses
+from megatron_vp2o.megatron.model import DTYPES, build_model, padded_vocab_size
+from megatron_vp2o.megatron.scoring import micro_batches, run_schedule, score
+from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.rl.types import Objective, StepStats, TrainBatch
+
+
+class MegatronPolicy:
+    """Implements `rl.types.Policy`.
+
+    Args:
+        config: the run.
+        vocab_size: ids of the tokenizer (the model's vocabulary is padded beyond it).
+        optimizer_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(self, config: TrainConfig, groups: Groups, *, vocab_size: int, optimizer_steps: int) -> None:
+        self.groups = groups
+        self.valid_vocab = vocab_size
+        self.padded_vocab = padded_vocab_size(vocab_size, config.parallel)
+        self.model: GPTModel = build_model(
+            config.model, config.parallel, groups, vocab_size=self.padded_vocab, seed=config.seed
+        )
+        self.length_multiple = config.parallel.tensor_parallel  # sequence parallelism cuts sequences in this many parts
+        parallel, settings = config.parallel, config.optimizer
+        self.ddp = DistributedDataParallel(
+            self.model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+                check_for_nan_in_grad=False,  # a non-finite gradient skips the step (optimizer_step) instead of ending the run
+            ),
+            self.model,
+        )
+        self.ddp.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                bf16=config.model.precision is Precision.bf16,
+                params_dtype=DTYPES[config.model.precision],
+                use_distributed_optimizer=parallel.distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            [self.ddp],
+        )
+        self.clip_grad = settings.clip_grad
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.lr_warmup_steps,
+            lr_decay_steps=max(optimizer_steps, settings.lr_warmup_steps + 1),
+            lr_decay_style=settings.lr_decay_style.value,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=max(optimizer_steps, 1),
+            wd_incr_style="constant",
+        )
+        self._wire_schedule(parallel.overlap_grad_reduce, parallel.overlap_param_gather)
+        self._tokens = 0
+
+    def _wire_schedule(self, overlap_grads: bool, overlap_params: bool) -> None:
+        """The callbacks through which Megatron's schedules reach the data-parallel wrapper and the optimizer."""
+        model_config = self.model.config
+        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        model_config.no_sync_func = self.ddp.no_sync
+        if overlap_grads:
+            model_config.grad_sync_func = self.ddp.start_grad_sync
+        if overlap_params:
+            model_config.param_sync_func = self.ddp.start_param_sync
+
+    def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
+        """Gradients of the objective per loss token over all ranks, reduced and ready for the optimizer.
+
+        Returns global metric means per loss token (maxima for keys ending in `_max`), equal on all ranks, and `tokens`.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts = [part for part, _ in micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)]
+
+        def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, metrics = objective(logprob_NS, entropy_NS, part)
+            tokens = part.loss_mask_NS.sum()
+            metrics = {"loss": total, **metrics, "tokens": tokens}
+            return total, tokens.int(), {key: value.detach() for key, value in metrics.items()}
+
+        reported = run_schedule(self.ddp, parts, self.groups, self.valid_vocab, loss, forward_only=False)
+        metrics = self._reduce(reported)
+        self._tokens = int(metrics["tokens"])
+        metrics.update(auxiliary_losses(len(parts)))
+        return metrics
+
+    def _reduce(self, reported: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation."""
+        result: dict[str, float] = {}
+        if self.groups.is_last_stage:
+            for suffix_max, op in ((False, dist.ReduceOp.SUM), (True, dist.ReduceOp.MAX)):
+                keys = sorted(key for key in reported[0] if key.endswith("_max") is suffix_max)
+                if not keys:
+                    continue
+                rows = torch.stack([torch.stack([part[key].double() for key in keys]) for part in reported])
+                values = rows.amax(dim=0) if suffix_max else rows.sum(dim=0)
+                dist.all_reduce(values, op=op, group=self.groups.dp)
+                result.update(zip(keys, values.tolist(), strict=True))
+            tokens = max(result["tokens"], 1.0)
+            result = {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in result.items()}
+        if self.groups.pp.size() > 1:
+            box = [result]
+            dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+            result = box[0]
+        return result
+
+    def optimizer_step(self) -> StepStats:
+        """Clip and step. A non-finite gradient norm leaves parameters and optimizer state as they were (`skipped`)."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        found_inf = self.optimizer.prepare_grads()
+        grad_norm = float("nan") if found_inf else float(self.optimizer.get_grad_norm())
+        skipped = self._tokens == 0 or not math.isfinite(grad_norm)
+        if not skipped:
+            for optimizer in self._optimizers():
+                parameters = optimizer.get_parameters()
+                if self.clip_grad > 0 and parameters:
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=1)
+        return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=self._tokens)
+
+    def _optimizers(self) -> list[Any]:
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
+
+    def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
+        """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU."""
+        self.ddp.eval()
+        try:
+            return score(self.ddp, batch, micro_batch_size, self.groups, self.valid_vocab, self.length_multiple)
+        finally:
+            self.ddp.train()

@@ -1,0 +1,54 @@
+"""Layer specs: Megatron's own, with the few modules of ours put in their places."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vp2o.config.schema import Implementation
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.megatron.attention import CachedSelfAttention, FusedCoreAttention
+from megatron_vp2o.megatron.compat import replace_in_spec
+from megatron_vp2o.megatron.experts import GroupedSequentialMLP
+from megatron_vp2o.megatron.moe_layer import VP2OMoELayer
+from megatron_vp2o.megatron.norm import RMSNorm
+
+
+@cache
+def use_transformer_engine(implementation: Implementation) -> bool:
+    """Whether to build from transformer-engine modules. Raises ConfigError where they are asked for and cannot be had."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if implementation is Implementation.transformer_engine and not available:
+        raise ConfigError(
+            "model.implementation=transformer_engine, but CUDA and transformer-engine are not both here; "
+            "install the [gpu] extra on a GPU machine or use model.implementation=local"
+        )
+    return available and implementation is not Implementation.local
+
+
+def layer_specs(config: TransformerConfig, implementation: Implementation) -> Any:
+    """The block spec of a decoder for `config`."""
+    if use_transformer_engine(implementation):
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return replace_in_spec(spec, {SelfAttention: CachedSelfAttention, MoELayer: VP2OMoELayer})
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    return replace_in_spec(
+        spec,
+        {
+            WrappedTorchNorm: RMSNorm,
+            DotProductAttention: FusedCoreAttention,
+            SelfAttention: CachedSelfAttention,
+            MoELayer: VP2OMoELayer,
+            SequentialMLP: GroupedSequentialMLP,
+        },
+    )

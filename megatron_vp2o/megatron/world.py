@@ -1,0 +1,74 @@
+"""Start and end of the distributed world: torch.distributed, Megatron's process groups, seeds, and the bundle of groups."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vp2o.config.schema import ParallelConfig
+from megatron_vp2o.parallel.groups import Groups
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process: as told, else the cores divided among the processes of this node."""
+    if threads is None:
+        threads = max(1, (os.cpu_count() or 1) // local_size())
+    torch.set_num_threads(threads)
+
+
+def environment_rank() -> int:
+    """This process's rank, as its launcher says, before there is a process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_size() -> int:
+    """Processes of this run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig, seed: int) -> Groups:
+    """Join the world that torchrun (or nothing: one process) describes and build Megatron's groups in it."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(minutes=parallel.timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        world=dist.group.WORLD,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
+
+
+def stop() -> None:
+    """Leave the world, so that the process ends without warnings and another world can start."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,93 @@
+"""The process groups of a run, as one frozen value, and the small reductions that the loop needs.
+
+Nothing here knows Megatron: `megatron/world.py` fills the bundle in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups by the dimension that varies inside them. Sizes and ranks are plain ints."""
+
+    world: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def is_data_source(self) -> bool:
+        """True on the one rank of each data-parallel replica that speaks for it."""
+        return self.tp.rank() == 0 and self.pp.rank() == 0
+
+
+def reduce_scalars(values: dict[str, float], group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> dict[str, float]:
+    """All-reduce a dictionary of numbers (same keys on every rank) in one float64 collective."""
+    if group.size() == 1 or not values:
+        return dict(values)
+    keys = sorted(values)
+    buffer = torch.tensor([values[key] for key in keys], dtype=torch.float64, device=_collective_device(group))
+    dist.all_reduce(buffer, op=op, group=group)
+    return dict(zip(keys, buffer.tolist(), strict=True))
+
+
+def sum_scalars(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
+    """Sums over the group."""
+    return reduce_scalars(values, group, dist.ReduceOp.SUM)
+
+
+def max_scalars(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
+    """Maxima over the group."""
+    return reduce_scalars(values, group, dist.ReduceOp.MAX)
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
+    """True where any rank of the group says so."""
+    return max_scalars({"flag": float(flag)}, group)["flag"] > 0
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenate equally shaped tensors of all ranks along the first dimension, in rank order."""
+    if group.size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(group.size())]
+    dist.all_gather(parts, rows.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _collective_device(group: dist.ProcessGroup) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")

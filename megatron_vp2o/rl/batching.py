@@ -1,0 +1,72 @@
+"""Which prompts a step sees, and how its rollouts become optimizer steps.
+
+Everything is a function of (seed, step): there is no hidden iterator state, so resuming needs nothing but the step number.
+
+Shape legend: N sequences of this data-parallel rank, S padded sequence length, P prompts, G group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_vp2o.rl.types import Problem, Rollouts, Split, Task, TrainBatch
+
+
+class PromptSchedule:
+    """Training problems in shuffled epochs; step i takes the next `per_step` ones, dealt in contiguous parts to ranks."""
+
+    def __init__(self, task: Task, *, per_step: int, seed: int, dp_rank: int, dp_size: int) -> None:
+        self.task, self.per_step, self.seed = task, per_step, seed
+        self.local = per_step // dp_size
+        self.first = dp_rank * self.local
+        self._epoch = -1
+        self._order: np.ndarray = np.empty(0, dtype=np.int64)
+
+    def __call__(self, step: int) -> tuple[list[Problem], list[int]]:
+        """This rank's problems of a step (counted from 0), and for each its position among all prompts ever drawn."""
+        positions = [step * self.per_step + self.first + i for i in range(self.local)]
+        return [self.task.problem(Split.train, self._at(position)) for position in positions], positions
+
+    def _at(self, position: int) -> int:
+        size = self.task.size(Split.train)
+        epoch, offset = divmod(position, size)
+        if epoch != self._epoch:
+            self._order, self._epoch = np.random.default_rng((self.seed, epoch)).permutation(size), epoch
+        return int(self._order[offset])
+
+
+def policy_batch(
+    rollouts: Rollouts, advantages_N: torch.Tensor, keep_N: torch.Tensor, temperature: float
+) -> TrainBatch:
+    """The rollouts that carry a gradient, as one batch with what the objective needs."""
+    mask_NS = rollouts.response_mask_NS()[keep_N]
+    return TrainBatch(
+        tokens_NS=rollouts.tokens_NS[keep_N],
+        length_N=rollouts.total_len_N[keep_N],
+        loss_mask_NS=mask_NS,
+        extras={"behaviour_logprobs": rollouts.logprobs_NS[keep_N], "advantages": advantages_N[keep_N]},
+        temperature=temperature,
+    )
+
+
+def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...]) -> list[TrainBatch]:
+    """Shuffle a batch's rows and cut it into `parts` minibatches as equal as can be (some may be empty)."""
+    if parts == 1:
+        return [batch]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(batch.length_N)))
+    return [rows_of(batch, index) for index in order.tensor_split(parts)]
+
+
+def rows_of(batch: TrainBatch, index_N: torch.Tensor) -> TrainBatch:
+    """Some rows of a batch."""
+    return replace(
+        batch,
+        tokens_NS=batch.tokens_NS[index_N],
+        length_N=batch.length_N[index_N],
+        loss_mask_NS=batch.loss_mask_NS[index_N],
+        extras={key: value[index_N] for key, value in batch.extras.items()},
+        segment_NS=None if batch.segment_NS is None else batch.segment_NS[index_N],
+    )

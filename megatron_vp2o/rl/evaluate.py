@@ -1,0 +1,101 @@
+"""Held-out evaluation: how often the model is right, in how many ways, and at what length.
+
+Shape legend: P problems of this data-parallel rank, n samples of one problem.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from megatron_vp2o.config.schema import EvaluationConfig, TrainConfig
+from megatron_vp2o.core.evaluation import answer_entropy, coverage, pass_at_k
+from megatron_vp2o.parallel.groups import Groups, sum_scalars
+from megatron_vp2o.rl.types import Problem, Rollouts, RolloutEngine, SamplingParams, Split, Task
+
+
+def evaluate_splits(
+    engine: RolloutEngine, task: Task, config: TrainConfig, groups: Groups, *, final: bool
+) -> dict[str, float]:
+    """Validation metrics (`eval/*`) of the learner's weights, and at the end of a run also the test split's (`test/*`)."""
+    splits = {"eval": Split.validation}
+    if final and config.evaluation.final_split:
+        splits["test"] = Split.test
+    metrics: dict[str, float] = {}
+    with engine.at_learner_weights():
+        for prefix, split in splits.items():
+            metrics |= evaluate(
+                engine,
+                task,
+                split,
+                config.evaluation,
+                groups,
+                max_new_tokens=config.rollout.sampling.max_new_tokens,
+                seed=config.seed + 1,
+                prefix=prefix,
+            )
+    return metrics
+
+
+def evaluate(
+    engine: RolloutEngine,
+    task: Task,
+    split: Split,
+    settings: EvaluationConfig,
+    groups: Groups,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    prefix: str,
+) -> dict[str, float]:
+    """Greedy accuracy, unbiased pass@k, distinct right answers, coverage, answer entropy and lengths. Collective.
+
+    Uses the weights that the engine holds. The same `seed` gives the same samples for the same weights.
+    """
+    count = task.size(split) if split is Split.test else min(settings.problems, task.size(split))
+    problems = [task.problem(split, i) for i in range(groups.dp_rank, count, groups.dp_size)]
+    prompts = [task.tokenizer.encode(problem.prompt) for problem in problems]
+    uids = [problem.uid for problem in problems]
+    greedy = engine.generate(prompts, uids, SamplingParams(0.0, 1.0, max_new_tokens, seed))
+    sampled = engine.generate(
+        prompts, uids, SamplingParams(settings.temperature, settings.top_p, max_new_tokens, seed), settings.samples
+    )
+    sums = _tally(task, problems, greedy, sampled, settings)
+    sums = sum_scalars(sums, groups.dp)
+    solved, right = sums.pop("solved"), sums.pop("right")
+    entropy, tokens_of_right = sums.pop("answer_entropy"), sums.pop("tokens_of_right")
+    metrics = {f"{prefix}/{key}": value / count for key, value in sums.items()}
+    if solved:  # what is said of right answers only is not measured where there are none
+        metrics[f"{prefix}/answer_entropy"] = entropy / solved
+        metrics[f"{prefix}/solution_length"] = tokens_of_right / right
+    return metrics
+
+
+def _tally(
+    task: Task, problems: Sequence[Problem], greedy: Rollouts, sampled: Rollouts, settings: EvaluationConfig
+) -> dict[str, float]:
+    """Sums over this rank's problems."""
+    n = settings.samples
+    keys = ["greedy_accuracy", *(f"pass@{k}" for k in settings.pass_at), "distinct", "coverage", "response_length"]
+    sums = dict.fromkeys([*keys, "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
+    for p, problem in enumerate(problems):
+        sums["greedy_accuracy"] += task.verify(problem, task.tokenizer.decode(greedy.response(p))).correct
+        answers: Counter[Hashable] = Counter()
+        for row in range(p * n, (p + 1) * n):
+            response = sampled.response(row)
+            verdict = task.verify(problem, task.tokenizer.decode(response))
+            sums["response_length"] += len(response) / n
+            if verdict.correct:
+                answers[verdict.canonical] += 1
+                sums["tokens_of_right"] += len(response)
+        right = answers.total()
+        sums["right"] += right
+        for k in settings.pass_at:
+            sums[f"pass@{k}"] += pass_at_k(n, right, k)
+        sums["distinct"] += len(answers)
+        sums["coverage"] += coverage(len(answers), problem.n_solutions)
+        entropy = answer_entropy(answers)
+        if entropy is not None:
+            sums["solved"] += 1
+            sums["answer_entropy"] += entropy
+    return sums

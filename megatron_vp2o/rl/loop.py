@@ -1,0 +1,139 @@
+"""What every training run does around its steps: evaluate, record, save, resume, stop when asked.
+
+`RLTrainer` and `SupervisedTrainer` say what a step is.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
+
+PREEMPTED = 75
+"""Exit status after SIGTERM or SIGUSR1: the run was saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Sink(Protocol):
+    """Takes the metrics of a step (record, trackers and console behind it; does nothing but on one rank)."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+
+class Saver(Protocol):
+    def save(self, step: int, state: dict[str, Any]) -> Any: ...
+
+
+class Stopwatch:
+    """Wall-clock seconds by phase, the slowest rank's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Progress:
+    """Everything a run must remember apart from weights and optimizer; plain numbers, saved in every checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    optimizer_steps: int = 0
+    skipped: int = 0
+    elapsed_s: float = 0.0
+    actor_version: int = 0
+    actor_age: int = 0
+    actor_refreshes: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingLoop(ABC):
+    """Steps from where `progress` stands to the end."""
+
+    def __init__(self, config: TrainConfig, groups: Groups, sink: Sink, saver: Saver) -> None:
+        self.config, self.groups, self.sink, self.saver = config, groups, sink, saver
+        self.progress = Progress()
+        self._asked_to_stop = False
+
+    @abstractmethod
+    def step(self, step: int, watch: Stopwatch) -> dict[str, float]:
+        """One training step (counted from 0). Returns its metrics, equal on all ranks."""
+
+    @abstractmethod
+    def evaluate(self, final: bool) -> dict[str, float]:
+        """Held-out metrics of the present weights."""
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Take up the run where `progress`, out of a checkpoint, left it."""
+        self.progress = Progress(**progress)
+
+    def run(self) -> int:
+        """Train to the end. Returns 0, or PREEMPTED when a signal asked for an early, saved end."""
+        settings, progress = self.config, self.progress
+        total = settings.algorithm.steps
+        self._listen()
+        if progress.step == 0:
+            watch = Stopwatch()
+            with watch("eval"):
+                metrics = self.evaluate(final=total == 0)
+            self._write(metrics, watch)
+        while progress.step < total:
+            watch = Stopwatch()
+            with watch("step"):
+                metrics = self.step(progress.step, watch)
+            progress.step += 1
+            last = progress.step == total
+            if last or _due(progress.step, settings.evaluation.interval):
+                with watch("eval"):
+                    metrics.update(self.evaluate(final=last))
+            stopping = any_rank(self._asked_to_stop, self.groups.world)
+            progress.elapsed_s += watch.seconds["step"] + watch.seconds.get("eval", 0.0)
+            # The record is written before the checkpoint: after a kill in between, resuming repeats the step and its line.
+            self._write(metrics, watch)
+            due = _due(progress.step, settings.checkpoint.interval) or (last and settings.checkpoint.save_at_end)
+            if due or stopping:
+                self.saver.save(progress.step, vars(progress).copy())
+            if stopping and not last:
+                return PREEMPTED
+        return 0
+
+    def _write(self, metrics: dict[str, float], watch: Stopwatch) -> None:
+        progress = self.progress
+        times = max_scalars(watch.seconds, self.groups.world)
+        for phase, seconds in times.items():
+            metrics[f"time/{phase}_s"] = seconds
+        metrics["time/elapsed_s"] = progress.elapsed_s
+        metrics.update(samples=progress.samples, tokens=progress.tokens)
+        self.sink.write(progress.step, metrics)
+
+    def _listen(self) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._asked_to_stop = True
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, ask)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+Transform = Callable[[], dict[str, float]]
+
+
+def no_transform() -> dict[str, float]:
+    """The gradient transform of plain GRPO: none."""
+    return {}

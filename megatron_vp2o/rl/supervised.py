@@ -1,0 +1,71 @@
+"""Next-token training on packed documents: the warm-up before reinforcement, and plain pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
+from megatron_vp2o.data.packing import PackedBatches
+from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
+from megatron_vp2o.rl.objectives import next_token
+from megatron_vp2o.rl.types import Policy
+
+STREAM = "stream"
+
+
+class SupervisedTrainer(TrainingLoop):
+    """One optimizer step a step, on the next batch of the stream.
+
+    Args:
+        batches: this rank's share of an endless stream.
+        held_out: gives the metrics of an evaluation; called with whether it is the run's last.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Groups,
+        sink: Sink,
+        saver: Saver,
+        *,
+        policy: Policy,
+        batches: PackedBatches,
+        held_out: Callable[[bool], dict[str, float]],
+        transform: Transform = no_transform,
+    ) -> None:
+        super().__init__(config, groups, sink, saver)
+        assert isinstance(config.algorithm, SupervisedConfig)
+        self.settings = config.algorithm
+        self.policy, self.batches, self.held_out, self.transform = policy, batches, held_out, transform
+
+    def restore(self, progress: dict[str, object]) -> None:
+        super().restore(progress)
+        self.batches.load_state_dict(self.progress.extra[STREAM])
+
+    def step(self, step: int, watch: Stopwatch) -> dict[str, float]:
+        """Forward, backward, transform, optimizer."""
+        batch = next(self.batches)
+        with watch("train"):
+            reduced = self.policy.forward_backward(batch, next_token, self.settings.micro_batch_size)
+            transformed = self.transform()
+            stats = self.policy.optimizer_step()
+        progress = self.progress
+        progress.samples += self.settings.global_batch_size
+        progress.tokens += stats.tokens
+        progress.optimizer_steps += not stats.skipped
+        progress.skipped += stats.skipped
+        progress.extra[STREAM] = self.batches.state_dict()
+        return {
+            "supervised/loss": reduced["loss"],
+            **{key: value for key, value in reduced.items() if "/" in key},
+            **transformed,
+            "optimizer/grad_norm": stats.grad_norm,
+            "optimizer/lr": stats.lr,
+            "optimizer/steps": progress.optimizer_steps,
+            "optimizer/skipped": progress.skipped,
+            "time/tokens_per_s": stats.tokens / watch.seconds["train"],
+        }
+
+    def evaluate(self, final: bool) -> dict[str, float]:
+        return self.held_out(final)

@@ -1,0 +1,86 @@
+"""Countdown: from the given numbers make the target, using each of them exactly once with + - * / and parentheses.
+
+Prompt `4 8 6=24:`, a right answer `6*(8-4)`.  The numbers of a prompt may come in any order, and may repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.rl.tasks.expressions import MAX_DIGITS, Rejected, normalise, parse, solutions, write
+from megatron_vp2o.rl.tasks.problems import Draw, PooledTask, collect
+from megatron_vp2o.rl.types import Problem, Verdict
+
+MAX_NUMBERS = 4  # all right answers are enumerated; five numbers would take most of a second a problem
+
+
+@dataclass(frozen=True, slots=True)
+class Countdown:
+    """One problem."""
+
+    numbers: tuple[int, ...]  # sorted
+    target: int
+
+
+class CountdownTask(PooledTask):
+    """Verdicts' reasons: length, parse, numbers (not the given ones, each once), division (by zero), value.
+
+    `canonical` is the text of the answer's normal form (see `expressions`).
+    """
+
+    def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
+        _check(config)
+        super().__init__("countdown", collect(_draws(config), config, progress=progress))
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        """Exact, in bounded time, for any text."""
+        data: Countdown = problem.data
+        try:
+            tree, numbers = parse(response)
+            if sorted(numbers) != list(data.numbers):
+                return Verdict(False, None, "numbers")
+            result = normalise(tree)
+        except Rejected as error:
+            return Verdict(False, None, str(error))
+        except ZeroDivisionError:
+            return Verdict(False, None, "division")
+        if result.value != data.target:
+            return Verdict(False, None, "value")
+        return Verdict(True, write(result.form), "")
+
+    def demonstration(self, problem: Problem, seed: int) -> str:
+        """One right answer in its canonical text, drawn uniformly from the distinct ones."""
+        answers = solutions(problem.data.numbers, problem.data.target)
+        return answers[Random(seed).randrange(len(answers))]
+
+    def _count(self, data: Countdown) -> int:
+        return len(solutions(data.numbers, data.target))
+
+
+def _draws(config: TaskConfig) -> Iterator[Draw | None]:
+    from megatron_vp2o.rl.tasks import generators  # seconds to import
+
+    for draw in generators.countdown(config):
+        if draw is None:
+            yield None
+            continue
+        shown, target = draw
+        data = Countdown(tuple(sorted(shown)), target)
+        key = f"countdown {' '.join(map(str, data.numbers))}={target}"
+        yield Draw(key, f"{' '.join(map(str, shown))}={target}:", data)
+
+
+def _check(config: TaskConfig) -> None:
+    if not 2 <= config.numbers <= MAX_NUMBERS:
+        raise ConfigError(f"task.numbers={config.numbers}: choose 2 to {MAX_NUMBERS}")
+    for kind in ("number", "target"):
+        low, high = getattr(config, f"min_{kind}"), getattr(config, f"max_{kind}")
+        if not 1 <= low <= high < 10**MAX_DIGITS:
+            raise ConfigError(
+                f"task.min_{kind}={low} and task.max_{kind}={high}: choose 1 or more, the smaller first, with at most "
+                f"{MAX_DIGITS} digits"
+            )

@@ -1,0 +1,215 @@
+"""The reinforcement-learning step, blind to Megatron and to the engine.
+
+    rollouts -> rewards -> advantages -> batch
+      -> forward and backward -> gradient transform -> optimizer step
+      -> refresh the actors or keep them -> metrics
+
+Shape legend: P prompts of this data-parallel rank, G rollouts of one prompt, N = P * G, S padded sequence length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_vp2o.config.schema import GRPOConfig, TrainConfig
+from megatron_vp2o.core.advantages import group_relative_advantages, uniform_groups_P
+from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
+from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
+from megatron_vp2o.rl.evaluate import evaluate_splits
+from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
+from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
+from megatron_vp2o.rl.refresh import RefreshPolicy
+from megatron_vp2o.rl.types import (
+    Objective,
+    Policy,
+    Problem,
+    RolloutEngine,
+    Rollouts,
+    SamplingParams,
+    Task,
+    TrainBatch,
+)
+
+
+class RLTrainer(TrainingLoop):
+    """Group-relative policy optimisation; what varies is the objective, the transform and the refresh policy."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Groups,
+        sink: Sink,
+        saver: Saver,
+        *,
+        task: Task,
+        policy: Policy,
+        engine: RolloutEngine,
+        objective: Objective,
+        refresh: RefreshPolicy,
+        reference: RolloutEngine | None = None,
+        transform: Transform = no_transform,
+    ) -> None:
+        super().__init__(config, groups, sink, saver)
+        assert isinstance(config.algorithm, GRPOConfig)
+        self.settings = config.algorithm
+        self.task, self.policy, self.engine, self.objective = task, policy, engine, objective
+        self.refresh, self.reference, self.transform = refresh, reference, transform
+        self.sampling = config.rollout.sampling
+        self.prompts = PromptSchedule(
+            task,
+            per_step=self.settings.prompts_per_step,
+            seed=config.seed,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+        )
+
+    def step(self, step: int, watch: Stopwatch) -> dict[str, float]:
+        """One rollout batch and the optimizer steps on it."""
+        with watch("sync"):
+            self._refresh_actors()
+        with watch("rollout"):
+            problems, rollouts = self._generate(step)
+        with watch("reward"):
+            rewards_PG, metrics = self._grade(problems, rollouts)
+        with watch("train"):
+            batch = self._batch(rollouts, rewards_PG)
+            updates = [self._update(part) for part in self._minibatches(batch, step)]
+            metrics |= _combine(updates) | self._mismatch(rollouts, updates)
+        self._count(metrics, watch)
+        return metrics
+
+    def _refresh_actors(self) -> None:
+        progress = self.progress
+        if self.engine.version < 0 or self.refresh.reason(progress.actor_age) is not None:
+            progress.actor_version = progress.optimizer_steps
+            self.engine.refresh(progress.actor_version)
+            progress.actor_age = 0
+            progress.actor_refreshes += 1
+
+    def _generate(self, step: int) -> tuple[list[Problem], Rollouts]:
+        problems, uids = self.prompts(step)
+        sampling = SamplingParams(
+            self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
+        )
+        prompts = [self.task.tokenizer.encode(problem.prompt) for problem in problems]
+        return problems, self.engine.generate(prompts, uids, sampling, self.settings.group_size)
+
+    def _grade(self, problems: list[Problem], rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
+        """Rewards [P, G] (1 for a right answer, 0 else) and what they say of the batch."""
+        size = self.settings.group_size
+        rewards_PG = torch.zeros(len(problems), size)
+        distinct = 0
+        for p, problem in enumerate(problems):
+            answers = set()
+            for g in range(size):
+                response = self.task.tokenizer.decode(rollouts.response(p * size + g))
+                verdict = self.task.verify(problem, response)
+                rewards_PG[p, g] = float(verdict.correct)
+                answers.add(verdict.canonical if verdict.correct else None)
+            distinct += len(answers - {None})
+        length_N = rollouts.total_len_N - rollouts.prompt_len_N
+        sums = sum_scalars(
+            {
+                "groups": len(problems),
+                "kept": float((~uniform_groups_P(rewards_PG)).sum()),
+                "any": float(rewards_PG.amax(dim=1).sum()) if len(problems) else 0.0,
+                "reward": float(rewards_PG.sum()),
+                "square": float(rewards_PG.square().sum()),
+                "length": float(length_N.sum()),
+                "truncated": float((~rollouts.finished_N).sum()),
+                "distinct": float(distinct),
+            },
+            self.groups.dp,
+        )
+        groups, sequences = sums["groups"], sums["groups"] * size
+        mean = sums["reward"] / sequences
+        return rewards_PG, {
+            "reward/mean": mean,
+            "reward/std": max(sums["square"] / sequences - mean**2, 0.0) ** 0.5,
+            "rollout/pass_rate": mean,
+            "rollout/pass_any": sums["any"] / groups,
+            "rollout/distinct": sums["distinct"] / groups,
+            "rollout/groups_kept": sums["kept"],
+            "rollout/groups_filtered": groups - sums["kept"] if self.settings.filter_uniform_groups else 0.0,
+            "rollout/response_length": sums["length"] / sequences,
+            "rollout/truncated": sums["truncated"] / sequences,
+            "rollout/tokens": sums["length"],
+        }
+
+    def _batch(self, rollouts: Rollouts, rewards_PG: Tensor) -> TrainBatch:
+        settings = self.settings
+        advantages_PG = group_relative_advantages(
+            rewards_PG, normalise_by_std=settings.normalise_by_std, epsilon=settings.advantage_epsilon
+        )
+        keep_P = ~uniform_groups_P(rewards_PG) if settings.filter_uniform_groups else torch.ones(len(rewards_PG)).bool()
+        keep_N = keep_P.repeat_interleave(settings.group_size)
+        batch = policy_batch(rollouts, advantages_PG.flatten(), keep_N, self.sampling.temperature)
+        if self.progress.actor_version == self.progress.optimizer_steps:
+            batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
+        if self.reference is not None:
+            batch.extras[REFERENCE] = self.reference.log_probs(rollouts, self.sampling.temperature)[keep_N]
+        return batch
+
+    def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:
+        settings = self.settings
+        return [
+            part
+            for epoch in range(settings.epochs)
+            for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch))
+        ]
+
+    def _update(self, batch: TrainBatch) -> dict[str, float]:
+        """One optimizer step: gradients, their transform, clipping and AdamW."""
+        metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
+        metrics |= self.transform()
+        stats = self.policy.optimizer_step()
+        self.progress.tokens += stats.tokens
+        self.progress.optimizer_steps += not stats.skipped
+        self.progress.skipped += stats.skipped
+        return metrics | {"optimizer/grad_norm": stats.grad_norm, "optimizer/lr": stats.lr}
+
+    def _mismatch(self, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
+        """How far the engine's log-probabilities are from recomputed ones under the same weights.
+
+        With a fresh actor the first update recomputed them anyway; otherwise the actor scores some of its own rollouts.
+        """
+        if "logprob_mismatch_max" in updates[0]:
+            return {"policy/logprob_mismatch": updates[0]["logprob_mismatch_max"]}
+        some = rollouts.rows(torch.arange(min(self.settings.micro_batch_size, len(rollouts.total_len_N))))
+        recomputed_NS = self.engine.log_probs(some, self.sampling.temperature)
+        difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else 0.0
+        return max_scalars({"policy/logprob_mismatch": difference}, self.groups.dp)
+
+    def _count(self, metrics: dict[str, float], watch: Stopwatch) -> None:
+        progress = self.progress
+        progress.samples += self.settings.prompts_per_step * self.settings.group_size
+        progress.actor_age += 1
+        metrics |= {
+            "optimizer/steps": progress.optimizer_steps,
+            "optimizer/skipped": progress.skipped,
+            "actor/version": progress.actor_version,
+            "actor/age": progress.actor_age,
+            "actor/refreshes": progress.actor_refreshes,
+            "time/tokens_per_s": metrics.pop("tokens") / watch.seconds["train"],
+            "time/rollout_tokens_per_s": metrics.pop("rollout/tokens") / watch.seconds["rollout"],
+        }
+
+    def evaluate(self, final: bool) -> dict[str, float]:
+        return evaluate_splits(self.engine, self.task, self.config, self.groups, final=final)
+
+
+def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
+    """One step's metrics from its optimizer steps': token-weighted means, maxima, last values of schedule and totals."""
+    tokens = sum(update["tokens"] for update in updates)
+    combined: dict[str, float] = {"tokens": tokens}
+    for key in updates[0].keys() - {"tokens", "ratio", "logprob_mismatch_max"}:
+        values = [update[key] for update in updates if key in update]
+        name = key if "/" in key else f"policy/{key}"
+        if key.endswith("_max"):
+            combined[name] = max(values)
+        elif "/" in key:
+            combined[name] = sum(values) / len(values)
+        elif tokens:
+            combined[name] = sum(u[key] * u["tokens"] for u in updates) / tokens
+    return combined

@@ -1,0 +1,184 @@
+"""What the parts of the training loop hand to each other.
+
+Shape legend: N sequences on this data-parallel rank, S padded sequence length (prompt then response, right-padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Split(Enum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to solve."""
+
+    uid: int  # position in its split
+    prompt: str  # what the model sees
+    data: Any  # what the verifier needs (task-specific, immutable)
+    n_solutions: int  # distinct right answers, counted by the task's canonical form
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one response. `canonical` identifies the solution up to trivial rewriting; None if wrong."""
+
+    correct: bool
+    canonical: Hashable | None
+    reason: str  # "" if correct, else one of the task's short failure names
+
+
+class Tokenizer(Protocol):
+    vocab_size: int  # ids are below this; the model's vocabulary may be padded beyond it
+    pad_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class Task(Protocol):
+    """A family of problems: generator, tokenizer, verifier, demonstrations, count of right answers."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_prompt_tokens: int  # bound over all problems of all splits
+
+    def size(self, split: Split) -> int: ...
+    def problem(self, split: Split, index: int) -> Problem: ...
+    def verify(self, problem: Problem, response: str) -> Verdict: ...
+    def demonstration(self, problem: Problem, seed: int) -> str:
+        """One right answer (without end-of-sequence), drawn from the distinct ones by `seed`."""
+        ...
+
+
+@dataclass
+class SamplingParams:
+    """temperature 0 is greedy; seed and a sequence's `uid` fix its random numbers whatever the layout or batch order."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass
+class Rollouts:
+    """Generated sequences of one data-parallel rank, equal on all its tensor- and pipeline-parallel ranks."""
+
+    tokens_NS: Tensor  # int64; prompt, response (end-of-sequence included), then pad_id
+    prompt_len_N: Tensor  # int64
+    total_len_N: Tensor  # int64, prompt + response
+    logprobs_NS: Tensor  # float32; log-probability under the sampling distribution of the token AT s; 0 outside responses
+    model_logprobs_NS: Tensor  # the same under softmax(logits / temperature), without the nucleus; what a learner recomputes
+    finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
+    weight_version: int  # of the actor weights that generated them
+
+    def response_mask_NS(self) -> Tensor:
+        """True at response tokens (end-of-sequence included). Shape [N, S]."""
+        s_S = torch.arange(self.tokens_NS.shape[1])
+        return (s_S >= self.prompt_len_N[:, None]) & (s_S < self.total_len_N[:, None])
+
+    def rows(self, index_N: Tensor) -> Rollouts:
+        """Some of the sequences."""
+        tensors = (self.tokens_NS, self.prompt_len_N, self.total_len_N, self.logprobs_NS, self.model_logprobs_NS)
+        return Rollouts(*(tensor[index_N] for tensor in tensors), self.finished_N[index_N], self.weight_version)
+
+    def response(self, n: int) -> list[int]:
+        """Response token ids of sequence n, end-of-sequence included."""
+        return self.tokens_NS[n, int(self.prompt_len_N[n]) : int(self.total_len_N[n])].tolist()
+
+
+class RolloutEngine(Protocol):
+    """Holds its own snapshot of the weights (`version`); generation never sees the learner's."""
+
+    version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Rollouts:
+        """`group_size` sequences for each of this rank's prompts; sequence g of prompt p is row p * group_size + g.
+
+        uids: a global identity of each prompt, for layout-independent random numbers.
+        Collective over the ranks that share the model.  Prompts may be empty on a rank when others have some.
+        """
+        ...
+
+    def refresh(self, version: int) -> None:
+        """Take the learner's weights as they are now and call them `version`."""
+        ...
+
+    def at_learner_weights(self) -> AbstractContextManager[None]:
+        """Inside, the engine generates with the learner's weights (for evaluation); outside, with its own snapshot again."""
+        ...
+
+    def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32."""
+        ...
+
+
+@dataclass
+class TrainBatch:
+    """One optimizer step's data on this data-parallel rank; equal on its tensor- and pipeline-parallel ranks.
+
+    Position s of `*_NS` speaks of the token AT s (not of the prediction made there); position 0 is never trained on.
+    """
+
+    tokens_NS: Tensor  # int64, right-padded
+    length_N: Tensor  # int64, valid tokens
+    loss_mask_NS: Tensor  # bool, tokens that count in the loss
+    extras: dict[str, Tensor]  # further per-sequence [N] or per-token [N, S] tensors, handed to the objective
+    temperature: float = 1.0  # of the log-probabilities
+    segment_NS: Tensor | None = None  # int64; packed rows: which document each token belongs to, -1 for padding
+
+
+# (logprobs_NS with gradient, entropy_NS without, micro-batch) -> (SUM over loss tokens, {metric: SUM over loss tokens})
+Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class StepStats:
+    """What one optimizer step did."""
+
+    metrics: dict[str, float]  # global means per loss token of the objective's sums, plus moe/* from the model
+    grad_norm: float
+    lr: float
+    skipped: bool  # the optimizer refused the step (non-finite gradient)
+    tokens: int  # global loss tokens
+
+
+class Policy(Protocol):
+    """The learner. Every call is collective over all ranks."""
+
+    def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
+        """Accumulate and reduce gradients of the objective's mean over all ranks' loss tokens. Returns global metric means."""
+        ...
+
+    def optimizer_step(self) -> StepStats: ...
+
+    def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
+        """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
+        ...
+
+
+class GradientTransform(Protocol):
+    """Called between gradient reduction and clipping; returns metrics."""
+
+    def __call__(self) -> dict[str, float]: ...
+
+
+PromptStream = Iterator[Sequence[Problem]]

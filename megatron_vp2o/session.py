@@ -1,0 +1,189 @@
+"""One run from its configuration to its exit status: builds the collaborators and hands them to a trainer.
+
+With `train.py` the composition root: nothing imports it, and it may import everything.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vp2o.megatron.cpu import enable_cpu
+
+enable_cpu()  # before anything else imports megatron.core; does nothing where there is CUDA
+
+from megatron_vp2o.config.schema import (  # noqa: E402
+    DataSource,
+    GRPOConfig,
+    KLReference,
+    Resume,
+    SupervisedConfig,
+    TrainConfig,
+)
+from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
+from megatron_vp2o.config.validate import optimizer_steps, validate, validate_prompts  # noqa: E402
+from megatron_vp2o.core.objective import GRPOObjective  # noqa: E402
+from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
+from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
+from megatron_vp2o.megatron import checkpoint, world  # noqa: E402
+from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
+from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.parallel.groups import Groups  # noqa: E402
+from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
+from megatron_vp2o.rl.loop import TrainingLoop  # noqa: E402
+from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
+from megatron_vp2o.rl.refresh import EveryBatches  # noqa: E402
+from megatron_vp2o.rl.supervised import SupervisedTrainer  # noqa: E402
+from megatron_vp2o.rl.tasks import load_tokenizer, make_task  # noqa: E402
+from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
+from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
+from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The collaborators of one run."""
+
+    config: TrainConfig
+    task: Task
+    tokenizer: Tokenizer
+    groups: Groups
+    sink: RunSink
+    policy: MegatronPolicy
+    engine: MegatronEngine
+    saver: checkpoint.Checkpointer
+
+
+def train(config: TrainConfig) -> int:
+    """Run to the end, or to a signal's early one. Returns the exit status.
+
+    Raises:
+        UserError: for what the configuration's own validation could not see: prompts, checkpoints, data.
+    """
+    world.set_threads(config.threads)
+    task = make_task(config.task, progress=world.environment_rank() == 0)
+    validate_prompts(config, task.max_prompt_tokens)
+    groups = world.start(config.parallel, config.seed)
+    try:
+        validate(
+            config,
+            groups.world_size,
+            cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            local_world_size=world.local_size(),
+        )
+        run = _assemble(config, task, groups)
+        trainer = _trainer(run)
+        _resume(run, trainer)
+        if groups.rank == 0:
+            save_config(config, config.run_dir)
+        with run.sink:
+            return trainer.run()
+    finally:
+        world.stop()
+
+
+def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
+    tokenizer = _tokenizer(config, task)
+    policy = MegatronPolicy(
+        config, groups, vocab_size=tokenizer.vocab_size, optimizer_steps=optimizer_steps(config.algorithm)
+    )
+    if config.init_from is not None:
+        checkpoint.load_weights(checkpoint.resolve(Path(config.init_from)), policy)
+    engine = MegatronEngine(config, policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    folder = Path(config.run_dir)
+    saver = checkpoint.Checkpointer(
+        folder / "checkpoints", policy, engine, keep=config.checkpoint.keep, tokenizer_save=tokenizer.save
+    )
+    sink = RunSink(config, as_plain(config), rank=groups.rank)
+    return Run(config, task, tokenizer, groups, sink, policy, engine, saver)
+
+
+def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:
+    algorithm = config.algorithm
+    if isinstance(algorithm, SupervisedConfig) and algorithm.data.tokenizer is not None:
+        return load_tokenizer(Path(algorithm.data.tokenizer))
+    return task.tokenizer
+
+
+def _trainer(run: Run) -> TrainingLoop:
+    if isinstance(run.config.algorithm, SupervisedConfig):
+        return _supervised(run, run.config.algorithm)
+    assert isinstance(run.config.algorithm, GRPOConfig)
+    return _reinforcement(run, run.config.algorithm)
+
+
+def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
+    config, groups = run.config, run.groups
+    batches = PackedBatches(
+        _documents(run, settings),
+        sequence_length=settings.sequence_length or config.model.max_sequence_length,
+        rows=settings.global_batch_size,
+        pack=settings.data.pack,
+        seed=config.seed,
+        pad_id=run.tokenizer.pad_id,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        vocab_size=run.tokenizer.vocab_size,
+    )
+
+    def held_out(final: bool) -> dict[str, float]:
+        if settings.data.source is not DataSource.task:
+            return {}
+        return evaluate_splits(run.engine, run.task, config, groups, final=final)
+
+    return SupervisedTrainer(
+        config, groups, run.sink, run.saver, policy=run.policy, batches=batches, held_out=held_out
+    )
+
+
+def _documents(run: Run, settings: SupervisedConfig) -> Documents:
+    data = settings.data
+    if data.source is DataSource.task:
+        return TaskDemonstrations(run.task, Split.train, run.config.seed)
+    assert data.path is not None
+    if data.source is DataSource.jsonl:
+        return JsonlText(data.path, data.text_field, run.tokenizer)
+    return IndexedDocuments(data.path)
+
+
+def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
+    config = run.config
+    reference = None
+    if settings.kl_reference is KLReference.initial:
+        # The policy holds the weights that the run starts from: a resumed run's checkpoint is loaded after this.
+        reference = MegatronEngine(config, run.policy, eos_id=run.tokenizer.eos_id, pad_id=run.tokenizer.pad_id)
+        reference.refresh(0)
+    objective = GRPOObjective(
+        clip_epsilon_low=settings.clip_epsilon_low,
+        clip_epsilon_high=settings.clip_epsilon_high,
+        kl_coef=settings.kl_coef,
+        entropy_coef=settings.entropy_coef,
+    )
+    return RLTrainer(
+        config,
+        run.groups,
+        run.sink,
+        run.saver,
+        task=run.task,
+        policy=run.policy,
+        engine=run.engine,
+        objective=OnRollouts(objective),
+        refresh=EveryBatches(config.rollout.refresh_interval),
+        reference=reference,
+    )
+
+
+def _resume(run: Run, trainer: TrainingLoop) -> None:
+    found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / "checkpoints")
+    if found is None:
+        run.sink.start()
+        return
+    trainer.restore(run.saver.load(found))
+    run.sink.resume(trainer.progress.step)
+    logger.info("resumed from %s at step %d", found, trainer.progress.step)

@@ -1,0 +1,251 @@
+"""Every metric a run may record: its key, unit and meaning, and when it is measured.
+
+A new metric is one line in `SECTIONS` (and `python -m megatron_vp2o.tracking.reference > docs/metrics.md`): from then
+on every record of the algorithms it names has the key, and the report draws it. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vp2o.config.schema import Algorithm
+
+ALL = frozenset(Algorithm)
+REINFORCEMENT = ALL - {Algorithm.supervised}
+SUPERVISED = frozenset({Algorithm.supervised})
+
+LINE = "every line"
+STEP = "every training step"
+EVALUATION = "evaluations"
+END = "end of the run"
+
+FRACTION = "fraction"
+TOKENS = "tokens"
+NATS = "nats"
+SECONDS = "s"
+RATE = "tokens/s"
+COUNT = "count"
+NONE = "1"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a line. A key with `{k}` stands for one key for each k of `evaluation.pass_at`."""
+
+    key: str
+    unit: str  # "1" for what has none
+    meaning: str
+    when: str  # it is null on lines where it was not measured
+    algorithms: frozenset[Algorithm] = ALL
+
+    def keys(self, pass_at: Sequence[int]) -> list[str]:
+        """The key, or its expansions for `pass_at` in ascending order."""
+        if "{k}" not in self.key:
+            return [self.key]
+        return [self.key.replace("{k}", str(k)) for k in sorted(set(pass_at))]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Metrics that are read together."""
+
+    title: str
+    metrics: tuple[Metric, ...]
+
+
+def _evaluation(prefix: str, when: str) -> tuple[Metric, ...]:
+    return (
+        Metric(f"{prefix}/greedy_accuracy", FRACTION, "problems whose greedy response (temperature 0) is right", when),
+        Metric(
+            f"{prefix}/pass@{{k}}",
+            FRACTION,
+            "unbiased estimate of the chance that one of k samples is right, mean over problems",
+            when,
+        ),
+        Metric(f"{prefix}/distinct", COUNT, "distinct right answers among the n samples, mean over problems", when),
+        Metric(
+            f"{prefix}/coverage",
+            FRACTION,
+            "distinct right answers found, of all that the problem has; mean over problems",
+            when,
+        ),
+        Metric(
+            f"{prefix}/answer_entropy",
+            NATS,
+            "entropy of the distribution over a problem's distinct right answers, mean over problems that were solved",
+            f"{when} with a right sample",
+        ),
+        Metric(f"{prefix}/response_length", TOKENS, "mean length of all samples, end-of-sequence included", when),
+        Metric(f"{prefix}/solution_length", TOKENS, "mean length of the right samples", f"{when} with a right sample"),
+    )
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Position",
+        (
+            Metric("step", "steps", "training steps done; 0 is the evaluation before the first", LINE),
+            Metric("samples", "sequences", "rollouts (supervised: rows) consumed so far", LINE),
+            Metric("tokens", TOKENS, "tokens that counted in the loss so far", LINE),
+        ),
+    ),
+    Section(
+        "Reward and rollouts",
+        (
+            Metric("reward/mean", NONE, "mean reward of the rollout batch", STEP, REINFORCEMENT),
+            Metric("reward/std", NONE, "standard deviation of the rewards over the batch", STEP, REINFORCEMENT),
+            Metric("rollout/pass_rate", FRACTION, "rollouts that are right", STEP, REINFORCEMENT),
+            Metric("rollout/pass_any", FRACTION, "groups with at least one right rollout", STEP, REINFORCEMENT),
+            Metric("rollout/distinct", COUNT, "distinct right answers in a group, mean", STEP, REINFORCEMENT),
+            Metric("rollout/groups_kept", COUNT, "groups whose rewards differ", STEP, REINFORCEMENT),
+            Metric(
+                "rollout/groups_filtered",
+                COUNT,
+                "groups left out because their rewards are all equal (0 when filtering is off)",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "rollout/response_length",
+                TOKENS,
+                "mean length of a response, end-of-sequence included",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric("rollout/truncated", FRACTION, "responses cut at the length limit", STEP, REINFORCEMENT),
+        ),
+    ),
+    Section(
+        "Policy",
+        (
+            Metric("policy/loss", NONE, "objective that was minimised, mean over loss tokens", STEP, REINFORCEMENT),
+            Metric("policy/clip_fraction", FRACTION, "loss tokens whose gradient the clip stops", STEP, REINFORCEMENT),
+            Metric(
+                "policy/approx_kl",
+                NATS,
+                "KL of the behaviour policy from the learner, k3 estimate, mean over loss tokens",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "policy/kl_reference",
+                NATS,
+                "KL of the learner from the reference policy, k3 estimate, mean over loss tokens",
+                "training steps of runs with a reference",
+                REINFORCEMENT,
+            ),
+            Metric(
+                "policy/entropy",
+                NATS,
+                "entropy of the next-token distribution at the rollout temperature, mean over loss tokens",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric("policy/ratio_max", NONE, "largest importance ratio of a loss token", STEP, REINFORCEMENT),
+            Metric(
+                "policy/logprob_mismatch",
+                NATS,
+                "largest |recomputed - rollout| log-probability under the same weights",
+                STEP,
+                REINFORCEMENT,
+            ),
+        ),
+    ),
+    Section(
+        "Supervised",
+        (
+            Metric(
+                "supervised/loss", NATS, "negative log-likelihood of a token, mean over loss tokens", STEP, SUPERVISED
+            ),
+            Metric(
+                "supervised/validation_loss",
+                NATS,
+                "the same on held-out data",
+                "evaluations of runs with held-out tokens",
+                SUPERVISED,
+            ),
+        ),
+    ),
+    Section(
+        "Optimizer",
+        (
+            Metric("optimizer/grad_norm", NONE, "global gradient norm before clipping, mean over updates", STEP),
+            Metric("optimizer/lr", NONE, "learning rate, mean over the step's updates", STEP),
+            Metric("optimizer/steps", COUNT, "optimizer steps taken so far", STEP),
+            Metric("optimizer/skipped", COUNT, "optimizer steps refused so far (non-finite gradient)", STEP),
+        ),
+    ),
+    Section(
+        "Mixture of experts",
+        (
+            Metric(
+                "moe/load_balancing_loss",
+                NONE,
+                "load-balancing loss before its coefficient, mean over layers",
+                "training steps of runs with a load-balancing loss",
+            ),
+            Metric(
+                "moe/z_loss",
+                NONE,
+                "router z-loss before its coefficient, mean over layers",
+                "training steps of runs with a z-loss",
+            ),
+        ),
+    ),
+    Section(
+        "Rollout actors",
+        (
+            Metric("actor/version", "steps", "optimizer steps behind the actors' weights", STEP, REINFORCEMENT),
+            Metric("actor/age", COUNT, "rollout batches generated with these weights", STEP, REINFORCEMENT),
+            Metric("actor/refreshes", COUNT, "times the actors got the learner's weights so far", STEP, REINFORCEMENT),
+        ),
+    ),
+    Section("Evaluation on validation problems", _evaluation("eval", EVALUATION)),
+    Section("Evaluation on test problems", _evaluation("test", END)),
+    Section(
+        "Time",
+        (
+            Metric("time/step_s", SECONDS, "the training step, without evaluation and checkpoint", STEP),
+            Metric("time/rollout_s", SECONDS, "generating the rollouts", STEP, REINFORCEMENT),
+            Metric("time/reward_s", SECONDS, "verifying the responses", STEP, REINFORCEMENT),
+            Metric("time/train_s", SECONDS, "forward, backward and optimizer", STEP),
+            Metric("time/sync_s", SECONDS, "handing weights to the actors", STEP, REINFORCEMENT),
+            Metric("time/eval_s", SECONDS, "evaluation", EVALUATION),
+            Metric("time/checkpoint_s", SECONDS, "saving the last checkpoint", "the step after a checkpoint"),
+            Metric("time/elapsed_s", SECONDS, "steps and evaluations so far, over all restarts", LINE),
+            Metric("time/tokens_per_s", RATE, "loss tokens trained on in a second of `time/train_s`", STEP),
+            Metric(
+                "time/rollout_tokens_per_s",
+                RATE,
+                "tokens generated in a second of `time/rollout_s`",
+                STEP,
+                REINFORCEMENT,
+            ),
+        ),
+    ),
+)
+
+_BY_KEY = {metric.key: metric for section in SECTIONS for metric in section.metrics}
+
+
+def schema_for(algorithm: Algorithm, pass_at: Sequence[int]) -> tuple[str, ...]:
+    """Keys of every line of a run's record, in order.
+
+    Args:
+        algorithm: the run's.
+        pass_at: the k of its pass@k.
+    """
+    return tuple(
+        key
+        for section in SECTIONS
+        for metric in section.metrics
+        if algorithm in metric.algorithms
+        for key in metric.keys(pass_at)
+    )
+
+
+def find_metric(key: str) -> Metric | None:
+    """What the registry says of a recorded key (`eval/pass@16` is found under `eval/pass@{k}`); None if unknown."""
+    return _BY_KEY.get(key) or _BY_KEY.get(re.sub(r"@\d+$", "@{k}", key))

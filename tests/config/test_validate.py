@@ -1,0 +1,387 @@
+"""Every rule: what it refuses, that it quotes value, bound and fix, and what it lets through just beside."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_vp2o.config import validate as module
+from megatron_vp2o.config.explain import setting_names
+from megatron_vp2o.config.ranges import RANGES, Range
+from megatron_vp2o.config.schema import (
+    Algorithm,
+    DataSource,
+    Dispatcher,
+    GRPOConfig,
+    Implementation,
+    KLReference,
+    Resume,
+    RouterScore,
+    SupervisedConfig,
+    TrainConfig,
+)
+from megatron_vp2o.config.store import save_config
+from megatron_vp2o.config.validate import data_parallel_size, optimizer_steps, validate, validate_prompts
+from megatron_vp2o.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def configured(settings: dict, supervised: bool = False) -> TrainConfig:
+    config = TrainConfig(algorithm=SupervisedConfig() if supervised else GRPOConfig(), run_dir="runs/run")
+    for name, value in settings.items():
+        *path, leaf = name.split(".")
+        section = config
+        for part in path:
+            section = getattr(section, part)
+        assert hasattr(section, leaf), name
+        setattr(section, leaf, value)
+    return config
+
+
+def problems(config: TrainConfig, world_size: int = 1, **context) -> list[str]:
+    try:
+        validate(config, world_size, **context)
+    except ConfigError as error:
+        return str(error).split("\n")
+    return []
+
+
+def test_the_defaults_are_valid():
+    validate(configured({}))
+    validate(configured({}, supervised=True))
+
+
+# settings, processes, what the message quotes, settings that mend it
+RULES = [
+    (
+        {"parallel.expert_parallel": 3},
+        3,
+        ["num_moe_experts=16", "expert_parallel=3", "1, 2, 4, 8, 16"],
+        {"parallel.expert_parallel": 1, "algorithm.prompts_per_step": 33},
+    ),
+    ({"parallel.pipeline_parallel": 3}, 3, ["num_layers=4", "pipeline_parallel=3", "1, 2, 4"], {"model.num_layers": 6}),
+    (
+        {"parallel.tensor_parallel": 3},
+        3,
+        ["num_attention_heads=4", "tensor_parallel=3", "1, 2, 4"],
+        {"model.num_attention_heads": 6, "model.num_query_groups": 3},
+    ),
+    (
+        {"parallel.tensor_parallel": 4},
+        4,
+        ["num_query_groups=2", "tensor_parallel=4", "1, 2"],
+        {"model.num_query_groups": 4},
+    ),
+    (
+        {"parallel.tensor_parallel": 2, "model.moe_shared_expert_intermediate_size": 33},
+        2,
+        ["moe_shared_expert_intermediate_size=33", "tensor_parallel=2"],
+        {"model.moe_shared_expert_intermediate_size": 34},
+    ),
+    (
+        {"parallel.expert_tensor_parallel": 2, "model.moe_ffn_hidden_size": 33},
+        2,
+        ["moe_ffn_hidden_size=33", "expert_tensor_parallel=2", "1, 3, 11, 33"],
+        {"model.moe_ffn_hidden_size": 34},
+    ),
+    (
+        {"parallel.tensor_parallel": 2},
+        3,
+        ["3 processes", "2 * 1 * 1 = 2", "multiple of 2"],
+        {"parallel.tensor_parallel": 1, "algorithm.prompts_per_step": 33},
+    ),
+    (
+        {"parallel.expert_parallel": 4},
+        6,
+        ["6 processes", "4 * 1 * 1 = 4", "multiple of 4"],
+        {"parallel.expert_parallel": 2, "algorithm.prompts_per_step": 36},
+    ),
+    (
+        {"parallel.expert_parallel": 2, "parallel.expert_tensor_parallel": 2},
+        2,
+        ["2 processes", "2 * 2 * 1 = 4"],
+        {"parallel.expert_tensor_parallel": 1},
+    ),
+    (
+        {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": False},
+        2,
+        ["sequence_parallel=false", "tensor_parallel=2", "null or set it to true"],
+        {"parallel.sequence_parallel": True},
+    ),
+    (
+        {"parallel.sequence_parallel": True},
+        1,
+        ["sequence_parallel=true", "tensor_parallel=1", "leave it null"],
+        {"parallel.sequence_parallel": None},
+    ),
+    (
+        {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True},
+        1,
+        ["overlap_param_gather=true", "distributed_optimizer=true", "they are false and true"],
+        {"parallel.distributed_optimizer": True},
+    ),
+    (
+        {"parallel.pipeline_parallel": 2, "model.moe_token_dispatcher_type": Dispatcher.allgather},
+        2,
+        ["allgather", "pipeline_parallel=2", "alltoall"],
+        {"model.moe_token_dispatcher_type": Dispatcher.alltoall},
+    ),
+    (
+        {"parallel.context_parallel": 2, "model.implementation": Implementation.local},
+        2,
+        ["context_parallel=2", "implementation=local", "transformer-engine"],
+        {"parallel.context_parallel": 1},
+    ),
+    (
+        {"model.num_attention_heads": 5},
+        1,
+        ["num_attention_heads=5", "num_query_groups=2", "1, 5"],
+        {"model.num_query_groups": 5},
+    ),
+    ({"model.kv_channels": 31}, 1, ["kv_channels=31", "even"], {"model.kv_channels": 30}),
+    (
+        {"model.moe_router_topk": 17},
+        1,
+        ["moe_router_topk=17", "num_moe_experts=16", "at most 16"],
+        {"model.moe_router_topk": 16},
+    ),
+    (
+        {"model.moe_router_topk": 1},
+        1,
+        ["moe_router_topk=1", "moe_router_pre_softmax=true"],
+        {"model.moe_router_pre_softmax": True},
+    ),
+    (
+        {"model.moe_router_enable_expert_bias": True},
+        1,
+        ["moe_router_enable_expert_bias=true", "sigmoid", "softmax"],
+        {"model.moe_router_score_function": RouterScore.sigmoid},
+    ),
+    ({"algorithm.group_size": 1}, 1, ["group_size=1", "zero", "at least 2"], {"algorithm.group_size": 2}),
+    (
+        {"algorithm.prompts_per_step": 33},
+        2,
+        ["prompts_per_step=33", "2 data-parallel ranks", "multiple of 2"],
+        {"algorithm.prompts_per_step": 34},
+    ),
+    (
+        {"algorithm.minibatches": 3, "algorithm.prompts_per_step": 4},
+        2,
+        ["minibatches=3", "16 rollouts", "divisor of 16"],
+        {"algorithm.minibatches": 4},
+    ),
+    (
+        {"algorithm.kl_coef": 0.1},
+        1,
+        ["kl_coef=0.1", "kl_reference=none", "kl_reference=initial"],
+        {"algorithm.kl_reference": KLReference.initial},
+    ),
+    (
+        {"algorithm.name": Algorithm.supervised},
+        1,
+        ["algorithm.name=supervised", "algorithm=supervised"],
+        {"algorithm.name": Algorithm.grpo},
+    ),
+    (
+        {"rollout.sampling.temperature": 0.0},
+        1,
+        ["temperature=0", "greedy", "above 0"],
+        {"rollout.sampling.temperature": 0.1},
+    ),
+    (
+        {"rollout.sampling.max_new_tokens": 64},
+        1,
+        ["max_new_tokens=64", "max_sequence_length=64", "at most 63"],
+        {"rollout.sampling.max_new_tokens": 63},
+    ),
+    ({"optimizer.min_lr": 0.1}, 1, ["min_lr=0.1", "lr=0.001", "at most 0.001"], {"optimizer.min_lr": 0.001}),
+    (
+        {"optimizer.lr_warmup_steps": 100},
+        1,
+        ["lr_warmup_steps=100", "100 optimizer steps", "at most 99"],
+        {"optimizer.lr_warmup_steps": 99},
+    ),
+    ({"evaluation.pass_at": [1, 17]}, 1, ["pass_at has 17", "samples=16"], {"evaluation.samples": 17}),
+    ({"evaluation.pass_at": [0]}, 1, ["pass_at has 0", "between 1"], {"evaluation.pass_at": []}),
+    (
+        {"evaluation.problems": 101},
+        1,
+        ["problems=101", "validation_size=100", "at most 100"],
+        {"task.validation_size": 101},
+    ),
+    ({"name": ""}, 1, ["name is empty"], {"name": "x"}),
+    ({"resume": Resume.must}, 1, ["resume=must", "runs/run", "resume=auto"], {"resume": Resume.auto}),
+    ({"init_from": "runs/none"}, 1, ["init_from=runs/none", "does not exist"], {"init_from": None}),
+    (
+        {"init_from": "runs/countdown_tiny_supervised"},
+        1,
+        ["does not exist", "--config-name countdown_tiny_supervised"],
+        {"init_from": None},
+    ),
+]
+SUPERVISED_RULES = [
+    (
+        {"algorithm.global_batch_size": 63},
+        2,
+        ["global_batch_size=63", "2 data-parallel ranks", "multiple of 2"],
+        {"algorithm.global_batch_size": 62},
+    ),
+    (
+        {"algorithm.sequence_length": 65},
+        1,
+        ["sequence_length=65", "max_sequence_length=64", "at most 64"],
+        {"algorithm.sequence_length": 64},
+    ),
+    (
+        {"algorithm.data.source": DataSource.jsonl},
+        1,
+        ["source=jsonl", "data.path", "null"],
+        {"algorithm.data.source": DataSource.task},
+    ),
+    (
+        {"algorithm.data.source": DataSource.indexed, "algorithm.data.path": "here"},
+        1,
+        ["path=here", "here.bin"],
+        {"algorithm.data.source": DataSource.task},
+    ),
+    (
+        {"algorithm.data.tokenizer": "gone"},
+        1,
+        ["tokenizer=gone", "not a folder", "null"],
+        {"algorithm.data.tokenizer": None},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "quoted", "mended", "supervised"),
+    [(*rule, False) for rule in RULES] + [(*rule, True) for rule in SUPERVISED_RULES],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_rule(settings, world_size, quoted, mended, supervised):
+    found = problems(configured(settings, supervised), world_size)
+    assert any(all(part in line for part in quoted) for line in found), found
+    assert problems(configured({**settings, **mended}, supervised), world_size) == []
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_range(name):
+    allowed = RANGES[name]
+    supervised = name in ("algorithm.global_batch_size", "algorithm.sequence_length")
+    for bound, side, step in ((allowed.low, "low", -1), (allowed.high, "high", 1)):
+        if abs(bound) < float("inf"):
+            wrong = bound if side in allowed.open_ends else bound + step
+            found = problems(configured({name: wrong}, supervised))
+            assert found == [f"{name}={wrong} must be {allowed}"]
+    assert problems(configured({name: float("nan")}, supervised))
+
+
+def test_ranges_name_settings_that_exist():
+    assert set(RANGES) <= set(setting_names(algorithm=GRPOConfig)) | set(setting_names(algorithm=SupervisedConfig))
+
+
+def test_range_ends():
+    assert 0 not in Range(low=0, open_ends=("low",)) and 1e-9 in Range(low=0, open_ends=("low",))
+    assert 1 in Range(high=1) and 1 not in Range(high=1, open_ends=("high",))
+    assert None in Range(low=1) and float("inf") not in Range(low=1)
+    assert str(Range(low=0, high=1, open_ends=("low",))) == "above 0 and at most 1"
+
+
+def test_everything_wrong_is_reported_at_once():
+    found = problems(configured({"algorithm.group_size": 1, "model.moe_router_topk": 17, "optimizer.min_lr": 1.0}))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [
+        ({"parallel.expert_parallel": 2}, 2),
+        ({"parallel.expert_parallel": 4}, 4),
+        ({"parallel.tensor_parallel": 2, "parallel.expert_parallel": 2}, 4),
+        ({"parallel.tensor_parallel": 2, "parallel.expert_parallel": 2}, 2),
+        ({"parallel.tensor_parallel": 2, "parallel.expert_tensor_parallel": 2}, 2),
+        ({"parallel.pipeline_parallel": 2, "parallel.expert_parallel": 2}, 4),
+        ({"parallel.pipeline_parallel": 2, "parallel.tensor_parallel": 2}, 4),
+        ({"parallel.distributed_optimizer": True}, 4),
+    ],
+)
+def test_layouts_that_run_are_let_through(settings, world_size):
+    validate(configured(settings), world_size)
+
+
+def test_what_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    config = configured({"parallel.context_parallel": 2})
+    assert any(
+        "context_parallel=2 needs transformer-engine, which is not installed" in line for line in problems(config, 2)
+    )
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: importlib.util.spec_from_loader(name, None))
+    assert problems(config, 2) == []
+    assert problems(config, 2, cuda_devices=2, local_world_size=2) == []
+    assert problems(config, 2, cuda_devices=0) == [
+        "parallel.context_parallel=2 needs a GPU, and this machine has none: use model.implementation=auto and "
+        "context_parallel=1"
+    ]
+    assert "4 processes on a node with 2 GPUs" in problems(configured({}), 4, cuda_devices=2, local_world_size=4)[0]
+
+
+def test_prompts_and_responses_fit_together():
+    config = configured({"model.max_sequence_length": 40, "rollout.sampling.max_new_tokens": 24})
+    validate_prompts(config, 16)
+    with pytest.raises(
+        ConfigError, match=r"up to 17 tokens.*max_new_tokens=24 .*max_sequence_length=40: raise .* to 41"
+    ):
+        validate_prompts(config, 17)
+
+
+def test_counts():
+    config = configured({"parallel.tensor_parallel": 2, "parallel.pipeline_parallel": 2})
+    assert data_parallel_size(config, 12) == 3
+    assert optimizer_steps(GRPOConfig(steps=10, epochs=2, minibatches=3)) == 60
+    assert optimizer_steps(SupervisedConfig(steps=10)) == 10
+
+
+def test_data_files_that_exist_are_enough():
+    for name in ("a.jsonl", "b.bin", "b.idx"):
+        Path(name).touch()
+    for source, path in ((DataSource.jsonl, "a.jsonl"), (DataSource.indexed, "b")):
+        validate(configured({"algorithm.data.source": source, "algorithm.data.path": path}, supervised=True))
+
+
+def other_run(**settings) -> None:
+    config = configured({"model.hidden_size": 64, **settings})
+    save_config(config, "runs/run")
+
+
+def test_a_folder_that_holds_a_run():
+    run_dir = Path("runs/run")
+    other_run()
+    validate(configured({}))  # it never wrote a line: nothing is lost
+    validate(configured({"resume": Resume.never}))
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    assert "runs/run already holds a run" in problems(configured({"resume": Resume.never}))[0]
+    (found,) = problems(configured({}))
+    assert "runs/run holds another run (model.hidden_size is 64 there and 128 here)" in found
+    validate(configured({"model.hidden_size": 64, "algorithm.steps": 200}))  # the same run, longer
+    assert "resume=must" in problems(configured({"resume": Resume.must, "model.hidden_size": 64}))[0]
+    (run_dir / "checkpoints" / ".tmp").mkdir(parents=True)
+    assert "resume=must" in problems(configured({"resume": Resume.must, "model.hidden_size": 64}))[0]
+    (run_dir / "checkpoints" / "step_1").mkdir()
+    validate(configured({"resume": Resume.must, "model.hidden_size": 64}))
+
+
+def test_a_run_of_another_algorithm_or_task_is_named():
+    other_run(**{"task.numbers": 4})
+    Path("runs/run/metrics.jsonl").write_text("{}\n")
+    (found,) = problems(configured({"model.hidden_size": 64}, supervised=True))
+    assert "algorithm.name is grpo there and supervised here; task.numbers is 4 there and 3 here" in found
+
+
+def test_run_dir_that_is_a_file():
+    Path("runs").mkdir()
+    Path("runs/run").touch()
+    assert problems(configured({})) == ["run_dir=runs/run is a file: choose another run_dir or name"]

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# On a machine with CUDA: the tests marked gpu, then the benchmarks; the record goes to build/gpu-check-DATE.txt.
+# Needs a Python 3.12 with torch >= 2.11 and pytest; what else is missing comes as wheels from $WHEELS, without a network
+# (each with --no-deps: the folder must hold whatever is needed). Anywhere else it says in one line why it does nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+wheels=${WHEELS:-wheels}
+
+reason=$("$python" - <<'PY' 2>/dev/null
+import sys
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(print(f"{sys.executable} has no torch"))
+version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if not torch.cuda.is_available():
+    print(f"no CUDA device (torch {torch.__version__})")
+elif sys.version_info[:2] != (3, 12):
+    print(f"Python {sys.version.split()[0]}; 3.12 is what megatron-core's current line needs")
+elif version < (2, 11):
+    print(f"torch {torch.__version__}; 2.11 or newer is needed")
+PY
+) || reason="$python does not work"
+if [[ -n $reason ]]; then
+    echo "gpu-check: nothing to do: $reason"
+    exit 0
+fi
+
+site=$PWD/build/site
+mkdir -p "$site"
+if compgen -G "$wheels/*.whl" >/dev/null; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$wheels"/*.whl ||
+        exit 1
+fi
+export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
+record=build/gpu-check-$(date +%Y-%m-%d-%H%M%S).txt
+status=0
+{
+    date -u +"%Y-%m-%d %H:%M:%S UTC"
+    git describe --always --dirty 2>/dev/null
+    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+    "$python" -c 'import torch, megatron.core as m; print("torch", torch.__version__, "megatron-core", m.__version__)'
+    "$python" -m pytest -m gpu ${TESTARGS:-} || status=1
+    "$python" -m tools.bench all ${BENCHARGS:-} || status=1
+    exit $status
+} 2>&1 | tee "$record"
+status=${PIPESTATUS[0]}
+echo "gpu-check: status $status, record in $record"
+exit "$status"
