@@ -54,8 +54,9 @@ lint: install-dev ## ruff check, ruff format --check, mypy
 	$(PY) -m mypy
 
 docs: install ## Renew docs/configuration.md and docs/metrics.md from the code
-	$(PY) -m megatron_vp2o.config.reference > build.configuration.md && mv build.configuration.md docs/configuration.md
-	$(PY) -m megatron_vp2o.tracking.reference > build.metrics.md && mv build.metrics.md docs/metrics.md
+	@mkdir -p build
+	$(PY) -m megatron_vp2o.config.reference > build/configuration.md && mv build/configuration.md docs/configuration.md
+	$(PY) -m megatron_vp2o.tracking.reference > build/metrics.md && mv build/metrics.md docs/metrics.md
 
 bench: install ## Tokens/s, seconds of each phase of a step, start-up time (BENCHARGS)
 	$(PY) -m tools.bench all $(BENCHARGS)
@@ -69,7 +70,8 @@ gpu-check: ## On a CUDA machine: tests marked gpu and the benchmarks (WHEELS=fol
 	@PYTHON='$(PYTHON)' WHEELS='$(WHEELS)' bash tools/gpu_check.sh
 
 wheel: install-dev ## Build dist/*.whl
-	$(PY) -m build --wheel --no-isolation --outdir dist .
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 clean: ## Remove builds and caches (environments and runs stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

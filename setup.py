@@ -41,9 +41,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",  # a formatter changes its mind between minor releases
         "mypy>=1.15,<3",
         "transformers>=5.17,<6",  # Qwen3-MoE as an independent reference in tests
-        "build>=1.2",  # tests/test_packaging.py builds a real wheel
-        "setuptools>=77",  # ... without a network, from the environment's own
-        "wheel>=0.43",
+        "setuptools>=77",  # tests/test_packaging.py builds a real wheel with the environment's own; bound as in pyproject
     ],
     # A CUDA machine. NVIDIA's Apex is deliberately absent: the PyPI project of that name is a Pyramid web toolkit, not
     # NVIDIA's; Megatron's fused kernels come from transformer-engine, and torch's AdamW replaces Apex's.
@@ -69,7 +67,7 @@ def version() -> str:
     source = (ROOT / "megatron_vp2o" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
     if found is None:
-        raise RuntimeError("megatron_vp2o/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('megatron_vp2o/__init__.py has no line __version__ = "..."')
     return found.group(1)
 
 
@@ -93,7 +91,7 @@ setup(
     description="Reinforcement learning for sparse Mixture-of-Experts models on Megatron-Core",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     # 3.11: the last with a megatron-core for it is 0.16; 3.13: no megatron-core line is tested on it.
     python_requires=">=3.11,<3.13",

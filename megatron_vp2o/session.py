@@ -137,9 +137,7 @@ def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
             return {}
         return evaluate_splits(run.engine, run.task, config, groups, final=final)
 
-    return SupervisedTrainer(
-        config, groups, run.sink, run.saver, policy=run.policy, batches=batches, held_out=held_out
-    )
+    return SupervisedTrainer(config, groups, run.sink, run.saver, policy=run.policy, batches=batches, held_out=held_out)
 
 
 def _documents(run: Run, settings: SupervisedConfig) -> Documents:
@@ -185,5 +183,5 @@ def _resume(run: Run, trainer: TrainingLoop) -> None:
         run.sink.start()
         return
     trainer.restore(run.saver.load(found))
-    run.sink.resume(trainer.progress.step)
+    run.sink.start(trainer.progress.step)
     logger.info("resumed from %s at step %d", found, trainer.progress.step)

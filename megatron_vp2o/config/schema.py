@@ -194,7 +194,7 @@ class TaskConfig:
     """countdown | shortest_path."""
     seed: int = 0
     """Seed of the problem generator: with the same seed, the same problems in the same splits."""
-    train_size: int = 2000
+    train_size: int = 1000
     """Distinct training problems to prepare (fewer where the space is smaller; then all of them)."""
     validation_size: int = 100
     """Distinct held-out problems evaluated during training."""

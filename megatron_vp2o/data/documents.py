@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -55,10 +56,10 @@ class TaskDemonstrations:
 
     def get(self, index: int, epoch: int) -> Document:
         problem = self.task.problem(self.split, index)
-        draw = np.random.SeedSequence((self.seed & 0xFFFFFFFF, epoch, index)).generate_state(1)[0]
+        draw = blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=4).digest()
         tokenizer = self.task.tokenizer
         prompt = tokenizer.encode(problem.prompt)
-        answer = tokenizer.encode(self.task.demonstration(problem, int(draw)))
+        answer = tokenizer.encode(self.task.demonstration(problem, int.from_bytes(draw, "big")))
         return Document(np.array([*prompt, *answer, tokenizer.eos_id], dtype=np.int64), len(prompt))
 
 

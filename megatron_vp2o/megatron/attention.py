@@ -1,6 +1,7 @@
 """Attention for Megatron's GPTModel: torch's fused kernel in place of the local spec's unfused one, and a KV cache for decoding.
 
-Shape legend (Megatron's own letters): s query positions, t key positions, b sequences, n query heads, g key/value heads, d head width.
+Shape legend (Megatron's own letters): s query positions, t key positions, b sequences, n query heads, g key/value heads,
+d head width.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class KVCache(StaticInferenceContext):
         self._position_BS = position_BS
         self._end = end
         self._prefill = prefill
-        self._rope_at = None
+        self._rope_at: tuple[Tensor, Tensor] | None = None
         if not self._prefill:
             key_T = torch.arange(self._end, device=position_BS.device)
             self._mask_B1ST = (key_T <= position_BS[..., None])[:, None]
@@ -103,7 +104,8 @@ class KVCache(StaticInferenceContext):
             half = freqs_T11d[:, 0, 0, : freqs_T11d.shape[-1] // 2]  # Megatron repeats it for the second halves
             self._rope = half.cos(), half.sin()
         if self._rope_at is None:
-            self._rope_at = tuple(table[self._position_BS][:, None] for table in self._rope)
+            cos, sin = self._rope
+            self._rope_at = cos[self._position_BS][:, None], sin[self._position_BS][:, None]
         return self._rope_at
 
     def append(self, layer: int, key_BGSd: Tensor, value_BGSd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

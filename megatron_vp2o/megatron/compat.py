@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,7 @@ OLDEST, BEYOND = Version("0.16.1"), Version("0.20")
 
 @dataclass(frozen=True)
 class Site:
-    """A line of megatron/core that a patch is about: its file, its number in 0.16.1 and in 0.19.2 (None: not there), its text."""
+    """A line of megatron/core that a patch is about: file, number in 0.16.1 and in 0.19.2 (None: not there), text."""
 
     file: str
     line_0_16_1: int | None
@@ -45,9 +46,11 @@ class Patch:
     Attributes:
         name: as `enable_cpu` and `prepare` report it.
         why: what goes wrong without it.
-        until: the condition that retires it. `needed` tests what of it can be tested; the patch is not applied when false.
+        until: the condition that retires it.
         targets: what is replaced, "module:attribute.path".
         sites: the lines that make it necessary.
+        apply: makes the change. Once.
+        needed: tests what of `until` can be tested; the patch is not applied where it returns False.
     """
 
     name: str
@@ -55,8 +58,8 @@ class Patch:
     until: str
     targets: tuple[str, ...]
     sites: tuple[Site, ...]
-    needed: Callable[[], bool]
     apply: Callable[[], None]
+    needed: Callable[[], bool] = lambda: True
 
 
 def megatron_version() -> Version:
@@ -78,10 +81,11 @@ def prepare() -> tuple[str, ...]:
     """Check what megatron.core needs, quieten what it says at import, and apply the repairs. Before its first import.
 
     Returns:
-        Names of the repairs that this installation needed; none where transformer-engine or NVIDIA's Apex is installed.
+        Names of the repairs that were needed; none where transformer-engine or NVIDIA's Apex is installed.
 
     Raises:
-        ConfigError: megatron-core missing or of an unsupported version, or one of the packages it needs but does not declare.
+        ConfigError: megatron-core is missing or of an unsupported version, or a package that it needs without
+            declaring it is missing.
     """
     check_installation()
     quieten()
@@ -114,14 +118,14 @@ def check_installation() -> None:
             )
     if (place := foreign_apex()) is not None:
         warnings.warn(
-            f"The package 'apex' in {place} is not NVIDIA's Apex: PyPI's apex is a toolkit for the Pyramid web framework. "
-            "pip uninstall apex; NVIDIA's is built from https://github.com/NVIDIA/apex, and is optional here.",
+            f"the package 'apex' in {place} is not NVIDIA's Apex but PyPI's toolkit for the Pyramid web framework; "
+            "pip uninstall apex (NVIDIA's is built from https://github.com/NVIDIA/apex, and is optional here)",
             stacklevel=2,
         )
 
 
 def foreign_apex() -> Path | None:
-    """Where a package `apex` is installed that lacks what Megatron imports from NVIDIA's; None if there is no such package."""
+    """Where an `apex` is installed that lacks what Megatron imports from NVIDIA's; None if there is no such package."""
     spec = importlib.util.find_spec("apex")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -181,7 +185,7 @@ def replace_in_spec(spec: Any, replacements: dict[type, type]) -> Any:
             return {key: walk(value) for key, value in node.items()}
         if isinstance(node, functools.partial):
             return functools.partial(walk(node.func), *map(walk, node.args), **walk(node.keywords))
-        if dataclasses.is_dataclass(node):
+        if dataclasses.is_dataclass(node) and not isinstance(node, type):
             names = [field.name for field in dataclasses.fields(node) if field.init]
             return dataclasses.replace(node, **{name: walk(getattr(node, name)) for name in names})
         return node
@@ -192,26 +196,13 @@ def replace_in_spec(spec: Any, replacements: dict[type, type]) -> Any:
     return copy
 
 
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as a builder for specs, where Megatron's WrappedTorchNorm refuses sequence parallelism (torch_norm.py:32; 50).
-
-    Under sequence parallelism every tensor-parallel rank sees a part of the tokens. The mark on the parameters makes
-    Megatron sum their gradients over these ranks (distributed/finalize_model_grads.py:354; 452).
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Put the routed experts' parameters into the expert buffers and optimizer, whatever the layout. Before wrapping in DDP.
+    """Put the routed experts' parameters into the expert buffers and optimizer in every layout. Call it before DDP.
 
-    Megatron marks them (`allreduce=False`) only where expert_parallel > 1. Then expert_parallel=1 with expert tensor
-    parallelism unlike tensor parallelism reduces their gradients over the wrong ranks (tensor_parallel/layers.py:829, 886 in
-    0.16.1; mended in 0.19.2), and optimizer state cannot move between expert_parallel=1 and more (its keys get a prefix
-    only where there are two optimizers).
+    Megatron marks them (`allreduce=False`) only where expert_parallel > 1. So, without this, expert_parallel=1 with
+    expert tensor parallelism unlike tensor parallelism reduces their gradients over the wrong ranks
+    (tensor_parallel/layers.py:829, 886 in 0.16.1; mended in 0.19.2), and optimizer state cannot move between
+    expert_parallel=1 and more (its keys get a prefix only where there are two optimizers).
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -254,7 +245,7 @@ def auxiliary_losses(micro_batches: int) -> dict[str, float]:
 
 
 def _tracked_losses() -> dict[str, dict[str, Any]]:
-    """Tracker of per-layer values [L]: a dictionary in moe_utils.py:1103 (0.16.1), an object in moe_logging.py:48 (0.19.2)."""
+    """Tracked values per layer, [L]: a dictionary in 0.16.1 (moe_utils.py:1103), an object from 0.19.2 on."""
     try:
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     except ModuleNotFoundError:
@@ -331,23 +322,62 @@ def _repair_distributed_optimizer() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step
 
 
+def _router_losses_shrink() -> bool:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return "tp_cp_group" not in TopKRouter.attach_and_log_load_balancing_loss.__code__.co_names
+
+
+def _repair_router_losses() -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    attach = TopKRouter.attach_and_log_load_balancing_loss
+    apply_z_loss = TopKRouter.apply_z_loss
+    signature = inspect.signature(attach)
+
+    @functools.wraps(attach)
+    def attach_to_all_tokens(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        tokens = given["activation"].shape[0] if given["valid_token_count"] is None else given["valid_token_count"]
+        given["valid_token_count"] = tokens * given["self"].tp_cp_group.size()  # used only with per-token loss
+        return attach(*call.args, **call.kwargs)
+
+    @functools.wraps(apply_z_loss)
+    def apply_z_loss_to_all_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not self.calculate_per_token_loss:
+            return apply_z_loss(self, *args, **kwargs)
+        self.config.moe_z_loss_coeff = coefficient * self.tp_cp_group.size()
+        try:
+            return apply_z_loss(self, *args, **kwargs)
+        finally:
+            self.config.moe_z_loss_coeff = coefficient
+
+    TopKRouter.attach_and_log_load_balancing_loss = attach_to_all_tokens
+    TopKRouter.apply_z_loss = apply_z_loss_to_all_tokens
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+_ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
 
 REPAIRS: tuple[Patch, ...] = (
     Patch(
         name="undefined-gemm",
-        why="without transformer-engine the router reads te_general_gemm, which only a successful import defines: NameError",
+        why="without transformer-engine the router reads te_general_gemm, which only its import defines: NameError",
         until="the name exists (0.19.2, or transformer-engine installed)",
         targets=("megatron.core.transformer.moe.moe_utils:router_gating_linear",),
         sites=(Site("transformer/moe/moe_utils.py", 1192, None, "if te_general_gemm is not None"),),
-        needed=_undefined_gemm,
         apply=_define_gemm,
+        needed=_undefined_gemm,
     ),
     Patch(
         name="distributed-optimizer-load",
-        why="DistributedOptimizer over torch's AdamW cannot save before its first step nor load: it asserts one `step` over a "
-        "state that is still empty; wants `step` among a parameter's tensors; copies into leaf parameters with autograd on; "
-        "and gives all parameters one `step` tensor, which then counts once per parameter",
+        why="over torch's AdamW, DistributedOptimizer cannot save before its first step, nor load: it asserts one "
+        "`step` over a state that is still empty, wants `step` among a parameter's tensors, copies into leaves with "
+        "autograd on, and gives all parameters one `step` tensor, which then counts once for each of them",
         until="transformer-engine or NVIDIA's Apex is installed (their FusedAdam is used), or Megatron tests this path",
         targets=(
             f"{_OPTIMIZER}.state_dict",
@@ -359,7 +389,20 @@ REPAIRS: tuple[Patch, ...] = (
             Site("optimizer/distrib_optimizer.py", 940, 1225, "dst_tensors[key].copy_(tensors[key])"),
             Site("optimizer/distrib_optimizer.py", 825, 1032, 's["step"] = step'),
         ),
-        needed=_torch_optimizer,
         apply=_repair_distributed_optimizer,
+        needed=_torch_optimizer,
+    ),
+    Patch(
+        name="router-losses-per-token",
+        why="with calculate_per_token_loss, the gradients of auxiliary and z-loss are scaled by the tokens of one rank, where "
+        "the division that follows counts those of all: under sequence (or context) parallelism they are that much too small",
+        until="the scale has the size of tp_cp_group in it (0.19.2)",
+        targets=(f"{_ROUTER}.attach_and_log_load_balancing_loss", f"{_ROUTER}.apply_z_loss"),
+        sites=(
+            Site("transformer/moe/router.py", 466, None, "aux_loss * num_tokens"),
+            Site("transformer/moe/router.py", 498, None, "z_loss * num_tokens"),
+        ),
+        apply=_repair_router_losses,
+        needed=_router_losses_shrink,
     ),
 )

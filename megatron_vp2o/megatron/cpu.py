@@ -1,8 +1,8 @@
 """What lets megatron.core run without CUDA, under gloo. Where there is CUDA, none of it is applied.
 
-Scope: Megatron writes `torch.cuda.current_device()` and `device="cuda"` where it means "the device that I run on". Every
-module of megatron.core gets its own `torch`: a stand-in whose `cuda` part, and whose tensor factories when asked for
-"cuda", mean the CPU. The real torch is not touched; nothing outside megatron.core sees a difference, with two exceptions:
+Scope: Megatron writes `torch.cuda.current_device()` and `device="cuda"` where it means "the device that I run on".
+Every module of megatron.core gets a `torch` of its own: a stand-in whose `cuda` part, and whose tensor factories when
+asked for "cuda", mean the CPU. torch itself is not touched. What is seen outside megatron.core:
   - `model_parallel_cuda_manual_seed` seeds, and Megatron's random-number tracker swaps, torch's CPU generator;
   - a finder at the head of `sys.meta_path` gives megatron.core modules that are imported later their stand-in too.
 
@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ PACKAGE = "megatron.core"
 
 
 def enable_cpu() -> list[str]:
-    """Let megatron.core run on this machine's CPU if it has no CUDA. Safe to call again; best before megatron.core is imported.
+    """Let megatron.core run on this machine's CPU if it has no CUDA. Best before its first import; may be repeated.
 
     On every machine it first calls `compat.prepare`: installation check, and repairs that don't depend on the device.
 
@@ -117,8 +118,8 @@ class _StandIn(types.ModuleType):
         return getattr(self._original, name)
 
 
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "eye")
-FACTORIES += ("zeros_like", "ones_like", "empty_like", "full_like")
+_FACTORIES = ("arange", "empty", "eye", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
+_FACTORIES_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like")
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -171,7 +172,7 @@ def _torch_stand_in() -> types.ModuleType:
     )
     # A copy of the names, so that looking one up costs what it costs in torch itself.
     names = {key: value for key, value in vars(torch).items() if not key.startswith("__")}
-    names.update({name: _on_cpu(getattr(torch, name)) for name in FACTORIES}, cuda=cuda)
+    names.update({name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE}, cuda=cuda)
     return _StandIn(torch, names)
 
 
@@ -306,8 +307,8 @@ def _rewrite_functions(
     targets: Sequence[str], constants: dict[str, str] | None = None, names: dict[str, str] | None = None
 ) -> None:
     for target in targets:
-        function = _resolve(target)
-        function = getattr(function, "__func__", function)
+        function: Any = inspect.unwrap(_resolve(target))  # what is under decorators,
+        function = getattr(function, "__func__", function)  # and under a bound class method
         function.__code__ = _rewrite(function.__code__, constants or {}, names or {})
 
 
@@ -328,18 +329,15 @@ _CALL_TENSOR_CUDA = (
     "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
     "megatron.core.dist_checkpointing.exchange_utils:exchange_loaded_tensors_gather_rounds",
     "megatron.core.dist_checkpointing.exchange_utils:exchange_loaded_tensors_broadcast",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
     "megatron.core.tensor_parallel.data:broadcast_data",
 )
-
-
-def _always() -> bool:
-    return True
 
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="scoped-torch",
-        why="devices, streams, events and generator state of torch.cuda, and factories with device='cuda', raise without CUDA",
+        why="devices, streams, events and generator state of torch.cuda, and factories with device='cuda', raise",
         until="Megatron takes the device from its configuration or from torch.accelerator",
         targets=("megatron.core.tensor_parallel.mappings:torch", "megatron.core.pipeline_parallel.schedules:torch"),
         sites=(
@@ -357,7 +355,6 @@ PATCHES: tuple[Patch, ...] = (
             Site("pipeline_parallel/schedules.py", 2138, 2292, 'device="cuda"'),
             Site("optimizer/clip_grads.py", 90, 96, "device='cuda'"),
         ),
-        needed=_always,
         apply=_scope_torch,
     ),
     Patch(
@@ -367,25 +364,22 @@ PATCHES: tuple[Patch, ...] = (
         until="the tracker takes a generator, or a device",
         targets=(_SET_RNG,),
         sites=(Site("tensor_parallel/random.py", 110, 173, "_lazy_call(cb)"),),
-        needed=_always,
         apply=lambda: _replace_function(_SET_RNG, _set_cpu_rng_state),
     ),
     Patch(
         name="all-to-all-split-sizes",
-        why="split sizes become lists only when they are moved from a GPU; as CPU tensors all_to_all_single rejects them",
+        why="split sizes become arrays only when moved from a GPU, and all_to_all_single rejects tensors",
         until="maybe_move_tensor_to_cpu honours as_numpy for CPU tensors",
         targets=(_MOVE,),
         sites=(Site("transformer/moe/moe_utils.py", 1093, 1184, "tensor.is_cuda"),),
-        needed=_always,
         apply=lambda: _replace_function(_MOVE, _split_sizes_to_numpy),
     ),
     Patch(
         name="uneven-gather",
-        why="gloo gathers only parts of one size; with expert tensor parallelism they differ. Padded to the largest, then cut",
+        why="gloo gathers parts of one size; with expert tensor parallelism they differ. Pad to the largest, then cut",
         until="gloo's all_gather takes a list of uneven tensors",
         targets=(_GATHER,),
         sites=(Site("tensor_parallel/mappings.py", 150, 154, "torch.distributed.all_gather("),),
-        needed=_always,
         apply=lambda: _replace_function(_GATHER, _gather_uneven),
     ),
     Patch(
@@ -394,12 +388,11 @@ PATCHES: tuple[Patch, ...] = (
         until="gloo's reduce_scatter takes a list of uneven tensors",
         targets=(_REDUCE_SCATTER,),
         sites=(Site("tensor_parallel/mappings.py", 193, 197, "torch.distributed.reduce_scatter("),),
-        needed=_always,
         apply=lambda: _replace_function(_REDUCE_SCATTER, _reduce_scatter_uneven),
     ),
     Patch(
         name="tensor-type-names",
-        why="optimizers tell dtypes apart by Tensor.type(), which says 'torch.FloatTensor' on the CPU; the names in these "
+        why="dtypes are told apart by Tensor.type(), which says 'torch.FloatTensor' on the CPU; the names in these "
         "functions' code are changed",
         until="they compare dtypes",
         targets=_COMPARE_TYPE_NAMES,
@@ -409,7 +402,6 @@ PATCHES: tuple[Patch, ...] = (
             Site("optimizer/distrib_optimizer.py", 582, 758, "torch.cuda.HalfTensor"),
             Site("optimizer/clip_grads.py", 167, 174, "torch.cuda.FloatTensor"),
         ),
-        needed=_always,
         apply=lambda: _rewrite_functions(_COMPARE_TYPE_NAMES, constants=_CPU_TYPE_NAMES),
     ),
     Patch(
@@ -421,9 +413,9 @@ PATCHES: tuple[Patch, ...] = (
             Site("models/common/language_module/language_module.py", 244, 307, "weight.data.cuda()"),
             Site("dist_checkpointing/exchange_utils.py", 336, 339, ".cuda()"),
             Site("dist_checkpointing/exchange_utils.py", 499, 506, ".cuda()"),
+            Site("optimizer/distrib_optimizer.py", 1089, 1374, "send_tensor.cuda()"),
             Site("tensor_parallel/data.py", 84, 84, ".cuda()"),
         ),
-        needed=_always,
         apply=lambda: _rewrite_functions(_CALL_TENSOR_CUDA, names={"cuda": "cpu"}),
     ),
 )

@@ -29,7 +29,9 @@ class _SwiGLUExperts(torch.autograd.Function):
         fc1, fc2 = weights[:experts], weights[experts:]
         inner_T2F = x_TD.new_empty(x_TD.shape[0], fc1[0].shape[0])
         out_TD = torch.empty_like(x_TD)
-        slices = zip(x_TD.split(sizes_E), inner_T2F.split(sizes_E), out_TD.split(sizes_E), probs_T.split(sizes_E), strict=True)
+        slices = zip(
+            x_TD.split(sizes_E), inner_T2F.split(sizes_E), out_TD.split(sizes_E), probs_T.split(sizes_E), strict=True
+        )
         for e, (x_tD, inner_t2F, out_tD, probs_t) in enumerate(slices):
             torch.mm(x_tD, fc1[e].t(), out=inner_t2F)
             gate_tF, up_tF = inner_t2F.chunk(2, dim=-1)

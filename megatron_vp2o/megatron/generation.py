@@ -43,7 +43,12 @@ class MegatronEngine:
         self.max_batch_size = config.rollout.max_batch_size
         self.micro_batch_size = config.algorithm.micro_batch_size
         self.actor = build_model(
-            config.model, config.parallel, policy.groups, vocab_size=policy.padded_vocab, seed=config.seed, inference=True
+            config.model,
+            config.parallel,
+            policy.groups,
+            vocab_size=policy.padded_vocab,
+            seed=config.seed,
+            inference=True,
         )
         self.version = -1
         # Ranks whose sequences meet in an expert all-to-all must decode in lockstep.
@@ -99,10 +104,18 @@ class MegatronEngine:
             empty = torch.zeros(0, dtype=torch.int64)
             none = torch.zeros(0, width)
             return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version)
-        return Rollouts(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)), self.version)
+        tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N = (
+            torch.cat(part).cpu() for part in zip(*parts, strict=True)
+        )
+        return Rollouts(tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version)
 
     def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int, width: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        width: int,
     ) -> tuple[Tensor, ...]:
         """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks."""
         device = self.groups.device
@@ -132,12 +145,13 @@ class MegatronEngine:
         group_N = torch.arange(group_size).repeat(len(prompts))
         uid_N = (torch.tensor(uids)[expand_N] * group_size + group_N).to(device)
 
+        u_NS = uniform_N(sampling.seed, uid_N[:, None], torch.arange(sampling.max_new_tokens, device=device))
         row_R = torch.arange(len(expand_N), device=device)  # which sequence each batch row is
         for step in range(sampling.max_new_tokens):
             at_R = prompt_len_N[row_R] + step
             cache.start((at_R - 1)[:, None], prefill + 1 + step, prefill=False)
             logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
-            token_R, logprob_R, model_logprob_R = self._sample(logits_RV, uid_N[row_R], step, sampling)
+            token_R, logprob_R, model_logprob_R = self._sample(logits_RV, u_NS[row_R, step], sampling)
             live_R = ~finished_N[row_R]
             tokens_NS[row_R, at_R] = torch.where(live_R, token_R, self.pad_id)
             logprobs_NS[row_R, at_R] = torch.where(live_R, logprob_R, 0.0)
@@ -161,15 +175,13 @@ class MegatronEngine:
         widest = int(length_P.max())
         return int(max_scalars({"n": widest}, self.groups.dp)["n"]) if self._lockstep else widest
 
-    def _sample(
-        self, logits_RV: Tensor | None, uid_R: Tensor, step: int, sampling: SamplingParams
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, logits_RV: Tensor | None, u_R: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
         """Next tokens with their log-probabilities as sampled and without the nucleus, drawn on the last pipeline stage."""
         if logits_RV is not None:
             valid = self.policy.valid_vocab
             token_R, logprob_R = sample(
                 logits_RV,
-                uniform_N(sampling.seed, uid_R, step),
+                u_R,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 valid_vocab=valid,
@@ -179,8 +191,8 @@ class MegatronEngine:
                 logp_RV = (logits_RV[:, :valid].float() / sampling.temperature).log_softmax(dim=-1)
                 model_logprob_R = logp_RV.gather(-1, token_R[:, None]).squeeze(1)
         else:
-            token_R = torch.empty_like(uid_R)
-            logprob_R, model_logprob_R = torch.empty((2, *uid_R.shape), device=uid_R.device)
+            token_R = torch.empty_like(u_R, dtype=torch.int64)
+            logprob_R, model_logprob_R = torch.empty((2, *u_R.shape), device=u_R.device)
         if self.groups.pp.size() > 1:
             for values in (token_R, logprob_R, model_logprob_R):
                 dist.broadcast(values, group=self.groups.pp, group_src=self.groups.pp.size() - 1)

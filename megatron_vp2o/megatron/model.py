@@ -173,4 +173,3 @@ def global_parameter_name(name: str, gpt: GPTModel, groups: Groups) -> str:
     if match := _EXPERT.search(name):
         name = name.replace(match[0], f"local_experts.{int(match[1]) + first}.", 1)
     return name
-

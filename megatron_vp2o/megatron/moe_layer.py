@@ -20,13 +20,16 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _sorted_already(self) -> bool:
         return self.tp_size * self.ep_size == 1 and not self.drop_and_pad and self.shared_experts is None
 
-    def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See the base class."""
         if not self._sorted_already():
             return super().dispatch_postprocess(global_input_tokens, global_probs)
-        counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
-        counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
-        self.tokens_per_expert = None
+        counts: Tensor | None = self.tokens_per_expert
+        for point in ("before_permutation_2", "before_finish"):
+            counts = self._maybe_dtoh_and_synchronize(point, counts)
+        self.tokens_per_expert: Tensor | None = None
         return global_input_tokens, counts, global_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:

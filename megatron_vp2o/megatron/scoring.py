@@ -28,10 +28,10 @@ def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -
     loss tokens.
     """
     rows = len(batch.length_N)
-    count = int(max_scalars({"count": -(-rows // size)}, groups.dp)["count"])
+    count = max(1, int(max_scalars({"count": -(-rows // size)}, groups.dp)["count"]))
     order = torch.argsort(batch.length_N, descending=True, stable=True)
     parts = []
-    for index in order.split(size):
+    for index in order.split(size) if rows else ():
         longest = int(batch.length_N[index].max())
         width = -(-longest // multiple) * multiple
         parts.append((_take(batch, index, width), index))
@@ -151,7 +151,9 @@ def model_config(model: Any) -> Any:
 
 
 @torch.no_grad()
-def score(model: Any, batch: TrainBatch, micro_batch_size: int, groups: Groups, valid_vocab: int, multiple: int) -> Tensor:
+def score(
+    model: Any, batch: TrainBatch, micro_batch_size: int, groups: Groups, valid_vocab: int, multiple: int
+) -> Tensor:
     """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length."""
     parts = micro_batches(batch, micro_batch_size, groups, multiple)
     results = run_schedule(

@@ -54,6 +54,7 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel,
     )
     model_parallel_cuda_manual_seed(seed)
+    assert dist.group.WORLD is not None
     return Groups(
         world=dist.group.WORLD,
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -66,9 +67,14 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
     )
 
 
-def stop() -> None:
-    """Leave the world, so that the process ends without warnings and another world can start."""
+def stop_model_parallel() -> None:
+    """Give up Megatron's groups, so that `start` can build others in the same world."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Leave the world, so that the process ends without warnings and another world can start."""
+    stop_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

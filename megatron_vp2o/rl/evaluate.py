@@ -11,7 +11,8 @@ from collections.abc import Hashable, Sequence
 from megatron_vp2o.config.schema import EvaluationConfig, TrainConfig
 from megatron_vp2o.core.evaluation import answer_entropy, coverage, pass_at_k
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
-from megatron_vp2o.rl.types import Problem, Rollouts, RolloutEngine, SamplingParams, Split, Task
+from megatron_vp2o.rl.grading import grade
+from megatron_vp2o.rl.types import Problem, RolloutEngine, Rollouts, SamplingParams, Split, Task
 
 
 def evaluate_splits(
@@ -78,16 +79,17 @@ def _tally(
     n = settings.samples
     keys = ["greedy_accuracy", *(f"pass@{k}" for k in settings.pass_at), "distinct", "coverage", "response_length"]
     sums = dict.fromkeys([*keys, "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
+    greedy_verdicts = grade(task, problems, greedy, 1)
+    sampled_verdicts = grade(task, problems, sampled, n)
     for p, problem in enumerate(problems):
-        sums["greedy_accuracy"] += task.verify(problem, task.tokenizer.decode(greedy.response(p))).correct
+        sums["greedy_accuracy"] += greedy_verdicts[p][0].correct
         answers: Counter[Hashable] = Counter()
-        for row in range(p * n, (p + 1) * n):
-            response = sampled.response(row)
-            verdict = task.verify(problem, task.tokenizer.decode(response))
-            sums["response_length"] += len(response) / n
+        for g, verdict in enumerate(sampled_verdicts[p]):
+            length = len(sampled.response(p * n + g))
+            sums["response_length"] += length / n
             if verdict.correct:
                 answers[verdict.canonical] += 1
-                sums["tokens_of_right"] += len(response)
+                sums["tokens_of_right"] += length
         right = answers.total()
         sums["right"] += right
         for k in settings.pass_at:

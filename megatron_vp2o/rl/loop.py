@@ -9,7 +9,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ class Sink(Protocol):
     """Takes the metrics of a step (record, trackers and console behind it; does nothing but on one rank)."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def phase(self, message: str) -> AbstractContextManager[None]: ...
 
 
 class Saver(Protocol):
@@ -67,6 +69,7 @@ class TrainingLoop(ABC):
         self.config, self.groups, self.sink, self.saver = config, groups, sink, saver
         self.progress = Progress()
         self._asked_to_stop = False
+        self._saving_s: float | None = None
 
     @abstractmethod
     def step(self, step: int, watch: Stopwatch) -> dict[str, float]:
@@ -87,9 +90,7 @@ class TrainingLoop(ABC):
         self._listen()
         if progress.step == 0:
             watch = Stopwatch()
-            with watch("eval"):
-                metrics = self.evaluate(final=total == 0)
-            self._write(metrics, watch)
+            self._write(self._evaluate(watch, final=total == 0), watch)
         while progress.step < total:
             watch = Stopwatch()
             with watch("step"):
@@ -97,18 +98,26 @@ class TrainingLoop(ABC):
             progress.step += 1
             last = progress.step == total
             if last or _due(progress.step, settings.evaluation.interval):
-                with watch("eval"):
-                    metrics.update(self.evaluate(final=last))
+                metrics.update(self._evaluate(watch, final=last))
             stopping = any_rank(self._asked_to_stop, self.groups.world)
             progress.elapsed_s += watch.seconds["step"] + watch.seconds.get("eval", 0.0)
             # The record is written before the checkpoint: after a kill in between, resuming repeats the step and its line.
             self._write(metrics, watch)
             due = _due(progress.step, settings.checkpoint.interval) or (last and settings.checkpoint.save_at_end)
             if due or stopping:
-                self.saver.save(progress.step, vars(progress).copy())
+                self._save()
             if stopping and not last:
                 return PREEMPTED
         return 0
+
+    def _evaluate(self, watch: Stopwatch, *, final: bool) -> dict[str, float]:
+        with watch("eval"), self.sink.phase("evaluating"):
+            return self.evaluate(final)
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        self.saver.save(self.progress.step, vars(self.progress).copy())
+        self._saving_s = time.perf_counter() - start
 
     def _write(self, metrics: dict[str, float], watch: Stopwatch) -> None:
         progress = self.progress
@@ -116,6 +125,8 @@ class TrainingLoop(ABC):
         for phase, seconds in times.items():
             metrics[f"time/{phase}_s"] = seconds
         metrics["time/elapsed_s"] = progress.elapsed_s
+        if self._saving_s is not None:  # known only after its own step's line
+            metrics["time/checkpoint_s"], self._saving_s = self._saving_s, None
         metrics.update(samples=progress.samples, tokens=progress.tokens)
         self.sink.write(progress.step, metrics)
 

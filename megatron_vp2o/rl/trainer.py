@@ -17,6 +17,7 @@ from megatron_vp2o.core.advantages import group_relative_advantages, uniform_gro
 from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
 from megatron_vp2o.rl.evaluate import evaluate_splits
+from megatron_vp2o.rl.grading import grade
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
 from megatron_vp2o.rl.refresh import RefreshPolicy
@@ -98,16 +99,9 @@ class RLTrainer(TrainingLoop):
     def _grade(self, problems: list[Problem], rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
         """Rewards [P, G] (1 for a right answer, 0 else) and what they say of the batch."""
         size = self.settings.group_size
-        rewards_PG = torch.zeros(len(problems), size)
-        distinct = 0
-        for p, problem in enumerate(problems):
-            answers = set()
-            for g in range(size):
-                response = self.task.tokenizer.decode(rollouts.response(p * size + g))
-                verdict = self.task.verify(problem, response)
-                rewards_PG[p, g] = float(verdict.correct)
-                answers.add(verdict.canonical if verdict.correct else None)
-            distinct += len(answers - {None})
+        verdicts = grade(self.task, problems, rollouts, size)
+        rewards_PG = torch.tensor([[float(v.correct) for v in group] for group in verdicts]).view(-1, size)
+        distinct = sum(len({v.canonical for v in group if v.correct}) for group in verdicts)
         length_N = rollouts.total_len_N - rollouts.prompt_len_N
         sums = sum_scalars(
             {

@@ -5,7 +5,7 @@ Shape legend: N sequences on this data-parallel rank, S padded sequence length (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -83,8 +83,12 @@ class Rollouts:
     tokens_NS: Tensor  # int64; prompt, response (end-of-sequence included), then pad_id
     prompt_len_N: Tensor  # int64
     total_len_N: Tensor  # int64, prompt + response
-    logprobs_NS: Tensor  # float32; log-probability under the sampling distribution of the token AT s; 0 outside responses
-    model_logprobs_NS: Tensor  # the same under softmax(logits / temperature), without the nucleus; what a learner recomputes
+    logprobs_NS: (
+        Tensor  # float32; log-probability under the sampling distribution of the token AT s; 0 outside responses
+    )
+    model_logprobs_NS: (
+        Tensor  # the same under softmax(logits / temperature), without the nucleus; what a learner recomputes
+    )
     finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
     weight_version: int  # of the actor weights that generated them
 
@@ -95,8 +99,15 @@ class Rollouts:
 
     def rows(self, index_N: Tensor) -> Rollouts:
         """Some of the sequences."""
-        tensors = (self.tokens_NS, self.prompt_len_N, self.total_len_N, self.logprobs_NS, self.model_logprobs_NS)
-        return Rollouts(*(tensor[index_N] for tensor in tensors), self.finished_N[index_N], self.weight_version)
+        return Rollouts(
+            self.tokens_NS[index_N],
+            self.prompt_len_N[index_N],
+            self.total_len_N[index_N],
+            self.logprobs_NS[index_N],
+            self.model_logprobs_NS[index_N],
+            self.finished_N[index_N],
+            self.weight_version,
+        )
 
     def response(self, n: int) -> list[int]:
         """Response token ids of sequence n, end-of-sequence included."""
@@ -146,7 +157,7 @@ class TrainBatch:
     segment_NS: Tensor | None = None  # int64; packed rows: which document each token belongs to, -1 for padding
 
 
-# (logprobs_NS with gradient, entropy_NS without, micro-batch) -> (SUM over loss tokens, {metric: SUM over loss tokens})
+# (logprobs_NS and entropy_NS, both with gradient, micro-batch) -> (SUM over loss tokens, {metric: SUM over loss tokens})
 Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -173,12 +184,3 @@ class Policy(Protocol):
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
         ...
-
-
-class GradientTransform(Protocol):
-    """Called between gradient reduction and clipping; returns metrics."""
-
-    def __call__(self) -> dict[str, float]: ...
-
-
-PromptStream = Iterator[Sequence[Problem]]

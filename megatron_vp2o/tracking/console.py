@@ -14,6 +14,7 @@ from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -48,7 +49,7 @@ class Console:
     Args:
         steps: training steps of the whole run.
         algorithm: decides which numbers are shown.
-        interval: steps between lines where the output is no terminal; the first, the last and evaluations are always said.
+        interval: steps between lines where the output is no terminal; the first, the last and evaluations always show.
         stream: standard output unless given.
         clock: seconds, monotonic.
     """
@@ -70,8 +71,10 @@ class Console:
         # Not rich's own test: FORCE_COLOR in a CI log must not bring control sequences that move the cursor.
         self._live_wanted = self._stream.isatty() and not self._rich.is_dumb_terminal
         self._live: Live | None = None
+        self._spinner: Status | None = None
         self._times: deque[tuple[int, float]] = deque(maxlen=_WINDOW + 1)
         self._status, self._doing = "", ""
+        self._any_line = False
 
     def start(self, step: int = 0) -> None:
         """Training begins after `step`: the clock for the time left runs from here."""
@@ -79,6 +82,7 @@ class Console:
         self._times.append((step, self._clock()))
         if not self._enabled or not self._live_wanted:
             return
+        self._stop_spinner()
         self._bar = Progress(
             TextColumn("[bold]step"),
             BarColumn(bar_width=None),
@@ -93,6 +97,8 @@ class Console:
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line of the record was written."""
+        if self._times and self._times[-1][0] == step:  # the evaluation before training: no step
+            self._times.clear()
         self._times.append((step, self._clock()))
         if not self._enabled:
             return
@@ -102,11 +108,12 @@ class Console:
             self._bar.update(self._task, completed=step, pace=pace)
             self._status = numbers
             self._refresh()
-        elif step > 0 and (step % self._interval == 0 or step == self._steps or len(self._times) == 2):
-            self._say("  ".join(part for part in (f"step {step}/{self._steps}", numbers, pace) if part))
+        elif step > 0 and (step % self._interval == 0 or step == self._steps or not self._any_line):
+            self._any_line = True
+            self.print("  ".join(part for part in (f"step {step}/{self._steps}", numbers, pace) if part))
         for prefix, where in (("eval", "validation"), ("test", "test")):
             if _has(metrics, f"{prefix}/{ACCURACY}"):
-                self._say(f"{where} at step {step}/{self._steps}: {_evaluation(prefix, metrics)}")
+                self.print(f"{where} at step {step}/{self._steps}: {_evaluation(prefix, metrics)}")
 
     @contextmanager
     def phase(self, message: str) -> Iterator[None]:
@@ -115,37 +122,31 @@ class Console:
             yield
             return
         start, outer = self._clock(), self._doing
-        self._doing = message
         outcome = "failed after"
-        spinner = None
-        if self._live is not None:
-            self._refresh()
-        elif self._live_wanted:
-            spinner = self._rich.status(f"{message} ...")
-            spinner.start()
+        if self._live_wanted:
+            self._do(message)
         else:
-            self._say(f"{message} ...")
+            self.print(f"{message} ...")
         try:
             yield
             outcome = "done in"
         finally:
-            self._doing = outer
-            if spinner is not None:
-                spinner.stop()
-            if self._live is not None:
-                self._refresh()
-            if self._live is None or outcome != "done in":
-                self._say(f"{message}: {outcome} {fmt.duration(self._clock() - start)}")
+            if self._live_wanted:
+                self._do(outer)
+            if self._live is None or outcome != "done in":  # under the bar there is only its second line while it lasts
+                self.print(f"{message}: {outcome} {fmt.duration(self._clock() - start)}")
 
     def print(self, what: RenderableType) -> None:
         """Text or a table, above the live bar."""
         if not self._enabled:
             return
-        self._rich.print(what, soft_wrap=isinstance(what, str), markup=False)
+        width = None if self._live_wanted else _PLAIN_WIDTH
+        self._rich.print(what, soft_wrap=isinstance(what, str), markup=False, width=width)
         self._stream.flush()
 
     def close(self) -> None:
         """Take the bar down. Nothing after the first call."""
+        self._stop_spinner()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -177,12 +178,27 @@ class Console:
         lines.append(Text(text, style="dim", overflow="ellipsis", no_wrap=True))
         return Group(*lines)
 
+    def _do(self, message: str) -> None:
+        """Show on the terminal what is going on; nothing for an empty message."""
+        self._doing = message
+        if self._live is not None:
+            self._refresh()
+        elif not message:
+            self._stop_spinner()
+        elif self._spinner is not None:
+            self._spinner.update(Text(f"{message} ..."))
+        else:
+            self._spinner = self._rich.status(Text(f"{message} ..."))
+            self._spinner.start()
+
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
     def _refresh(self) -> None:
         assert self._live is not None
         self._live.update(self._draw(), refresh=True)
-
-    def _say(self, line: str) -> None:
-        self.print(line)
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
@@ -202,8 +218,8 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         if any(run.has(f"test/{measure.key}") for run in runs):
             table.add_row(f"test {_label(measure)}", *(_last(run, f"test/{measure.key}", measure) for run in runs))
     table.add_row("steps", *(fmt.number(run.steps) for run in runs))
-    table.add_row("training samples", *(fmt.number(int(run.columns["samples"][-1] or 0)) for run in runs))
-    table.add_row("time", *(fmt.duration(float(run.columns["time/elapsed_s"][-1] or 0.0)) for run in runs))
+    table.add_row("training samples", *(fmt.number(int(run.last("samples") or 0)) for run in runs))
+    table.add_row("time", *(fmt.duration(run.last("time/elapsed_s") or 0.0) for run in runs))
     return table
 
 

@@ -6,16 +6,22 @@ import math
 
 
 def number(value: float, digits: int = 3) -> str:
-    """About `digits` significant digits: 0.0123, 4.57, 1,203, 3.1e-07."""
+    """About `digits` significant digits: 0.0123, 4.57, 1,203, 3.1e-7."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
     size = abs(value)
     if size == 0 or (isinstance(value, int) and size < 1e9):
         return f"{value:,.0f}"
     if size < 1e-3 or size >= 1e9:
-        return f"{value:.{digits - 2}e}"
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     decimals = max(0, digits - 1 - math.floor(math.log10(size)))
     return f"{value:,.{decimals}f}"
+
+
+def signed(value: float) -> str:
+    """The same with its sign, always: +0.486, −1.41."""
+    return f"{'−' if value < 0 else '+'}{number(abs(value))}"
 
 
 def percent(value: float) -> str:

@@ -1,7 +1,7 @@
 """`metrics.jsonl`, the record of a run: one line a step, never lost, never half-read.
 
-A line is a strict JSON object with every key of the run's schema, null where nothing was measured. JSON knows neither
-NaN nor infinity, so these are the strings "NaN", "Infinity" and "-Infinity"; no metric is text, so nothing is ambiguous.
+A line is a strict JSON object with every key of the run's schema, null where nothing was measured. JSON has no NaN
+and no infinity, so these are the strings "NaN", "Infinity" and "-Infinity"; no metric is text, so they are unambiguous.
 """
 
 from __future__ import annotations

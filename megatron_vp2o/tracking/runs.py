@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +56,11 @@ class Run:
     def values(self, key: str) -> list[float]:
         """The finite ones measured, in order."""
         return [float(v) for v in self.columns.get(key, ()) if v is not None and math.isfinite(v)]
+
+    def last(self, key: str) -> float | None:
+        """The last finite value measured."""
+        values = self.values(key)
+        return values[-1] if values else None
 
     def at(self, key: str, row: int) -> float | None:
         """The value on a line of the record (an index), None where it was not measured."""
@@ -142,7 +146,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     """Names without the beginning that they share, cut at an underscore, hyphen, dot or slash."""
     if len(set(names)) < 2:
         return list(names)
-    shared = os.path.commonprefix(list(names))
-    cut = max(shared.rfind(mark) for mark in "_-./") + 1
+    shared = 0
+    while len({name[: shared + 1] for name in names}) == 1:
+        shared += 1
+    cut = max(names[0].rfind(mark, 0, shared) for mark in "_-./") + 1
     shorter = [name[cut:] for name in names]
     return shorter if all(shorter) else list(names)

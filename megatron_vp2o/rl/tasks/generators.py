@@ -5,16 +5,33 @@ Only generators and their metadata are used: reasoning-gym's scorers evaluate wh
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from itertools import count
 from random import Random
 from typing import Any
 
-from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
-from reasoning_gym.graphs.shortest_path import ShortestPathConfig, ShortestPathDataset
-
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.rl.tasks.problems import stream_seed
+
+
+def _skip_init(package: str) -> None:
+    """Let modules of a package be imported without running its `__init__`, unless that has run already.
+
+    reasoning-gym's imports a hundred tasks: a second and a half, matplotlib, and pycosat, which has no wheel and which
+    the installer leaves out where there is no C compiler.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    sys.modules.setdefault(package, importlib.util.module_from_spec(spec))
+
+
+_skip_init("reasoning_gym")
+
+from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset  # noqa: E402
+from reasoning_gym.graphs.shortest_path import ShortestPathConfig, ShortestPathDataset  # noqa: E402
 
 
 class _Total(int):

@@ -122,12 +122,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(f"tokenizer folder {folder} does not exist: name one with a Hugging Face tokenizer in it")
     if not any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise ConfigError(
-            f"{folder} has neither tokenizer_config.json nor tokenizer.json: name one with a Hugging Face tokenizer in it"
+            f"{folder} has neither tokenizer_config.json nor tokenizer.json: name one with a Hugging Face tokenizer"
         )
     from transformers import AutoTokenizer
 
     try:
         inner = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
+        raise ConfigError(
+            f"transformers cannot read the tokenizer in {folder}: {str(error).partition(chr(10))[0]}"
+        ) from error
     return HuggingFaceTokenizer(inner)

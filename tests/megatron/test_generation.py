@@ -1,0 +1,144 @@
+"""The embedded engine against decoding without a cache, and against teacher-forced scoring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_vp2o.megatron.cpu import enable_cpu
+
+enable_cpu()
+
+from megatron_vp2o.config.schema import ModelConfig, TrainConfig  # noqa: E402
+from megatron_vp2o.megatron import world  # noqa: E402
+from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
+
+VOCAB, EOS, PAD = 24, 1, 0
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [5, 6, 7, 8]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    config = TrainConfig(
+        model=ModelConfig(
+            num_layers=2, hidden_size=32, num_attention_heads=4, kv_channels=8, num_moe_experts=4, moe_router_topk=2
+        )
+    )
+    config.model.init_method_std = 0.2  # so that distributions are far from uniform
+    groups = world.start(config.parallel, config.seed)
+    policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=10)
+    engine = MegatronEngine(config, policy, eos_id=EOS, pad_id=PAD)
+    engine.refresh(0)
+    yield engine
+    world.stop()
+
+
+def plain_logits(engine: MegatronEngine, tokens: list[int]) -> torch.Tensor:
+    """Megatron's own forward pass over a whole sequence, no cache, no padding. Logits of the last position, [V]."""
+    model = engine.policy.model.eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)
+    model.train()
+    return logits[0, -1, :VOCAB]
+
+
+def greedy_without_cache(engine: MegatronEngine, prompt: list[int], limit: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(limit):
+        tokens.append(int(plain_logits(engine, tokens).argmax()))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_decoding_without_a_cache(engine):
+    rollouts = engine.generate(PROMPTS, range(4), SamplingParams(0.0, 1.0, 12, seed=3))
+    for n, prompt in enumerate(PROMPTS):
+        assert rollouts.response(n) == greedy_without_cache(engine, prompt, 12)
+        assert rollouts.tokens_NS[n, : len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
+def test_log_probs_equal_teacher_forced_ones(engine, temperature, top_p):
+    rollouts = engine.generate(PROMPTS, range(4), SamplingParams(temperature, top_p, 12, seed=5), group_size=6)
+    mask_NS = rollouts.response_mask_NS()
+    batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {}, temperature=temperature)
+    learner_NS = engine.policy.log_probs(batch, 5) * mask_NS
+    torch.testing.assert_close(learner_NS, rollouts.model_logprobs_NS, rtol=0, atol=1e-5)
+    torch.testing.assert_close(engine.log_probs(rollouts, temperature), rollouts.model_logprobs_NS, rtol=0, atol=1e-5)
+    if top_p == 1.0:
+        assert torch.equal(rollouts.logprobs_NS, rollouts.model_logprobs_NS)
+    else:  # inside a nucleus of probability p every token is likelier, by at most 1 / p
+        gain = (rollouts.logprobs_NS - rollouts.model_logprobs_NS)[mask_NS]
+        assert gain.min() >= -1e-5 and gain.max() <= -torch.tensor(top_p).log() + 1e-5 and gain.max() > 0.01
+
+
+def test_samples_do_not_depend_on_batch_order_or_company(engine):
+    sampling = SamplingParams(1.0, 1.0, 12, seed=7)
+    together = engine.generate(PROMPTS, [10, 11, 12, 13], sampling, group_size=3)
+    for p, prompt in enumerate(PROMPTS):
+        alone = engine.generate([prompt], [10 + p], sampling, group_size=3)
+        for g in range(3):
+            assert alone.response(g) == together.response(3 * p + g)
+    backwards = engine.generate(PROMPTS[::-1], [13, 12, 11, 10], sampling, group_size=3)
+    assert [backwards.response(n) for n in range(3)] == [together.response(9 + n) for n in range(3)]
+
+
+def test_small_batches_give_the_same_sequences(engine):
+    sampling = SamplingParams(1.0, 1.0, 12, seed=7)
+    whole = engine.generate(PROMPTS, range(4), sampling, group_size=4)
+    engine.max_batch_size = 4
+    parts = engine.generate(PROMPTS, range(4), sampling, group_size=4)
+    engine.max_batch_size = 1024
+    assert [parts.response(n) for n in range(16)] == [whole.response(n) for n in range(16)]
+
+
+def test_stops_at_end_of_sequence_and_at_the_limit(engine):
+    rollouts = engine.generate(PROMPTS, range(4), SamplingParams(1.0, 1.0, 12, seed=11), group_size=64)
+    ended = 0
+    for n in range(len(rollouts.total_len_N)):
+        response = rollouts.response(n)
+        assert EOS not in response[:-1]
+        assert bool(rollouts.finished_N[n]) == (response[-1] == EOS)
+        assert rollouts.finished_N[n] or len(response) == 12
+        assert (rollouts.tokens_NS[n, int(rollouts.total_len_N[n]) :] == PAD).all()
+        ended += bool(rollouts.finished_N[n])
+    assert 0 < ended < len(rollouts.total_len_N)
+    assert (rollouts.tokens_NS < VOCAB).all()
+
+
+def test_the_actor_is_a_snapshot(engine):
+    sampling = SamplingParams(0.0, 1.0, 12, seed=0)
+    before = [engine.generate(PROMPTS, range(4), sampling).response(n) for n in range(4)]
+    weights = [p.clone() for p in engine.policy.model.parameters()]
+    with torch.no_grad():
+        for p in engine.policy.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    try:
+        stale = engine.generate(PROMPTS, range(4), sampling)
+        assert [stale.response(n) for n in range(4)] == before and stale.weight_version == 0
+        with engine.at_learner_weights():
+            fresh = [engine.generate(PROMPTS, range(4), sampling).response(n) for n in range(4)]
+        assert fresh == [greedy_without_cache(engine, prompt, 12) for prompt in PROMPTS] != before
+        again = engine.generate(PROMPTS, range(4), sampling)
+        assert [again.response(n) for n in range(4)] == before
+        engine.refresh(7)
+        refreshed = engine.generate(PROMPTS, range(4), sampling)
+        assert [refreshed.response(n) for n in range(4)] == fresh and refreshed.weight_version == 7
+    finally:
+        with torch.no_grad():
+            for p, old in zip(engine.policy.model.parameters(), weights, strict=True):
+                p.copy_(old)
+        engine.refresh(0)
+
+
+def test_an_empty_prompt_is_refused(engine):
+    with pytest.raises(ValueError, match="0 tokens"):
+        engine.generate([[5], []], [0, 1], SamplingParams(1.0, 1.0, 4, seed=0))
+
+
+def test_no_prompts_give_no_rollouts(engine):
+    rollouts = engine.generate([], [], SamplingParams(1.0, 1.0, 4, seed=0), group_size=4)
+    assert rollouts.tokens_NS.shape[0] == 0 and len(rollouts.finished_N) == 0

@@ -1,0 +1,30 @@
+"""Runs one benchmark, or all that need nothing but this environment: `python -m tools.bench {NAME,all} [options]`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "startup": "seconds from the command to its help text",
+    "step": "tokens/s of rollouts and training, seconds of each phase of a step",
+    "peers": "whole GRPO steps of TRL and ours in turn (make bench-peers)",
+}
+IN_ALL = ("startup", "step")
+
+
+def main() -> int:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name != "all" and name not in BENCHMARKS:
+        print("usage: python -m tools.bench {NAME,all} [options]\n")
+        print("\n".join(f"  {key:10} {text}" for key, text in BENCHMARKS.items()))
+        return 0 if name in ("-h", "--help") else 2
+    status = 0
+    for chosen in IN_ALL if name == "all" else (name,):
+        print(f"== {chosen}: {BENCHMARKS[chosen]}", flush=True)
+        status |= importlib.import_module(f"tools.bench.{chosen}").main(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
