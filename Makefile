@@ -14,7 +14,7 @@ BENCHARGS ?=
 WHEELS ?= wheels
 
 # Idle OpenMP threads that spin make a step many times slower when the cores are shared.
-export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 2000
 
 # Looked up once, when a recipe first needs them.
 BASE = $(eval BASE := $(shell sh tools/find_python.sh $(PYTHON)))$(BASE)
@@ -23,7 +23,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run test smoke lint docs bench bench-peers gpu-check wheel clean
+.PHONY: help python install install-dev run test smoke lint docs bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,12 @@ bench-peers: install ## Time a GRPO step of TRL's and ours in turn (own environm
 
 gpu-check: ## On a CUDA machine: tests marked gpu and the benchmarks (WHEELS=folder of wheels)
 	@PYTHON='$(PYTHON)' WHEELS='$(WHEELS)' bash tools/gpu_check.sh
+
+wheels: install ## Fetch into WHEELS what a CUDA machine without a package index lacks (tools/gpu_wheels.txt)
+	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 -d $(WHEELS) -r tools/gpu_wheels.txt
+	$(PY) -m pip wheel -q --no-deps -w $(WHEELS) antlr4-python3-runtime==4.9.3 # hydra's; it has no wheel
+	@ls -s --block-size=K $(WHEELS)
 
 wheel: install-dev ## Build dist/*.whl
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .

@@ -38,7 +38,8 @@ from megatron_vp2o.rl.loop import TrainingLoop  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer  # noqa: E402
-from megatron_vp2o.rl.tasks import load_tokenizer, make_task  # noqa: E402
+from megatron_vp2o.rl.tasks import make_task  # noqa: E402
+from megatron_vp2o.rl.tasks.tokenizer import load_tokenizer  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
 from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
 from megatron_vp2o.tracking.sink import RunSink  # noqa: E402

@@ -10,8 +10,9 @@ from megatron_vp2o.config.schema import TrainConfig
 
 def run(config: TrainConfig) -> int:
     """One run; returns the exit status. What is heavy is imported here, after the configuration is known to be good."""
-    # OpenMP threads that spin while they wait cost nothing on an idle machine and slow a step 20 to 40 times on a busy one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin for 300,000 rounds by default: on a machine with other work a step then takes 20 to 40 times
+    # as long. Not spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed of an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from megatron_vp2o.session import train
 
     return train(config)

@@ -100,7 +100,7 @@ def prepare() -> tuple[str, ...]:
 def check_installation() -> None:
     """Raises ConfigError for what `prepare` says; warns of an `apex` that is not NVIDIA's."""
     version = megatron_version()
-    if not OLDEST <= version < BEYOND:
+    if version < OLDEST or version.release >= BEYOND.release:  # a release candidate of BEYOND is beyond, too
         raise ConfigError(
             f"megatron-core {version} is installed, but {OLDEST} <= version < {BEYOND} is supported; "
             f"pip install 'megatron-core>={OLDEST},<{BEYOND}'"
@@ -133,25 +133,49 @@ def foreign_apex() -> Path | None:
     return None if (place / "multi_tensor_apply").is_dir() else place
 
 
-# Said by megatron.core at import: it works without these packages, only slower on a GPU.
-_HARMLESS_WARNINGS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed. Falling back to Torch Norm",
+# Beginnings of messages that are known, true, and about nothing that a user of this project can or need change.
+_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
+    (UserWarning, "Transformer Engine and Apex are not installed"),  # it works without, only slower on a GPU
+    (UserWarning, "Apex is not installed. Falling back to Torch Norm"),
+    (UserWarning, "full scope is deprecated"),  # said by TransformerConfig of its own default
+    (UserWarning, "MimoModelConfig is experimental"),  # imported, not used
+    (UserWarning, "The .grad attribute of a Tensor that is not a leaf"),  # its optimizers look whether there is one
+    (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # each rank reads its own part
+    (UserWarning, "The argument order of load has been changed"),
+    (FutureWarning, "`load_state_dict` is deprecated and will be removed"),
+    (FutureWarning, "Please use DTensor instead"),
+    (FutureWarning, "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated"),
 )
+_LOG_RECORDS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
 
 
-class _NoCudaRuntime(logging.Filter):
-    """torch/utils/cpp_extension.py, which megatron-core 0.19.2 imports, warns on a machine without CUDA."""
+class _Without(logging.Filter):
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("No CUDA runtime is found")
+        return not str(record.msg).startswith(self.beginning)
+
+
+class _UnknownMLP(logging.Filter):
+    """transformer_layer.py:360 of 0.16.1 warns of every MoELayer that is not its own class; ours needs no other arguments."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Unknown MLP type")
 
 
 def quieten() -> None:
-    """Drop the warnings of megatron.core's import that are known and harmless; say once what they amount to."""
-    for message in _HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_NoCudaRuntime())
+    """Drop the warnings around megatron.core that are known and harmless (`_WARNINGS`, `_LOG_RECORDS`), and no others."""
+    for category, beginning in _WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning, category=category)
+    for name, beginning in _LOG_RECORDS.items():
+        logging.getLogger(name).addFilter(_Without(beginning))
     if importlib.util.find_spec("transformer_engine") is None:
         logger.info("megatron-core %s without transformer-engine: torch's AdamW and norms are used", megatron_version())
 

@@ -363,7 +363,7 @@ PATCHES: tuple[Patch, ...] = (
         "the tracker's fork() would leave every random number as it was, in silence",
         until="the tracker takes a generator, or a device",
         targets=(_SET_RNG,),
-        sites=(Site("tensor_parallel/random.py", 110, 173, "_lazy_call(cb)"),),
+        sites=(Site("tensor_parallel/random.py", 111, 174, "_lazy_call(cb)"),),
         apply=lambda: _replace_function(_SET_RNG, _set_cpu_rng_state),
     ),
     Patch(

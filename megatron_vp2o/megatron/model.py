@@ -164,6 +164,8 @@ _GROUPED_EXPERT = re.compile(r"(linear_fc[12])\.weight(\d+)$")
 
 def global_parameter_name(name: str, gpt: GPTModel, groups: Groups) -> str:
     """The parameter's name with the layer's and the expert's index in the whole model; one name for all layer specs."""
+    if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # the last stage's copy
     if match := _LAYER.search(name):
         layer = gpt.decoder.layers[int(match[1])].layer_number - 1
         name = name.replace(match[0], f"decoder.layers.{layer}.", 1)

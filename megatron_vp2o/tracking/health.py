@@ -90,7 +90,7 @@ def _skipped(run: Run) -> Finding | None:
     if skipped is None:
         return None
     if skipped:
-        detail = f"{skipped:,.0f} refused for a gradient that was not finite, {taken or 0:,.0f} taken."
+        detail = f"{skipped:,.0f} refused (gradient not finite, or no loss token), {taken or 0:,.0f} taken."
         return Finding(Level.warning, "Optimizer steps were skipped", detail)
     return Finding(Level.good, "Optimizer steps", f"All {taken or 0:,.0f} were taken, none refused.")
 

@@ -170,7 +170,8 @@ def read(run_dir: str | Path) -> dict[str, list[Number | None]]:
     for number, line in _whole_lines(path):
         last, row = _decode(path, number, line, after=last)
         for key in row:
-            columns.setdefault(key, [None] * count)
+            if key not in columns:
+                columns[key] = [None] * count
         for key, column in columns.items():
             column.append(row.get(key))
         count += 1

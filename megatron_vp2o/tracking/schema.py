@@ -125,14 +125,14 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "policy/approx_kl",
                 NATS,
-                "KL of the behaviour policy from the learner, k3 estimate, mean over loss tokens",
+                "KL(behaviour ‖ learner), k3 estimate, mean over loss tokens",
                 STEP,
                 REINFORCEMENT,
             ),
             Metric(
                 "policy/kl_reference",
                 NATS,
-                "KL of the learner from the reference policy, k3 estimate, mean over loss tokens",
+                "KL(learner ‖ reference), k3 estimate, mean over loss tokens",
                 "training steps of runs with a reference",
                 REINFORCEMENT,
             ),
@@ -174,7 +174,12 @@ SECTIONS: tuple[Section, ...] = (
             Metric("optimizer/grad_norm", NONE, "global gradient norm before clipping, mean over updates", STEP),
             Metric("optimizer/lr", NONE, "learning rate, mean over the step's updates", STEP),
             Metric("optimizer/steps", COUNT, "optimizer steps taken so far", STEP),
-            Metric("optimizer/skipped", COUNT, "optimizer steps refused so far (non-finite gradient)", STEP),
+            Metric(
+                "optimizer/skipped",
+                COUNT,
+                "optimizer steps refused so far (a gradient that is not finite, or no loss token)",
+                STEP,
+            ),
         ),
     ),
     Section(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -61,8 +61,8 @@ class TensorBoard:
     """
 
     def __init__(self, run_dir: Path, *, resumed_after: int | None) -> None:
-        _require("tensorboard", "logging.tensorboard=true", "logging.tensorboard=false")
-        from torch.utils.tensorboard import SummaryWriter
+        with _needing("tensorboard", "logging.tensorboard=true", "logging.tensorboard=false"):
+            from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if resumed_after is None else resumed_after + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
@@ -85,14 +85,13 @@ class WeightsAndBiases:
     """
 
     def __init__(self, mode: WandbMode, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        _require("wandb", f"logging.wandb={mode.name}", "logging.wandb=disabled")
         # In the environment, because wandb's service process and later imports read it there.
         os.environ["WANDB_MODE"] = mode.value
         os.environ["WANDB_SILENT"] = "true"
         if mode is WandbMode.offline:
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # its crash reports go out even when it is offline
-        import wandb
-
+        with _needing("wandb", f"logging.wandb={mode.name}", "logging.wandb=disabled"):
+            import wandb
         online = mode is WandbMode.online
         try:
             self._run = wandb.init(
@@ -156,6 +155,11 @@ def _stable_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _require(package: str, asked_by: str, instead: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{asked_by} needs the package {package}: pip install {package}, or set {instead}")
+@contextmanager
+def _needing(package: str, asked_by: str, instead: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ConfigError(f"{asked_by} needs the package {package}: pip install {package}, or set {instead}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from tests.distributed import run_distributed
 from tests.megatron.training_job import Case
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# The first test waits for all runs: a minute or two on two idle cores.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TP, EP, ETP, PP = (f"{name}_parallel" for name in ("tensor", "expert", "expert_tensor", "pipeline"))
 SHARDED = {"distributed_optimizer": True}
@@ -52,7 +52,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     def resumed(name: str, layout: dict[str, Any], source: str) -> Case:
         return Case(name, layout, steps=RESUMED_STEPS, load=checkpoint(source))
 
-    two = TWO_RANKS + [
+    two = [
+        *TWO_RANKS,
         Case("PP=2 tied", {PP: 2}, steps=SAVED_AT, tied=True),
         Case("EP=2 bf16", {EP: 2}, steps=SAVED_AT, bf16=True),
         Case("TP=2 bf16 sharded", {TP: 2, **SHARDED}, steps=SAVED_AT, bf16=True),
@@ -75,7 +76,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     found: Results = {}
     for world_size, cases in ((2, savers + two), (1, one), (4, FOUR_RANKS)):
         ranks = run_distributed(
-            "tests.megatron.training_job:run", world_size, [asdict(case) for case in cases], timeout=280
+            "tests.megatron.training_job:run", world_size, [asdict(case) for case in cases], timeout=600
         )
         assert all(rank.keys() == ranks[0].keys() for rank in ranks)
         found.update(ranks[0])
@@ -115,7 +116,7 @@ def test_tied_embeddings_over_two_stages(results: Results) -> None:
 
 @pytest.mark.parametrize("name", ["EP=2 bf16", "TP=2 bf16 sharded"])
 def test_bf16_trains_nearly_alike(results: Results, name: str) -> None:
-    assert results[name]["losses"] == pytest.approx(results["reference"]["losses"][:SAVED_AT], rel=0.03)
+    assert results[name]["losses"] == pytest.approx(results["reference"]["losses"][:SAVED_AT], rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +128,3 @@ def test_a_checkpoint_continues_under_another_layout(results: Results, name: str
     after = slice(SAVED_AT, SAVED_AT + RESUMED_STEPS)
     assert results[name]["losses"] == pytest.approx(expected["losses"][after], rel=1e-4)
     assert results[name]["norms"][:3] == pytest.approx(expected["norms"][after][:3], rel=1e-3)
-
-
-def test_no_folder_was_left_half_written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folders = list(Path(tmp_path_factory.getbasetemp()).glob("checkpoints*/*"))
-    assert folders and all((folder / "metadata.json").exists() for folder in folders)

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vp2o.errors import UserError
@@ -45,9 +45,11 @@ def test_columns_come_back(tmp_path):
     write(tmp_path, [{"step": 0, "eval/accuracy": 1}, {"step": 1, "loss": -math.inf}, {"step": 2, "loss": math.inf}])
     columns = read(tmp_path)
     assert columns == {"step": [0, 1, 2], "loss": [None, -math.inf, math.inf], "eval/accuracy": [1, None, None]}
+    assert list(columns) == list(KEYS)
     assert isinstance(columns["eval/accuracy"][0], int)
 
 
+@settings(deadline=None, max_examples=50)
 @given(value=st.floats(allow_nan=True, allow_infinity=True))
 def test_floats_read_back_exactly(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("run")

@@ -12,7 +12,6 @@ import pytest
 
 from megatron_vp2o.config.schema import LoggingConfig, WandbMode
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.tracking import trackers as trackers_module
 from megatron_vp2o.tracking.trackers import WANDB_ID_FILE, Trackers, make_trackers
 
 OFF = LoggingConfig(wandb=WandbMode.disabled, tensorboard=False)
@@ -153,14 +152,17 @@ def test_a_refusal_of_wandb_says_what_to_do(tmp_path, wandb):
 
 
 @pytest.mark.parametrize(
-    ("logging", "message"),
+    ("package", "logging", "message"),
     [
-        (LoggingConfig(tensorboard=True), "logging.tensorboard=true needs the package tensorboard"),
-        (LoggingConfig(wandb=WandbMode.offline), "logging.wandb=offline needs the package wandb"),
+        ("tensorboard", LoggingConfig(tensorboard=True), "logging.tensorboard=true needs the package tensorboard"),
+        ("wandb", LoggingConfig(wandb=WandbMode.offline), "logging.wandb=offline needs the package wandb"),
     ],
 )
-def test_a_missing_package_is_named(tmp_path, monkeypatch, logging, message):
-    monkeypatch.setattr(trackers_module.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, logging, message):
+    for name in ("WANDB_MODE", "WANDB_SILENT", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(name, "to be restored")
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that there is none
     with pytest.raises(ConfigError, match=message):
         make_trackers(logging, tmp_path, {}, rank=0)
 

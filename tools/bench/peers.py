@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BUSY = 0.5  # load average before the start above which the machine is not idle
 
 
 def main(argv: list[str]) -> int:
@@ -23,11 +24,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a process")
     parser.add_argument("--warmup", type=int, default=3, help="steps of a process that don't count")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wait-policy", default="", choices=["", "PASSIVE", "ACTIVE"], help="OMP_WAIT_POLICY of both")
     arguments = parser.parse_args(argv)
     sides = {
         "TRL": [str(arguments.peer_python), str(ROOT / "tools" / "bench" / "peer_trl.py")],
         "ours": [sys.executable, "-m", "tools.bench.peer_ours"],
     }
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(
+            f"warning: other programs are running (load {load:.1f}); threads that wait for cores make this ratio worthless"
+        )
     rounds = []
     for number in range(1, arguments.rounds + 1):
         results = {name: measure(command, arguments) for name, command in sides.items()}
@@ -46,7 +53,8 @@ def main(argv: list[str]) -> int:
     )
     out = ROOT / "build" / "bench" / f"peers-{date.today()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"threads": arguments.threads, "median_s": medians_s, "ratio": ratio, "rounds": rounds}
+    settings = {"load": load, "threads": arguments.threads, "wait_policy": arguments.wait_policy or "default"}
+    record = settings | {"median_s": medians_s, "ratio": ratio, "rounds": rounds}
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"record: {out}")
     return 0
@@ -54,8 +62,11 @@ def main(argv: list[str]) -> int:
 
 def measure(command: list[str], arguments: argparse.Namespace) -> dict:
     """One process of one side. Raises RuntimeError with its last output if it fails."""
-    # Both sides alike: passive waits, because the two cores are all there is and spinning threads take them.
-    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    # How idle threads wait: OpenMP's default unless asked for, on both sides (`train.py` would choose PASSIVE for ours).
+    environment.pop("OMP_WAIT_POLICY", None)
+    if arguments.wait_policy:
+        environment["OMP_WAIT_POLICY"] = arguments.wait_policy
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         options = [f"--{key}={getattr(arguments, key)}" for key in ("steps", "warmup", "threads")]

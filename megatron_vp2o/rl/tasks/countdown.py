@@ -11,7 +11,7 @@ from random import Random
 
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.tasks.expressions import MAX_DIGITS, Rejected, normalise, parse, solutions, write
+from megatron_vp2o.rl.tasks.expressions import MAX_DIGITS, Rejected, normalise, parse, reword, solutions, write
 from megatron_vp2o.rl.tasks.problems import Draw, PooledTask, collect
 from megatron_vp2o.rl.types import Problem, Verdict
 
@@ -53,9 +53,9 @@ class CountdownTask(PooledTask):
         return Verdict(True, write(result.form), "")
 
     def demonstration(self, problem: Problem, seed: int) -> str:
-        """One right answer in its canonical text, drawn uniformly from the distinct ones."""
-        answers = solutions(problem.data.numbers, problem.data.target)
-        return answers[Random(seed).randrange(len(answers))]
+        """One right answer, drawn uniformly from the distinct ones, in one of its wordings (operands may change places)."""
+        answers, random = solutions(problem.data.numbers, problem.data.target), Random(seed)
+        return reword(answers[random.randrange(len(answers))], random)
 
     def _count(self, data: Countdown) -> int:
         return len(solutions(data.numbers, data.target))

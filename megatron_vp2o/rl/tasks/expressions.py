@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
+from random import Random
 from typing import Any, NamedTuple
 
 MAX_CHARACTERS = 128
@@ -222,6 +223,31 @@ def _largest_first(parts: Iterable[_Text]) -> list[_Text]:
 
 def _bracketed(part: _Text) -> str:
     return f"({part.text})" if part.is_sum else part.text
+
+
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def reword(text: str, random: Random) -> str:
+    """The same solution in other words: operands of each `+` and `*` change places by chance. No needless parentheses."""
+    return _reword(parse(text)[0], random)[0]
+
+
+def _reword(tree: Tree, random: Random) -> tuple[str, int]:
+    """Text and precedence of its outermost operator."""
+    if isinstance(tree, int):
+        return str(tree), 3
+    operator, left, right = tree
+    if operator in "+*" and random.random() < 0.5:
+        left, right = right, left
+    level = _PRECEDENCE[operator]
+    (first, first_level), (second, second_level) = _reword(left, random), _reword(right, random)
+    if first_level < level:
+        first = f"({first})"
+    # a - (b + c) and a / (b * c) need theirs; a + (b - c) and a * (b / c) are as well written without
+    if second_level < level or (second_level == level and operator in "-/"):
+        second = f"({second})"
+    return first + operator + second, level
 
 
 @lru_cache(maxsize=8192)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.rl.tasks.expressions import MAX_DEPTH, MAX_DIGITS, Rejected, normalise, parse, solutions, write
+from megatron_vp2o.rl.tasks.expressions import MAX_DEPTH, MAX_DIGITS, Rejected, normalise, parse, reword, solutions, write
 from tests.rl.tasks.expression_reference import all_trees, evaluate, text_of
 
 trees = st.recursive(
@@ -135,7 +135,7 @@ def rewrite(tree: Any, rng: random.Random) -> Any:
 def test_the_normal_form_survives_rewriting(tree: Any, seed: int) -> None:
     try:
         before = normalise(tree)
-        after = normalise(rewrite(tree, random.Random(seed)))
+        after = normalise(rewrite(tree, random.random.Random(seed)))
     except ZeroDivisionError:
         return
     assert after == before
@@ -213,3 +213,12 @@ def test_parentheses_are_minimal() -> None:
                 end += 1
                 depth += {"(": 1, ")": -1}.get(text[end], 0)
             assert form_of(text[:start] + text[start + 1 : end] + text[end + 1 :]) != form_of(text)
+
+
+def test_reword_keeps_the_solution_and_uses_its_freedom():
+    for text in ("6*(8-4)", "9-(2+3)", "8/(4/2)", "8/(2*2)", "7+5-3", "2*(3+4)*5", "9-(5-2)"):
+        form = normalise(parse(text)[0])
+        wordings = {reword(text, random.Random(seed)) for seed in range(40)}
+        assert all(normalise(parse(wording)[0]) == form for wording in wordings), wordings
+        assert len(wordings) > 1 or not set("+*") & set(text), text
+    assert reword("(1+2)+3", random.Random(0)).count("(") == 0
