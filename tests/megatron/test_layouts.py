@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -18,67 +18,69 @@ SHARDED = {"distributed_optimizer": True}
 SAVED_AT, RESUMED_STEPS = 10, 10
 Results = dict[str, dict[str, Any]]
 
-# Each layout trains 50 steps with one optimizer and the first 10 of them with the other.
-TWO_RANKS: list[Case] = [
+# Each layout trains 50 steps with one optimizer and the first 10 of them with the other. A name in `save` and `load` is
+# that of a checkpoint.
+TWO_RANKS = [
     Case("TP=2", {TP: 2}),
-    Case("TP=2 sharded", {TP: 2, **SHARDED}, steps=SAVED_AT),
+    Case("TP=2 sharded", {TP: 2, **SHARDED}, steps=SAVED_AT, save="TP=2 sharded"),
     Case("EP=2", {EP: 2, **SHARDED}),
-    Case("EP=2 plain", {EP: 2}, steps=SAVED_AT),
+    Case("EP=2 sharded", {EP: 2, **SHARDED}, steps=SAVED_AT, save="EP=2 sharded"),
+    Case("EP=2 plain", {EP: 2}, steps=SAVED_AT, save="EP=2 plain"),
     Case("ETP=2", {ETP: 2}),
     Case("ETP=2 sharded", {ETP: 2, **SHARDED}, steps=SAVED_AT),
     Case("PP=2", {PP: 2, **SHARDED}),
-    Case("PP=2 plain", {PP: 2}, steps=SAVED_AT),
+    Case("PP=2 plain", {PP: 2}, steps=SAVED_AT, save="PP=2 plain"),
     Case("DP=2", SHARDED),
     Case("DP=2 plain", {}, steps=SAVED_AT),
     Case("DP=2 overlapping", {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}, steps=SAVED_AT),
     Case("TP=2, project's layers", {TP: 2}, steps=SAVED_AT, project_spec=True),
     Case("EP=2, project's layers", {EP: 2}, steps=SAVED_AT, project_spec=True),
 ]
-FOUR_RANKS: list[Case] = [
+FOUR_RANKS = [
     Case("TP=2 x EP=2", {TP: 2, EP: 2, **SHARDED}),
     Case("PP=2 x EP=2", {PP: 2, EP: 2}),
     Case("DP=2 x EP=2", {EP: 2, **SHARDED}, micro_batches=4),
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """All runs by name. One world of each size, because starting Python and importing megatron.core takes most of the time."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def checkpoint(name: str) -> str:
-        return str(folder / name)
-
-    def resumed(name: str, layout: dict[str, Any], source: str) -> Case:
-        return Case(name, layout, steps=RESUMED_STEPS, load=checkpoint(source))
-
-    two = [
+RESUMED = [
+    Case("EP=2 sharded -> DP=2", SHARDED, steps=RESUMED_STEPS, load="EP=2 sharded"),
+    Case("EP=2 sharded -> 1", SHARDED, steps=RESUMED_STEPS, load="EP=2 sharded"),
+    Case("TP=2 sharded -> 1", SHARDED, steps=RESUMED_STEPS, load="TP=2 sharded"),
+    Case("EP=2 plain -> 1", steps=RESUMED_STEPS, load="EP=2 plain"),
+    Case("PP=2 plain -> 1", steps=RESUMED_STEPS, load="PP=2 plain"),
+]
+WORLDS = {
+    2: [
         *TWO_RANKS,
         Case("PP=2 tied", {PP: 2}, steps=SAVED_AT, tied=True),
         Case("EP=2 bf16", {EP: 2}, steps=SAVED_AT, bf16=True),
         Case("TP=2 bf16 sharded", {TP: 2, **SHARDED}, steps=SAVED_AT, bf16=True),
-        resumed("EP=2 -> DP=2 sharded", SHARDED, "EP=2 sharded"),
-    ]
-    savers = [
-        Case("EP=2 sharded", {EP: 2, **SHARDED}, steps=SAVED_AT, save=checkpoint("EP=2 sharded")),
-        Case("EP=2 to save", {EP: 2}, steps=SAVED_AT, save=checkpoint("EP=2")),
-        Case("TP=2 to save", {TP: 2}, steps=SAVED_AT, save=checkpoint("TP=2")),
-        Case("TP=2 sharded to save", {TP: 2, **SHARDED}, steps=SAVED_AT, save=checkpoint("TP=2 sharded")),
-    ]
-    one = [
+        RESUMED[0],
+    ],
+    1: [
         Case("reference"),
         Case("reference of 4 micro-batches", micro_batches=4),
         Case("reference tied", steps=SAVED_AT, tied=True),
         Case("project's layers", steps=SAVED_AT, project_spec=True),
-        *(resumed(f"{source} -> 1", {}, source) for source in ("EP=2", "TP=2")),
-        *(resumed(f"{source} -> 1", SHARDED, source) for source in ("EP=2 sharded", "TP=2 sharded")),
-    ]
+        *RESUMED[1:],
+    ],
+    4: FOUR_RANKS,
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All runs by name. One world of each size: starting Python and importing megatron.core takes most of a short run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def placed(name: str | None) -> str | None:
+        return None if name is None else str(folder / name)
+
     found: Results = {}
-    for world_size, cases in ((2, savers + two), (1, one), (4, FOUR_RANKS)):
-        ranks = run_distributed(
-            "tests.megatron.training_job:run", world_size, [asdict(case) for case in cases], timeout=600
-        )
-        assert all(rank.keys() == ranks[0].keys() for rank in ranks)
+    for world_size, cases in WORLDS.items():
+        settings = [asdict(replace(case, save=placed(case.save), load=placed(case.load))) for case in cases]
+        ranks = run_distributed("tests.megatron.training_job:run", world_size, settings, timeout=600)
         found.update(ranks[0])
     return found
 
@@ -119,9 +121,7 @@ def test_bf16_trains_nearly_alike(results: Results, name: str) -> None:
     assert results[name]["losses"] == pytest.approx(results["reference"]["losses"][:SAVED_AT], rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    "name", ["EP=2 -> 1", "TP=2 -> 1", "EP=2 sharded -> 1", "TP=2 sharded -> 1", "EP=2 -> DP=2 sharded"]
-)
+@pytest.mark.parametrize("name", [case.name for case in RESUMED])
 def test_a_checkpoint_continues_under_another_layout(results: Results, name: str) -> None:
     """Weights and optimizer state: with fresh moments the next losses would differ in the second digit."""
     expected = results["reference"]
