@@ -37,7 +37,7 @@ from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import TrainingLoop  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches  # noqa: E402
-from megatron_vp2o.rl.supervised import SupervisedTrainer  # noqa: E402
+from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.tasks import make_task  # noqa: E402
 from megatron_vp2o.rl.tasks.tokenizer import load_tokenizer  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
@@ -121,24 +121,39 @@ def _trainer(run: Run) -> TrainingLoop:
 
 def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
     config, groups = run.config, run.groups
-    batches = PackedBatches(
-        _documents(run, settings),
-        sequence_length=settings.sequence_length or config.model.max_sequence_length,
-        rows=settings.global_batch_size,
-        pack=settings.data.pack,
-        seed=config.seed,
-        pad_id=run.tokenizer.pad_id,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        vocab_size=run.tokenizer.vocab_size,
-    )
+
+    def batches(documents: Documents) -> PackedBatches:
+        return PackedBatches(
+            documents,
+            sequence_length=settings.sequence_length or config.model.max_sequence_length,
+            rows=settings.global_batch_size,
+            pack=settings.data.pack,
+            seed=config.seed,
+            pad_id=run.tokenizer.pad_id,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            vocab_size=run.tokenizer.vocab_size,
+        )
 
     def held_out(final: bool) -> dict[str, float]:
         if settings.data.source is not DataSource.task:
             return {}
-        return evaluate_splits(run.engine, run.task, config, groups, final=final)
+        unseen = batches(TaskDemonstrations(run.task, Split.validation, config.seed))
+        loss = validation_loss(run.policy, unseen, settings.micro_batch_size, groups)
+        return {
+            "supervised/validation_loss": loss,
+            **evaluate_splits(run.engine, run.task, config, groups, final=final),
+        }
 
-    return SupervisedTrainer(config, groups, run.sink, run.saver, policy=run.policy, batches=batches, held_out=held_out)
+    return SupervisedTrainer(
+        config,
+        groups,
+        run.sink,
+        run.saver,
+        policy=run.policy,
+        batches=batches(_documents(run, settings)),
+        held_out=held_out,
+    )
 
 
 def _documents(run: Run, settings: SupervisedConfig) -> Documents:

@@ -41,7 +41,7 @@ class Documents(Protocol):
 class TaskDemonstrations:
     """Prompt, right answer and end-of-sequence of a task's problems; only the answer and its end count in the loss.
 
-    Where a problem has several right answers, each epoch shows one drawn anew from (seed, epoch, problem).
+    Each epoch puts a problem differently where the task can, and draws one of its right answers anew.
     """
 
     splittable = False
@@ -55,7 +55,7 @@ class TaskDemonstrations:
         return self.task.size(self.split)
 
     def get(self, index: int, epoch: int) -> Document:
-        problem = self.task.problem(self.split, index)
+        problem = self.task.problem(self.split, index, variant=epoch)
         draw = blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=4).digest()
         tokenizer = self.task.tokenizer
         prompt = tokenizer.encode(problem.prompt)

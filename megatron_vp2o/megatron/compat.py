@@ -78,10 +78,10 @@ def megatron_version() -> Version:
 
 @functools.cache
 def prepare() -> tuple[str, ...]:
-    """Check what megatron.core needs, quieten what it says at import, and apply the repairs. Before its first import.
+    """Check what megatron.core needs, quieten it, and apply the repairs. Call it before importing megatron.core.
 
     Returns:
-        Names of the repairs that were needed; none where transformer-engine or NVIDIA's Apex is installed.
+        Names of the repairs that this installation needed.
 
     Raises:
         ConfigError: megatron-core is missing or of an unsupported version, or a package that it needs without

@@ -28,14 +28,14 @@ class PromptSchedule:
     def __call__(self, step: int) -> tuple[list[Problem], list[int]]:
         """This rank's problems of a step (counted from 0), and for each its position among all prompts ever drawn."""
         positions = [step * self.per_step + self.first + i for i in range(self.local)]
-        return [self.task.problem(Split.train, self._at(position)) for position in positions], positions
+        return [self._at(position) for position in positions], positions
 
-    def _at(self, position: int) -> int:
+    def _at(self, position: int) -> Problem:
         size = self.task.size(Split.train)
         epoch, offset = divmod(position, size)
         if epoch != self._epoch:
             self._order, self._epoch = np.random.default_rng((self.seed, epoch)).permutation(size), epoch
-        return int(self._order[offset])
+        return self.task.problem(Split.train, int(self._order[offset]), variant=epoch)
 
 
 def policy_batch(

@@ -6,12 +6,27 @@ from collections.abc import Callable
 
 from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 from megatron_vp2o.data.packing import PackedBatches
-from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.parallel.groups import Groups, sum_scalars
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.objectives import next_token
 from megatron_vp2o.rl.types import Policy
 
 STREAM = "stream"
+
+
+def validation_loss(policy: Policy, batches: PackedBatches, micro_batch_size: int, groups: Groups) -> float:
+    """Mean negative log-likelihood (nats per token) of the stream's first batch: the same documents every time."""
+    batches.load_state_dict({"position": 0, "offset": 0})
+    batch = next(batches)
+    logprobs_NS = policy.log_probs(batch, micro_batch_size)
+    sums = sum_scalars(
+        {
+            "nll": -float((logprobs_NS * batch.loss_mask_NS).sum()),
+            "tokens": float(batch.loss_mask_NS.sum()),
+        },
+        groups.dp,
+    )
+    return sums["nll"] / sums["tokens"]
 
 
 class SupervisedTrainer(TrainingLoop):

@@ -42,7 +42,7 @@ class Echo:
     def size(self, split: Split) -> int:
         return 5 if split is Split.train else 2
 
-    def problem(self, split: Split, index: int) -> Problem:
+    def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
         letter = chr(ord("a" if split is Split.train else "q") + index)
         return Problem(uid=index, prompt=letter * 2, data=letter, n_solutions=9)
 

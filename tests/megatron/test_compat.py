@@ -23,6 +23,8 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+pytestmark = pytest.mark.smoke  # they are about the installed megatron-core
+
 
 def test_this_installation_is_accepted() -> None:
     assert Version("0.16.1") <= compat.megatron_version() < Version("0.20")

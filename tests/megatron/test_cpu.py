@@ -18,6 +18,8 @@ import torch
 from megatron_vp2o.megatron import compat, cpu
 from tests.distributed import ROOT, run_distributed
 
+pytestmark = pytest.mark.smoke  # they are about the installed megatron-core
+
 NO_CUDA = not torch.cuda.is_available()
 ALL = [*cpu.PATCHES, *compat.REPAIRS]
 without_cuda = pytest.mark.skipif(not NO_CUDA, reason="nothing is patched where there is CUDA")

@@ -15,6 +15,7 @@ from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
 
+pytestmark = pytest.mark.smoke
 VOCAB, EOS, PAD = 24, 1, 0
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [5, 6, 7, 8]]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.megatron.training_job import Case
+from tests.megatron.cases import Case
 
 # The first test waits for all runs: a minute or two on two idle cores.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(120
 TP, EP, ETP, PP = (f"{name}_parallel" for name in ("tensor", "expert", "expert_tensor", "pipeline"))
 SHARDED = {"distributed_optimizer": True}
 SAVED_AT, RESUMED_STEPS = 10, 10
+NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}  # the same runs on a machine that has a GPU
 Results = dict[str, dict[str, Any]]
 
 # Each layout trains 50 steps with one optimizer and the first 10 of them with the other. A name in `save` and `load` is
@@ -41,8 +42,6 @@ FOUR_RANKS = [
     Case("PP=2 x EP=2", {PP: 2, EP: 2}),
     Case("DP=2 x EP=2", {EP: 2, **SHARDED}, micro_batches=4),
 ]
-
-
 RESUMED = [
     Case("EP=2 sharded -> DP=2", SHARDED, steps=RESUMED_STEPS, load="EP=2 sharded"),
     Case("EP=2 sharded -> 1", SHARDED, steps=RESUMED_STEPS, load="EP=2 sharded"),
@@ -80,7 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     found: Results = {}
     for world_size, cases in WORLDS.items():
         settings = [asdict(replace(case, save=placed(case.save), load=placed(case.load))) for case in cases]
-        ranks = run_distributed("tests.megatron.training_job:run", world_size, settings, timeout=600)
+        ranks = run_distributed("tests.megatron.training_job:run", world_size, settings, timeout=600, env=NO_CUDA)
         found.update(ranks[0])
     return found
 

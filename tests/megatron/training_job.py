@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +44,9 @@ from megatron_vp2o.megatron.model import DTYPES, initialise, transformer_config 
 from megatron_vp2o.megatron.norm import RMSNorm  # noqa: E402
 from megatron_vp2o.megatron.specs import layer_specs  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
+from tests.megatron.cases import Case  # noqa: E402
 
 VOCABULARY, ROWS, LENGTH = 64, 8, 16
-
-
-@dataclass
-class Case:
-    """One training run. `layout` holds fields of ParallelConfig."""
-
-    name: str
-    layout: dict[str, Any] = field(default_factory=dict)
-    steps: int = 50
-    micro_batches: int = 2  # of a global batch
-    bf16: bool = False
-    tied: bool = False
-    project_spec: bool = False  # the project's layers in place of Megatron's
-    load: str | None = None  # folder of a checkpoint to start from
-    save: str | None = None  # folder for one at the end
 
 
 def run(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

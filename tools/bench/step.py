@@ -18,6 +18,7 @@ RUNS = {
     "grpo": ["--config-name", "countdown_tiny_grpo", "init_from=null", "algorithm.filter_uniform_groups=false"],
 }
 SHORT = ["evaluation=quick", "evaluation.interval=0", "evaluation.final_split=false", "checkpoint.interval=0"]
+SHORT += ["checkpoint.save_at_end=false"]
 PER_SECOND = {"time/tokens_per_s": "trained tokens/s", "time/rollout_tokens_per_s": "rollout tokens/s"}
 PHASES = {"time/step_s": "step", **{f"time/{p}_s": p for p in ("rollout", "reward", "train", "sync")}}
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_known_args(argv)[0]
     for name, recipe in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            settings = [f"algorithm.steps={WARMUP + arguments.steps}", "checkpoint.save_at_end=false"]
+            settings = [f"algorithm.steps={WARMUP + arguments.steps}", "optimizer.lr_warmup_steps=0"]
             command = [sys.executable, "-m", "megatron_vp2o.train", *recipe, *SHORT, *settings, *arguments.override]
             done = subprocess.run([*command, f"run_dir={folder}/run"], capture_output=True, text=True)
             if done.returncode != 0:

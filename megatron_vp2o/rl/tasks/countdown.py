@@ -5,7 +5,7 @@ Prompt `4 8 6=24:`, a right answer `6*(8-4)`.  The numbers of a prompt may come 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -57,6 +57,12 @@ class CountdownTask(PooledTask):
         answers, random = solutions(problem.data.numbers, problem.data.target), Random(seed)
         return reword(answers[random.randrange(len(answers))], random)
 
+    def _put(self, problem: Problem, variant: int) -> str:
+        """The numbers in another order."""
+        numbers = list(problem.data.numbers)
+        Random(variant * 1_000_003 + problem.uid).shuffle(numbers)
+        return _prompt(numbers, problem.data.target)
+
     def _count(self, data: Countdown) -> int:
         return len(solutions(data.numbers, data.target))
 
@@ -71,7 +77,11 @@ def _draws(config: TaskConfig) -> Iterator[Draw | None]:
         shown, target = draw
         data = Countdown(tuple(sorted(shown)), target)
         key = f"countdown {' '.join(map(str, data.numbers))}={target}"
-        yield Draw(key, f"{' '.join(map(str, shown))}={target}:", data)
+        yield Draw(key, _prompt(shown, target), data)
+
+
+def _prompt(numbers: Sequence[int], target: int) -> str:
+    return f"{' '.join(map(str, numbers))}={target}:"
 
 
 def _check(config: TaskConfig) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -129,14 +129,22 @@ class PooledTask(ABC):
         """Problems in a split."""
         return len(self._pool[split])
 
-    def problem(self, split: Split, index: int) -> Problem:
-        """Problem `index` of a split; its right answers are counted when it is first asked for. Raises IndexError."""
+    def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
+        """Problem `index` of a split; its right answers are counted when it is first asked for. Raises IndexError.
+
+        Variants are the same problem, differently put where the task can do that (training shows another each epoch).
+        """
         if not 0 <= index < self.size(split):
             raise IndexError(f"{self.name} has {self.size(split)} {split.name} problems, no number {index}")
         if (split, index) not in self._problems:
             draw = self._pool[split][index]
             self._problems[split, index] = Problem(index, draw.prompt, draw.data, self._count(draw.data))
-        return self._problems[split, index]
+        problem = self._problems[split, index]
+        return replace(problem, prompt=self._put(problem, variant)) if variant else problem
+
+    def _put(self, problem: Problem, variant: int) -> str:
+        """The prompt of a variant."""
+        return problem.prompt
 
     @abstractmethod
     def verify(self, problem: Problem, response: str) -> Verdict:

@@ -215,3 +215,17 @@ def test_hostile_answers(task: CountdownTask, tmp_path: Path) -> None:
 def test_bad_settings(settings_: dict[str, int], quoted: str) -> None:
     with pytest.raises(ConfigError, match=quoted):
         CountdownTask(TaskConfig(**settings_))  # type: ignore[arg-type]
+
+
+def test_variants_are_the_same_problem_in_another_order(task: CountdownTask) -> None:
+    for index in range(20):
+        original = task.problem(Split.train, index)
+        variants = [task.problem(Split.train, index, variant) for variant in range(1, 30)]
+        assert all(v.data == original.data and v.n_solutions == original.n_solutions for v in variants)
+        numbers, target = original.prompt[:-1].split("=")
+        for variant in variants:
+            ours, ours_target = variant.prompt[:-1].split("=")
+            assert sorted(ours.split()) == sorted(numbers.split()) and ours_target == target
+        if len(set(numbers.split())) > 1:
+            assert len({v.prompt for v in variants}) > 1
+        assert task.problem(Split.train, index, 7) == variants[6]
