@@ -20,6 +20,7 @@ MICRO = [
     "task.train_size=200",
     "task.validation_size=8",
     "task.test_size=8",
+    "evaluation.problems=8",
     "evaluation.samples=4",
     "evaluation.pass_at=[1,4]",
     "evaluation.interval=2",
@@ -34,6 +35,7 @@ REINFORCE = [
     "algorithm.group_size=4",
     "algorithm.filter_uniform_groups=false",  # a random model is never right: without this there is nothing to train on
     "algorithm.entropy_coef=0.05",
+    "model.moe_aux_loss_coeff=0",  # a product of micro-batch means: it depends on how data is dealt to ranks
 ]
 
 
@@ -126,8 +128,7 @@ def test_layouts_draw_the_same_samples_and_learn_the_same(warm_up, reinforced, r
     run_dir = warm_up.parent / f"layout-{ranks}-{len(layout)}-{layout[0][9:11]}"
     train("countdown_tiny_grpo", run_dir, *REINFORCE, f"init_from={warm_up}", *layout, ranks=ranks)
     for key in ("rollout/response_length", "reward/mean", "policy/entropy", "policy/loss", "optimizer/grad_norm"):
-        # the load-balancing loss is a product of micro-batch means, so data-parallel layouts differ a little in it
-        assert measured(run_dir, key) == pytest.approx(measured(reinforced, key), rel=5e-3, abs=1e-4), key
+        assert measured(run_dir, key) == pytest.approx(measured(reinforced, key), rel=1e-3, abs=1e-5), key
     assert max(measured(run_dir, "policy/logprob_mismatch")) <= 1e-5
 
 

@@ -41,7 +41,7 @@ def test_generation_scoring_and_training(precision, bound):
 
 def test_a_run_from_the_command_line(tmp_path: Path):
     run_dir = tmp_path / "run"
-    settings = ["model=micro", "task.train_size=200", "task.validation_size=8", "task.test_size=8", "init_from=null"]
+    settings = ["model=micro", "task.train_size=200", "task.test_size=8", "init_from=null"]
     short = [
         "algorithm.steps=3",
         "algorithm.filter_uniform_groups=false",
