@@ -321,7 +321,8 @@ def test_checkpoints_of_four_ranks_load_on_one(groups: Groups, tmp_path: Path) -
     layout = {"tensor_parallel": 2, "expert_parallel": 2}
     layouts = {"plain": layout, "sharded": {**layout, "distributed_optimizer": True}}
     results = run_distributed(f"{JOB}:trained", 4, str(tmp_path), layouts, timeout=200)[0]
-    for name, optimizer in {"plain": {}, "sharded": {"distributed_optimizer": True}}.items():
+    sharding: dict[str, dict[str, Any]] = {"plain": {}, "sharded": {"distributed_optimizer": True}}
+    for name, optimizer in sharding.items():
         expected, expected_next = map(torch.tensor, results[name])
         learner = Learner(config(**optimizer), groups, tmp_path / name)
         assert (learner.log_probs() - expected).abs().max() > 0.01

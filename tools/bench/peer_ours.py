@@ -65,7 +65,7 @@ def main() -> None:
         def size(self, split: Split) -> int:
             return len(texts)
 
-        def problem(self, split: Split, index: int) -> Problem:
+        def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
             return Problem(uid=index, prompt=texts[index], data=None, n_solutions=1)
 
         def verify(self, problem: Problem, response: str) -> Verdict:
