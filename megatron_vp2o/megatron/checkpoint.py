@@ -140,7 +140,7 @@ class Checkpointer:
         """What is to be saved, or to be loaded into: Megatron's description of this rank's shards."""
         policy = self.policy
         if not loading:
-            _gather_parameters(policy)
+            policy.gather_parameters()
         model = policy.model.sharded_state_dict()
         tree: dict[str, Any] = {MODEL: model}
         if OPTIMIZER in parts:
@@ -334,12 +334,6 @@ def _without_deprecation() -> Iterator[None]:
         yield
     finally:
         noisy.setLevel(level)
-
-
-def _gather_parameters(policy: MegatronPolicy) -> None:
-    """With overlap_param_gather, what the optimizer updated on other ranks arrives only in the next forward pass."""
-    if policy.ddp.ddp_config.overlap_param_gather:
-        policy.ddp.start_param_sync(force_sync=True)
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

@@ -151,6 +151,8 @@ _LOG_RECORDS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    # 0.16.1 says so of every MoELayer that is not its own class; ours needs no other arguments
+    "megatron.core.transformer.transformer_layer": "Unknown MLP type",
 }
 
 
@@ -161,13 +163,6 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith(self.beginning)
-
-
-class _UnknownMLP(logging.Filter):
-    """transformer_layer.py:360 of 0.16.1 warns of every MoELayer that is not its own class; ours needs no other arguments."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Unknown MLP type")
 
 
 def quieten() -> None:
@@ -241,6 +236,17 @@ def leave_inference_mode() -> None:
     utils = importlib.import_module("megatron.core.inference.utils")
     if hasattr(utils, "InferenceMode"):
         utils.InferenceMode.unset_active()
+
+
+def forget_loss_scales() -> None:
+    """Let the coming schedule set the scale of the router losses afresh.
+
+    0.19.2 keeps the first one's tensor and copies later ones into it (moe_utils.py:334), which fails between a loop whose
+    scale is a scalar and one whose scale has a dimension.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def auxiliary_losses(micro_batches: int) -> dict[str, float]:

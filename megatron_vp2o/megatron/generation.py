@@ -59,6 +59,7 @@ class MegatronEngine:
     @torch.no_grad()
     def refresh(self, version: int) -> None:
         """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
+        self.policy.gather_parameters()
         for mine, learned in zip(self.actor.parameters(), self.policy.model.parameters(), strict=True):
             mine.copy_(learned)
         for mine, learned in zip(self.actor.buffers(), self.policy.model.buffers(), strict=True):

@@ -157,6 +157,11 @@ class MegatronPolicy:
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
 
+    def gather_parameters(self) -> None:
+        """Before reading `model`: with overlap_param_gather, other ranks' updates arrive only in the next forward pass."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU."""
         self.ddp.eval()

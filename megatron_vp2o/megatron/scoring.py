@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from megatron_vp2o.megatron.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups, max_scalars
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
 from megatron_vp2o.rl.types import TrainBatch
@@ -131,6 +132,7 @@ def run_schedule(
 
         return output, finish
 
+    forget_loss_scales()
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(parts),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -53,6 +55,9 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
         expert_model_parallel_size=parallel.expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel,
     )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     assert dist.group.WORLD is not None
     return Groups(

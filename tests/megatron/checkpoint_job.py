@@ -147,6 +147,9 @@ def continuations(folder: str, layouts: dict[str, dict[str, Any]]) -> dict[str, 
         first = Learner(settings, groups, Path(folder, name))
         first.train(0)
         first.engine.refresh(1)
+        first.log_probs()  # a forward pass: whatever was on its way has arrived
+        for mine, learned in zip(first.engine.actor.parameters(), first.policy.model.parameters(), strict=True):
+            assert torch.equal(mine, learned)
         first.train(1)
         path = first.saver.save(2, {"actor_age": 1, "actor_version": 1})
         numbers = random_numbers()
