@@ -30,11 +30,12 @@ from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstration
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.megatron import checkpoint, world  # noqa: E402
 from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
-from megatron_vp2o.rl.loop import TrainingLoop  # noqa: E402
+from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
@@ -59,6 +60,12 @@ class Run:
     policy: MegatronPolicy
     engine: MegatronEngine
     saver: checkpoint.Checkpointer
+    hook: SteinHook | None
+    """The Stein transform; None where it is off."""
+
+    @property
+    def transform(self) -> Transform:
+        return no_transform if self.hook is None else self.hook.transform
 
 
 def train(config: TrainConfig) -> int:
@@ -97,12 +104,14 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     if config.init_from is not None:
         checkpoint.load_weights(checkpoint.resolve(Path(config.init_from)), policy)
     engine = MegatronEngine(config, policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    stein = config.algorithm.stein
+    hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer) if stein.enabled else None
     folder = Path(config.run_dir)
     saver = checkpoint.Checkpointer(
-        folder / "checkpoints", policy, engine, keep=config.checkpoint.keep, tokenizer_save=tokenizer.save
+        folder / "checkpoints", policy, engine, keep=config.checkpoint.keep, tokenizer_save=tokenizer.save, hook=hook
     )
     sink = RunSink(config, as_plain(config), rank=groups.rank)
-    return Run(config, task, tokenizer, groups, sink, policy, engine, saver)
+    return Run(config, task, tokenizer, groups, sink, policy, engine, saver, hook)
 
 
 def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:
@@ -153,6 +162,7 @@ def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
         policy=run.policy,
         batches=batches(_documents(run, settings)),
         held_out=held_out,
+        transform=run.transform,
     )
 
 
@@ -190,6 +200,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         objective=OnRollouts(objective),
         refresh=EveryBatches(config.rollout.refresh_interval),
         reference=reference,
+        transform=run.transform,
     )
 
 

@@ -31,6 +31,7 @@ WARM_UP = [*MICRO, "algorithm.steps=4", "optimizer.lr_warmup_steps=1", "algorith
 REINFORCE = [
     *MICRO,
     "algorithm.steps=3",
+    "optimizer.lr_warmup_steps=1",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
     "algorithm.filter_uniform_groups=false",  # a random model is never right: without this there is nothing to train on

@@ -18,7 +18,7 @@ PACKAGE = "megatron_vp2o"
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "core": set(),
-    "config": {"errors"},
+    "config": {"errors", "core.choices"},  # names only
     "cli": {"config", "errors"},
     "parallel": {"core", "config", "errors"},
     "data": {"core", "config", "errors", "rl.types"},

@@ -16,7 +16,7 @@ from megatron_vp2o.config import schema
 
 # group -> choice -> dataclass. These choices are the dataclasses as they stand; conf/GROUP/*.yaml are deltas on them.
 GROUPS: dict[str, dict[str, Any]] = {
-    "algorithm": {"supervised": schema.SupervisedConfig, "grpo": schema.GRPOConfig},
+    "algorithm": {"supervised": schema.SupervisedConfig, "grpo": schema.GRPOConfig, "vp2o": schema.VP2OConfig},
     "model": {"tiny": schema.ModelConfig},
     "parallel": {"single": schema.ParallelConfig},
     "optimizer": {"adamw": schema.OptimizerConfig},

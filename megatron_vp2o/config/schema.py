@@ -13,6 +13,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from megatron_vp2o.core.choices import Kernel, Normalisation, Orthogonality, RepulsionScale, TemperatureScaling
+
 
 class Precision(enum.Enum):
     fp32 = "fp32"
@@ -65,6 +67,7 @@ class WandbMode(enum.Enum):
 class Algorithm(enum.Enum):
     supervised = "supervised"
     grpo = "grpo"
+    vp2o = "vp2o"
 
 
 class KLReference(enum.Enum):
@@ -259,6 +262,56 @@ class DataConfig:
 
 
 @dataclass
+class SteinConfig:
+    """The Stein field over experts: how their gradients are transformed (VP2O section 3.2; docs/method.md)."""
+
+    enabled: bool = False
+    """Transform expert gradients; off, nothing of this section is computed."""
+    attraction: bool = True
+    """Mix the gradients of co-active experts by their kernel weights."""
+    eta: float = 0.01
+    """Strength of the repulsion between experts that are not co-active; 0 turns it off."""
+    repulsion_scale: RepulsionScale = RepulsionScale.absolute
+    """absolute: eta times the kernel's gradient (the paper's); relative: eta times the expert's attraction gradient norm."""
+    normalisation: Normalisation = Normalisation.row
+    """row: rows of the weights add up to 1 (the paper's); svgd: sums over the number of active experts, as in SVGD."""
+    neighbours: Optional[int] = 4
+    """m, most co-active neighbours of an expert besides itself; null where coactivation_threshold is set."""
+    coactivation_threshold: Optional[float] = None
+    """rho, experts with at least this co-activation score are neighbours; null where neighbours is set."""
+    coactivation_ema: float = 0.9
+    """Decay of the moving average of co-activation scores over steps; 0 takes each step by itself."""
+    kernel: Kernel = Kernel.projective
+    """projective: (v_i . v_j)^2, blind to a prototype's sign; cosine: v_i . v_j."""
+    tau: float = 1.0
+    """tau_0, base temperature of the kernel."""
+    temperature_scaling: TemperatureScaling = TemperatureScaling.log
+    """The temperature is tau over log E, over sqrt E, or tau itself."""
+    power_iterations: int = 2
+    """n, power iterations a prototype takes at each update, and terms of its derivative."""
+    initial_power_iterations: int = 64
+    """Power iterations at start, from random directions."""
+    prototype_interval: int = 1
+    """Optimizer steps between prototype updates."""
+    chunk_mib: float = 256.0
+    """Most memory of the expert exchange's workspace, in MiB."""
+
+
+@dataclass
+class SpecializationConfig:
+    """Expert specialisation losses (Guo et al., arXiv 2505.22323). They add to the objective; 0 turns each off."""
+
+    orthogonality_coef: float = 0.0
+    """beta_o, weight of the overlap of the outputs of a token's experts."""
+    orthogonality: Orthogonality = Orthogonality.projection
+    """projection: the paper's equation; cosine: free of scale."""
+    orthogonality_token_fraction: float = 1.0
+    """Share of a micro-batch's tokens that the orthogonality loss is taken over."""
+    variance_coef: float = 0.0
+    """gamma, weight of the (negative) variance of the router's scores over tokens."""
+
+
+@dataclass
 class AlgorithmConfig:
     """What every algorithm has. A recipe picks one of the classes below through the `algorithm` group."""
 
@@ -268,6 +321,10 @@ class AlgorithmConfig:
     """Training steps; for RL a step is one rollout batch."""
     micro_batch_size: int = 64
     """Sequences in one forward pass on one rank."""
+    stein: SteinConfig = field(default_factory=SteinConfig)
+    """The gradient transform."""
+    specialization: SpecializationConfig = field(default_factory=SpecializationConfig)
+    """Further losses on experts and router."""
 
 
 @dataclass
@@ -316,6 +373,16 @@ class GRPOConfig(AlgorithmConfig):
     """Which reference; needed when kl_coef > 0."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
+
+
+@dataclass
+class VP2OConfig(GRPOConfig):
+    """Variational proximal policy optimisation: group-relative advantages, and every expert a particle of a Stein flow."""
+
+    name: Algorithm = Algorithm.vp2o
+    """Which algorithm."""
+    stein: SteinConfig = field(default_factory=lambda: SteinConfig(enabled=True))
+    """The gradient transform."""
 
 
 @dataclass
@@ -369,7 +436,7 @@ class TrainConfig:
     """A whole run."""
 
     algorithm: AlgorithmConfig = field(default_factory=GRPOConfig)
-    """supervised | grpo."""
+    """supervised | grpo | vp2o."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

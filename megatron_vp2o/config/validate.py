@@ -51,7 +51,7 @@ def validate(
     """
     problems = list(_ranges(config))
     if not problems:  # what follows divides by these numbers
-        for rule in (_model, _layout, _optimizer, _algorithm, _sequence, _evaluation, _folders):
+        for rule in (_model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, _folders):
             problems.extend(rule(config))
         problems.extend(_world(config, world_size))
         if cuda_devices is not None:
@@ -258,6 +258,23 @@ def optimizer_steps(algorithm: AlgorithmConfig) -> int:
     if isinstance(algorithm, GRPOConfig):
         return algorithm.steps * algorithm.epochs * algorithm.minibatches
     return algorithm.steps
+
+
+def _stein(config: TrainConfig) -> Iterator[str]:
+    stein, experts = config.algorithm.stein, config.model.num_moe_experts
+    if not stein.enabled:
+        return
+    if (stein.neighbours is None) == (stein.coactivation_threshold is None):
+        yield (
+            f"algorithm.stein.neighbours={stein.neighbours} and algorithm.stein.coactivation_threshold="
+            f"{stein.coactivation_threshold}: set exactly one of them, and the other to null"
+        )
+    least = 12 * experts / 2**20
+    if stein.chunk_mib < least:
+        yield (
+            f"algorithm.stein.chunk_mib={stein.chunk_mib} holds not even one column of {experts} experts: choose at "
+            f"least {least:.3g}"
+        )
 
 
 def _algorithm(config: TrainConfig) -> Iterator[str]:

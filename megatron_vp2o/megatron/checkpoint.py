@@ -38,12 +38,13 @@ from megatron_vp2o.megatron import checkpoint_folder as files
 from megatron_vp2o.megatron.checkpoint_folder import latest, resolve
 from megatron_vp2o.megatron.compat import megatron_version
 from megatron_vp2o.megatron.generation import MegatronEngine
+from megatron_vp2o.megatron.gradient_hook import SteinHook
 from megatron_vp2o.megatron.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups
 
 __all__ = ["Checkpointer", "latest", "load_weights", "resolve"]
 
-MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE = "model", "optimizer", "actor", "rng", "schedule"
+MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, STEIN = "model", "optimizer", "actor", "rng", "schedule", "stein"
 
 # Every parameter of the distributed optimizer in its own shape, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -77,6 +78,7 @@ class Checkpointer:
     Args:
         folder: made on the first save.
         engine: its actor is saved while it is older than the learner; None if there is none.
+        hook: the Stein hook, whose averages and prototypes go on; None if there is none.
         keep: newest checkpoints that are kept, at least 1.
         tokenizer_save: writes the tokenizer's files to a folder; called on one rank.
     """
@@ -89,8 +91,9 @@ class Checkpointer:
         *,
         keep: int,
         tokenizer_save: Callable[[Path], None] | None,
+        hook: SteinHook | None = None,
     ) -> None:
-        self.folder, self.policy, self.engine = folder, policy, engine
+        self.folder, self.policy, self.engine, self.hook = folder, policy, engine, hook
         self.keep, self.tokenizer_save = keep, tokenizer_save
         self.groups = policy.groups
 
@@ -134,6 +137,8 @@ class Checkpointer:
             parts.append(OPTIMIZER)
         if self.engine is not None and state.get("actor_age", 0) > 0:
             parts.append(ACTOR)
+        if self.hook is not None and self.hook.steps > 0:
+            parts.append(STEIN)
         return parts
 
     def _tree(self, parts: list[str], *, loading: bool) -> dict[str, Any]:
@@ -149,11 +154,15 @@ class Checkpointer:
             assert self.engine is not None
             tree[ACTOR] = self.engine.actor.sharded_state_dict()
             add_prefix_for_sharding(tree[ACTOR], f"{ACTOR}.")
+        if STEIN in parts:
+            assert self.hook is not None
+            tree[STEIN] = self.hook.sharded_state_dict(loading=loading)
         if RNG in parts:
             size, rank = self.groups.world_size, self.groups.rank
             tree[RNG] = ShardedObject(RNG, None if loading else _rng_state(), (size,), (rank,))
         if not loading:
-            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps}
+            steps = 0 if self.hook is None else self.hook.steps
+            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps, "stein_steps": steps}
         return tree
 
     def _write_rest(self, temporary: Path, state: dict[str, Any]) -> None:
@@ -198,7 +207,8 @@ class Checkpointer:
         with _together(self.groups):
             _same("optimizer", path, manifest["optimizer"], _optimizer_kind(self.policy))
             state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
-        parts = [part for part in manifest["parts"] if part != ACTOR or self.engine is not None]
+        absent = {ACTOR: self.engine is None, STEIN: self.hook is None}
+        parts = [part for part in manifest["parts"] if not absent.get(part, False)]
         if manifest["layout"] != _layout(self.groups):
             parts.remove(RNG)
         loaded = _read_tensors(self._tree(parts, loading=True), path, self.groups)
@@ -208,6 +218,9 @@ class Checkpointer:
             assert self.engine is not None
             self.engine.actor.load_state_dict(loaded[ACTOR])
             self.engine.version = state["actor_version"]
+        if STEIN in parts:
+            assert self.hook is not None
+            self.hook.load_state_dict(loaded[STEIN], loaded[SCHEDULE]["stein_steps"])
         if RNG in parts:
             _set_rng_state(loaded[RNG])
         return state

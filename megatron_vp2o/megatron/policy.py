@@ -17,8 +17,9 @@ from torch import Tensor
 from megatron_vp2o.config.schema import Precision, TrainConfig
 from megatron_vp2o.megatron.compat import auxiliary_losses
 from megatron_vp2o.megatron.model import DTYPES, build_model, padded_vocab_size
+from megatron_vp2o.megatron.moe_layer import Specialization, VP2OMoELayer, moe_layers
 from megatron_vp2o.megatron.scoring import micro_batches, run_schedule, score
-from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.parallel.groups import Groups, sum_scalars
 from megatron_vp2o.rl.types import Objective, StepStats, TrainBatch
 
 
@@ -70,6 +71,7 @@ class MegatronPolicy:
             [self.ddp],
         )
         self.clip_grad = settings.clip_grad
+        self._specialised = self._specialise(config)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -85,6 +87,20 @@ class MegatronPolicy:
         )
         self._wire_schedule(parallel.overlap_grad_reduce, parallel.overlap_param_gather)
         self._tokens = 0
+
+    def _specialise(self, config: TrainConfig) -> list[VP2OMoELayer]:
+        """The layers that attach specialisation losses."""
+        settings = config.algorithm.specialization
+        losses = Specialization(
+            settings.orthogonality_coef,
+            settings.orthogonality,
+            settings.orthogonality_token_fraction,
+            settings.variance_coef,
+        )
+        layers = moe_layers(self.ddp) if losses else []
+        for layer in layers:
+            layer.specialise(losses)
+        return layers
 
     def _wire_schedule(self, overlap_grads: bool, overlap_params: bool) -> None:
         """The callbacks through which Megatron's schedules reach the data-parallel wrapper and the optimizer."""
@@ -104,6 +120,12 @@ class MegatronPolicy:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._specialised:
+            sums = sum_scalars(
+                {"loss": float(batch.loss_mask_NS.sum()), "valid": float(batch.length_N.sum())}, self.groups.dp
+            )
+            for layer in self._specialised:
+                layer.loss_tokens_per_token = sums["loss"] / max(sums["valid"], 1.0)
         parts = [part for part, _ in micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)]
 
         def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

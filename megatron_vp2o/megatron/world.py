@@ -59,7 +59,13 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    return current_groups()
+
+
+def current_groups() -> Groups:
+    """The groups of a world whose model parallelism Megatron has initialised, here or in somebody else's loop."""
     assert dist.group.WORLD is not None
+    cuda = torch.cuda.is_available()
     return Groups(
         world=dist.group.WORLD,
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -68,6 +74,7 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
         ep=parallel_state.get_expert_model_parallel_group(),
         etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
+        stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
 

@@ -23,6 +23,8 @@ class Groups:
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
+    stage: dist.ProcessGroup
+    """All ranks of this pipeline stage: those that see tokens of the same layers."""
     device: torch.device
 
     @property

@@ -20,6 +20,7 @@ LINE = "every line"
 STEP = "every training step"
 EVALUATION = "evaluations"
 END = "end of the run"
+STEIN = "training steps of runs with a Stein field; means over layers"
 
 FRACTION = "fraction"
 TOKENS = "tokens"
@@ -197,6 +198,39 @@ SECTIONS: tuple[Section, ...] = (
                 "router z-loss before its coefficient, mean over layers",
                 "training steps of runs with a z-loss",
             ),
+            Metric("moe/router_entropy", NATS, "entropy of the router's distribution, mean over tokens", STEIN),
+            Metric("moe/expert_utilisation", FRACTION, "experts with at least one token in the step", STEIN),
+            Metric("moe/effective_experts", FRACTION, "exp(entropy of the load distribution) / E", STEIN),
+            Metric("moe/load_violation", NONE, "largest load / mean load - 1 (MaxVio)", STEIN),
+            Metric(
+                "moe/output_overlap", NONE, "squared cosine of the outputs of a token's experts, mean over pairs", STEIN
+            ),
+            Metric(
+                "moe/orthogonality_loss",
+                NONE,
+                "orthogonality loss before its coefficient, mean over tokens (0 when off)",
+                STEIN,
+            ),
+            Metric(
+                "moe/variance_loss", NONE, "variance loss before its coefficient, mean over tokens (0 when off)", STEIN
+            ),
+        ),
+    ),
+    Section(
+        "Stein field",
+        (
+            Metric("stein/prototype_overlap", NONE, "squared cosine of two prototypes, mean over pairs", STEIN),
+            Metric("stein/prototype_overlap_max", NONE, "the largest one", STEIN),
+            Metric("stein/prototype_rank", NONE, "effective rank of the prototypes' Gram matrix", STEIN),
+            Metric(
+                "stein/prototype_residual",
+                NONE,
+                "|Mv - (v.Mv)v| / (v.Mv): how far prototypes are from converged",
+                STEIN,
+            ),
+            Metric("stein/coactivation_sparsity", FRACTION, "pairs of experts that share no token in the step", STEIN),
+            Metric("stein/self_weight", NONE, "weight of an expert's own gradient in the mixture, mean", STEIN),
+            Metric("stein/repulsion_ratio", NONE, "norm of the repulsion over that of the attraction", STEIN),
         ),
     ),
     Section(

@@ -1,0 +1,41 @@
+"""The choices that the method leaves open, as names. No torch here: the configuration reads them too."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Kernel(enum.Enum):
+    """How alike two prototypes are, c_ij."""
+
+    projective = "projective"  # (v_i . v_j)^2: blind to the sign, which a singular vector does not have
+    cosine = "cosine"  # v_i . v_j
+
+
+class TemperatureScaling(enum.Enum):
+    """How the kernel's temperature falls with the number of experts."""
+
+    log = "log"  # tau_0 / log E: SVGD's bandwidth rule (Liu & Wang 2016, section 5) keeps sum_j K_ij bounded
+    sqrt = "sqrt"  # tau_0 / sqrt E
+    none = "none"
+
+
+class Normalisation(enum.Enum):
+    """What the field's sums over neighbours are divided by."""
+
+    row = "row"  # sums of kernel weights: each row of w+ and w- adds up to 1
+    svgd = "svgd"  # the number of active experts, and w- without the kernel: the field of Liu & Wang (arXiv 1608.04471)
+
+
+class RepulsionScale(enum.Enum):
+    """How large the repulsion is."""
+
+    absolute = "absolute"  # eta times the kernel's gradient
+    relative = "relative"  # eta times the norm of the expert's attraction gradient
+
+
+class Orthogonality(enum.Enum):
+    """Which measure of two expert outputs' overlap is penalised (Guo et al., arXiv 2505.22323)."""
+
+    projection = "projection"  # squared length of one output's projection on the other: the paper's equation
+    cosine = "cosine"  # squared cosine: free of the outputs' scale

@@ -1,0 +1,87 @@
+"""What one would like to see of experts, router and prototypes, and the VP2O paper says it did not report.
+
+Shape legend: L layers (any leading dimensions, `...`), E experts, T tokens, K experts of a token, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def expert_utilisation(loads_LE: Tensor) -> Tensor:
+    """Fraction of experts with at least one token: [...]."""
+    return (loads_LE > 0).to(torch.float32).mean(-1)
+
+
+def effective_experts(loads_LE: Tensor) -> Tensor:
+    """exp(H) / E of the load distribution: 1 when all experts are equally loaded, 1/E when one has everything. [...]."""
+    total = loads_LE.sum(-1, keepdim=True)
+    share_LE = loads_LE / total.clamp(min=torch.finfo(loads_LE.dtype).tiny)
+    entropy = -torch.xlogy(share_LE, share_LE).sum(-1)
+    return torch.where(total[..., 0] > 0, entropy.exp() / loads_LE.shape[-1], 0.0)
+
+
+def load_violation(loads_LE: Tensor) -> Tensor:
+    """Maximal load violation, max load / mean load - 1 (MaxVio of Wang et al., arXiv 2408.15664): [...]."""
+    mean = loads_LE.mean(-1)
+    return torch.where(mean > 0, loads_LE.amax(-1) / mean.clamp(min=torch.finfo(loads_LE.dtype).tiny) - 1.0, 0.0)
+
+
+class Overlap(NamedTuple):
+    """How alike prototypes are; each [...]."""
+
+    mean: Tensor
+    """Mean squared cosine of two different experts' prototypes."""
+    maximum: Tensor
+    """The largest."""
+    effective_rank: Tensor
+    """exp of the entropy of the Gram matrix's normalised eigenvalues: the number of directions in use, 1 to min(E, D)."""
+
+
+def prototype_overlap(prototypes_LED: Tensor) -> Overlap:
+    """Off-diagonal squared overlaps and effective rank (Roy & Vetterli 2007) of unit prototypes. One expert: 0, 0, 1."""
+    experts = prototypes_LED.shape[-2]
+    gram_LEE = prototypes_LED @ prototypes_LED.transpose(-1, -2)
+    square_LEE = gram_LEE.square()
+    square_LEE.diagonal(dim1=-2, dim2=-1).zero_()
+    share_LE = torch.linalg.eigvalsh(gram_LEE.double()).clamp(min=0.0)
+    share_LE = share_LE / share_LE.sum(-1, keepdim=True)
+    entropy = -torch.xlogy(share_LE, share_LE).sum(-1)
+    return Overlap(square_LEE.sum((-1, -2)) / max(experts * (experts - 1), 1), square_LEE.amax((-1, -2)), entropy.exp())
+
+
+def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared cosines of the outputs of each token's experts: (sum over unordered pairs, number of pairs).
+
+    Args:
+        outputs_TKD: outputs, in any scale.
+        present_TK: True where the slot holds an output that counts.
+    """
+    unit_TKD = torch.nn.functional.normalize(outputs_TKD, dim=-1)
+    square_TKK = (unit_TKD @ unit_TKD.transpose(1, 2)).square()
+    upper_TKK = torch.ones_like(square_TKK, dtype=torch.bool).triu(1) & present_TK[:, :, None] & present_TK[:, None, :]
+    return torch.where(upper_TKK, square_TKK, 0.0).sum(), upper_TKK.sum()
+
+
+def coactivation_sparsity(counts_LEE: Tensor) -> Tensor:
+    """Fraction of pairs of experts that share no token: [...]. One expert: 0."""
+    experts = counts_LEE.shape[-1]
+    empty_LEE = counts_LEE == 0
+    own_L = empty_LEE.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (empty_LEE.sum((-1, -2)) - own_L).float() / max(experts * (experts - 1), 1)
+
+
+def self_weight(attraction_LEE: Tensor, active_LE: Tensor) -> Tensor:
+    """Mean of w+_ii over active experts: 1 when nobody takes from a neighbour. [...]."""
+    own_LE = attraction_LEE.diagonal(dim1=-2, dim2=-1)
+    return (own_LE * active_LE).sum(-1) / active_LE.sum(-1).clamp(min=1)
+
+
+def repulsion_ratio(repulsion_LE: Tensor, attraction_LE: Tensor) -> Tensor:
+    """|repulsion| / |attraction| of a layer, norms over all its experts: [...]; 0 where there is no attraction."""
+    attraction = attraction_LE.square().sum(-1).sqrt()
+    repulsion = repulsion_LE.square().sum(-1).sqrt()
+    return torch.where(attraction > 0, repulsion / attraction.clamp(min=torch.finfo(attraction.dtype).tiny), 0.0)

@@ -1,0 +1,139 @@
+"""Prototypes: the principal output direction of each expert, by power iteration, and the gradient through it.
+
+An expert's output projection is W [F, D], y = h W. torch stores `weight` = W^T, [D, F], and that is what these functions
+take. The prototype v [D] is the principal eigenvector of M = W^T W, a direction of the output space, comparable between
+experts. M is never formed.
+
+Under expert tensor parallelism a rank holds some of the rows of W (F is cut): W v is local, W^T (W v) a partial sum.
+`reduce` adds those up; the functions take all layers at once so that one collective serves them all.
+
+Shape legend: L layers, E experts (local ones, where sharded), D hidden size, F expert intermediate size (local shard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Adds a tensor up over the ranks that share an expert; returns the sum."""
+
+_TINY = 1e-30
+
+
+def local_sum(partial: Tensor) -> Tensor:
+    """`Reduce` where nothing is sharded."""
+    return partial
+
+
+def output_rows(weights: Sequence[Tensor], vectors_LED: Tensor) -> list[Tensor]:
+    """W v for each layer's experts: from L of [E, D, F] and [L, E, D] to L of [E, F]."""
+    return [
+        torch.bmm(vectors_ED[:, None], weight_EDF)[:, 0]
+        for weight_EDF, vectors_ED in zip(weights, vectors_LED, strict=True)
+    ]
+
+
+def _transposed_product(weights: Sequence[Tensor], rows: Sequence[Tensor], reduce: Reduce) -> Tensor:
+    """W^T h, summed over shards: [L, E, D]."""
+    parts = [torch.bmm(weight_EDF, h_EF[..., None])[..., 0] for weight_EDF, h_EF in zip(weights, rows, strict=True)]
+    return reduce(torch.stack(parts))
+
+
+def gram_product(weights: Sequence[Tensor], vectors_LED: Tensor, reduce: Reduce = local_sum) -> Tensor:
+    """M v = W^T (W v): [L, E, D]."""
+    return _transposed_product(weights, output_rows(weights, vectors_LED), reduce)
+
+
+def initial_prototypes(layers: Sequence[int], experts: Sequence[int], hidden: int, seed: int) -> Tensor:
+    """Random unit vectors [L, E, D] that depend on the layer's and the expert's global number only, not on the layout."""
+    start_LED = torch.empty(len(layers), len(experts), hidden)
+    for row_ED, layer in zip(start_LED, layers, strict=True):
+        for row_D, expert in zip(row_ED, experts, strict=True):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 1_000_003 + expert)
+            row_D.copy_(torch.randn(hidden, generator=generator))
+    return start_LED / start_LED.norm(dim=-1, keepdim=True)
+
+
+def power_iteration(
+    weights: Sequence[Tensor], prototypes_LED: Tensor, steps: int, reduce: Reduce = local_sum
+) -> tuple[Tensor, Tensor]:
+    """n steps of v <- normalise(M v), then the sign of the start (VP2O section 3.2).
+
+    A singular vector has no sign; keeping it makes barycenters of prototypes continuous in time. An expert whose W is
+    zero keeps its prototype.
+
+    Args:
+        weights: L of [E, D, F], in the precision to compute in.
+        prototypes_LED: unit vectors to start from.
+        steps: n >= 1.
+        reduce: adds partial sums over the expert-tensor-parallel ranks, [L, E, D] each step.
+
+    Returns:
+        (prototypes [L, E, D], relative residual |M v - (v.M v) v| / (v.M v) of those before the last step [L, E]).
+    """
+    start_LED = prototypes_LED
+    image_LED = start_LED
+    for _ in range(steps):
+        image_LED = gram_product(weights, prototypes_LED, reduce)
+        norm_LE1 = image_LED.norm(dim=-1, keepdim=True)
+        last_LED, prototypes_LED = prototypes_LED, torch.where(norm_LE1 > _TINY, image_LED / norm_LE1, prototypes_LED)
+    rayleigh_LE1 = (last_LED * image_LED).sum(-1, keepdim=True)
+    residual_LE1 = (image_LED - rayleigh_LE1 * last_LED).norm(dim=-1, keepdim=True) / rayleigh_LE1.clamp(min=_TINY)
+    flipped_LE1 = (prototypes_LED * start_LED).sum(-1, keepdim=True) < 0
+    return torch.where(flipped_LE1, -prototypes_LED, prototypes_LED), residual_LE1[..., 0]
+
+
+class RankTwo(NamedTuple):
+    """A gradient with respect to the stored weights, `left_a right_a^T + left_b right_b^T`, [D, F] an expert."""
+
+    left_a_LED: Tensor  # s
+    right_a: list[Tensor]  # W v, L of [E, F]
+    left_b_LED: Tensor  # v
+    right_b: list[Tensor]  # W s, L of [E, F]
+
+    def norms(self, reduce: Reduce = local_sum) -> Tensor:
+        """Frobenius norm an expert, [L, E], without forming the matrix."""
+        inner = [
+            torch.stack([(x * y).sum(-1) for x, y in ((a, a), (b, b), (a, b))])
+            for a, b in zip(self.right_a, self.right_b, strict=True)
+        ]
+        aa_LE, bb_LE, ab_LE = reduce(torch.stack(inner, dim=1)).unbind(0)
+        s_LED, v_LED = self.left_a_LED, self.left_b_LED
+        square_LE = (
+            aa_LE * s_LED.square().sum(-1) + bb_LE * v_LED.square().sum(-1) + 2.0 * ab_LE * (s_LED * v_LED).sum(-1)
+        )
+        return square_LE.clamp(min=0.0).sqrt()
+
+
+def prototype_gradient(
+    weights: Sequence[Tensor], prototypes_LED: Tensor, pull_LED: Tensor, steps: int, reduce: Reduce = local_sum
+) -> RankTwo:
+    """dF/dW from a = dF/dv, through n unrolled power steps at a converged v (VP2O Eq. 10; docs/method.md).
+
+        a_perp = a - (a.v) v,  lambda = |W v|^2,  s = (1/lambda) sum_{t<n} (M/lambda)^t a_perp
+        dF/dW = (W v) s^T + (W s) v^T     (here its transpose, for the stored weight)
+
+    n terms, not the exact resolvent: fresh weights have hardly a spectral gap, and the inverse blows up. It is rank two;
+    nothing of size [D, F] is made. Zero for an expert whose W is zero.
+
+    Args:
+        weights: L of [E, D, F].
+        prototypes_LED: v, unit vectors.
+        pull_LED: a.
+        steps: n >= 1.
+        reduce: adds partial sums over the expert-tensor-parallel ranks.
+    """
+    v_LED = prototypes_LED
+    wv = output_rows(weights, v_LED)
+    lambda_LE1 = reduce(torch.stack([h_EF.square().sum(-1) for h_EF in wv]))[..., None]
+    inverse_LE1 = torch.where(lambda_LE1 > _TINY, 1.0 / lambda_LE1.clamp(min=_TINY), 0.0)
+    term_LED = (pull_LED - (pull_LED * v_LED).sum(-1, keepdim=True) * v_LED) * inverse_LE1
+    s_LED = term_LED
+    for _ in range(steps - 1):
+        term_LED = gram_product(weights, term_LED, reduce) * inverse_LE1
+        s_LED = s_LED + term_LED
+    return RankTwo(s_LED, wv, v_LED, output_rows(weights, s_LED))

@@ -1,0 +1,116 @@
+"""One view over the routed experts of a Megatron MoE layer, whatever module holds them.
+
+SequentialMLP has a module an expert, TEGroupedMLP one parameter an expert (`weight0`, `weight1`, ...), the older GroupedMLP one
+parameter for all. Here they are rows: for each parameter of an expert (fc1, fc2, biases), each local expert's part of it.
+
+Shape legend: E local experts, D hidden size, F expert intermediate size (this rank's shard).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_vp2o.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One expert's part of a parameter."""
+
+    parameter: Parameter
+    start: int
+    numel: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The row of a tensor shaped like the parameter (its weight, its gradient), flat; a view."""
+        return tensor.view(-1)[self.start : self.start + self.numel]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts of one layer on this rank.
+
+    Attributes:
+        layer: the layer's global number, from 1.
+        first: global index of the first local expert.
+        parts: parameter name -> one row a local expert, in order of expert.
+        output: name of the output projection among the parts.
+        transposed: True where the output projection lies as [F, D] (GroupedMLP) and not as torch's [D, F].
+    """
+
+    layer: int
+    first: int
+    parts: dict[str, list[Row]]
+    output: str
+    hidden: int
+    transposed: bool = False
+
+    @property
+    def experts(self) -> int:
+        return len(self.parts[self.output])
+
+    def output_projection(self) -> Tensor:
+        """W^T of all local experts, [E, D, F] float32: a copy, or a view where one parameter holds them all in float32."""
+        rows = self.parts[self.output]
+        shape = (-1, self.hidden) if self.transposed else (self.hidden, -1)
+        if len({id(row.parameter) for row in rows}) == 1:
+            stacked = rows[0].parameter.detach().view(len(rows), *shape)
+        else:
+            stacked = torch.stack([row.of(row.parameter.detach()).view(shape) for row in rows])
+        return (stacked.transpose(1, 2) if self.transposed else stacked).float()
+
+    def add_to_output(self, row: int, gradient: Tensor, left_D: Tensor, right_F: Tensor) -> None:
+        """Add left right^T to one expert's gradient (a tensor shaped like its parameter) of the output projection."""
+        flat = self.parts[self.output][row].of(gradient)
+        if self.transposed:
+            flat.view(-1, self.hidden).addr_(right_F.to(flat.dtype), left_D.to(flat.dtype))
+        else:
+            flat.view(self.hidden, -1).addr_(left_D.to(flat.dtype), right_F.to(flat.dtype))
+
+
+def expert_weights(layer: Any) -> ExpertWeights:
+    """The view for a MoELayer.
+
+    Raises:
+        ConfigError: for experts of a kind that is not known here.
+    """
+    module, hidden = layer.experts, int(layer.config.moe_latent_size or layer.config.hidden_size)
+    first = int(layer.local_expert_indices[0])
+    if hasattr(module, "local_experts"):
+        parts: dict[str, list[Row]] = {}
+        for expert in module.local_experts:
+            for name, parameter in expert.named_parameters():
+                parts.setdefault(name, []).append(Row(parameter, 0, parameter.numel()))
+        return ExpertWeights(layer.layer_number, first, parts, "linear_fc2.weight", hidden)
+    names = dict(module.named_parameters())
+    if {"weight1", "weight2"} <= names.keys():
+        parts = {name: _slices(parameter, module.num_local_experts) for name, parameter in names.items()}
+        return ExpertWeights(layer.layer_number, first, parts, "weight2", hidden, transposed=True)
+    parts, numbered = {}, re.compile(r"(.*(?:weight|bias))(\d+)$")
+    for name, parameter in sorted(names.items(), key=lambda item: _order(item[0])):
+        if match := numbered.match(name):
+            parts.setdefault(match[1], []).append(Row(parameter, 0, parameter.numel()))
+        elif name.endswith(("weight", "bias")):  # moe_single_grouped_weight: all experts in one
+            parts[name] = _slices(parameter, module.num_local_experts)
+    if "linear_fc2.weight" not in parts:
+        raise ConfigError(
+            f"experts of type {type(module).__name__} in layer {layer.layer_number}: the Stein transform knows "
+            "SequentialMLP, GroupedMLP and TEGroupedMLP; choose one of them in the layer spec"
+        )
+    return ExpertWeights(layer.layer_number, first, parts, "linear_fc2.weight", hidden)
+
+
+def _slices(parameter: Parameter, experts: int) -> list[Row]:
+    size = parameter.numel() // experts
+    return [Row(parameter, e * size, size) for e in range(experts)]
+
+
+def _order(name: str) -> tuple[str, int]:
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
