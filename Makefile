@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 TESTARGS ?=
 RUNARGS ?=
 BENCHARGS ?=
+# Processes of the training runs of `make run`. Two with one thread each are faster than one with two.
+RANKS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 > 1 ? 2 : 1)}')
 # Folder of wheels for a CUDA machine without a package index (make gpu-check).
 WHEELS ?= wheels
 
@@ -20,6 +22,7 @@ export GOMP_SPINCOUNT ?= 2000
 BASE = $(eval BASE := $(shell sh tools/find_python.sh $(PYTHON)))$(BASE)
 VENV = $(eval VENV := $(shell $(BASE) -c 'import sys; print(".venv" if sys.version_info[1] == 11 else ".venv-3.12")'))$(VENV)
 PY = $(VENV)/bin/python
+TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m megatron_vp2o.train
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
@@ -37,10 +40,11 @@ install: python ## Make the environment with what `make run` needs
 install-dev: python ## ... and with what the tests need
 	@$(INSTALL) --extras dev
 
-run: install ## Install, warm up on demonstrations, reinforce (GRPO), write the report
-	$(PY) -m megatron_vp2o.train --config-name countdown_tiny_supervised $(RUNARGS)
-	$(PY) -m megatron_vp2o.train --config-name countdown_tiny_grpo $(RUNARGS)
-	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo
+run: install ## Install, warm up on demonstrations, reinforce with GRPO and with VP2O, write the report
+	$(TRAIN) --config-name countdown_tiny_supervised $(RUNARGS)
+	$(TRAIN) --config-name countdown_tiny_grpo $(RUNARGS)
+	$(TRAIN) --config-name countdown_tiny_vp2o $(RUNARGS)
+	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo runs/countdown_tiny_vp2o
 
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
 	$(PY) -m pytest $(TESTARGS)

@@ -1,0 +1,307 @@
+"""Megatron's distributed checkpoints (format torch_dist), read and written tensor by tensor without a model.
+
+On disk (torch.distributed.checkpoint.filesystem; megatron/core/dist_checkpointing):
+
+    metadata.json     which format
+    common.pt         what is not a tensor
+    .metadata         a pickle: for each name the whole shape and its chunks, for each chunk the file and bytes
+    __0_0.distcp ...  chunks one after another, each as torch.save writes it
+
+Megatron stacks layers and experts: `decoder.layers.mlp.experts.experts.linear_fc1.weight` is [layers, experts, 2F, D].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.tensor_files import read_into
+
+METADATA = ".metadata"
+_WHOLE = 16 * 2**20  # chunks up to this size are read whole, whatever part of them is wanted
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box in a stored tensor."""
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def overlap(self, offsets: Sequence[int], sizes: Sequence[int]) -> Region | None:
+        first = tuple(map(max, self.offsets, offsets))
+        last = tuple(min(o + s, p + t) for o, s, p, t in zip(self.offsets, self.sizes, offsets, sizes, strict=True))
+        if any(a >= b for a, b in zip(first, last, strict=True)):
+            return None
+        return Region(self.key, first, tuple(b - a for a, b in zip(first, last, strict=True)))
+
+    def inside(self, offsets: Sequence[int]) -> tuple[slice, ...]:
+        """This box as an index of a tensor that begins at `offsets`."""
+        return tuple(slice(a - b, a - b + s) for a, b, s in zip(self.offsets, offsets, self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A chunk and where it is."""
+
+    region: Region
+    dtype: torch.dtype
+    file: str
+    start: int
+    length: int
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_item(stream: BinaryIO, tensor: Tensor, region: Region, file: str) -> Item:
+    """Append a chunk to an open file."""
+    start = stream.tell()
+    tensor = tensor.reshape(region.sizes)
+    if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes the whole storage of a view
+    torch.save(tensor, stream)
+    return Item(region, tensor.dtype, file, start, stream.tell() - start)
+
+
+def write_rest(
+    folder: Path,
+    items: Iterable[Item],
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+    nothings: Sequence[str],
+) -> None:
+    """Write all but the chunks.
+
+    Args:
+        shapes: of the whole tensors, by key.
+        aliases: further name -> key; both are the same bytes.
+        nothings: names that hold None, as Megatron's layers without extra state do.
+    """
+    by_key: dict[str, list[Item]] = {}
+    for item in items:
+        by_key.setdefault(item.region.key, []).append(item)
+    described: dict[str, Any] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for name, key in [*((key, key) for key in by_key), *aliases.items()]:
+        chunks = sorted(by_key[key], key=lambda item: item.region.offsets)
+        described[name] = TensorStorageMetadata(
+            properties=TensorProperties(dtype=chunks[0].dtype),
+            size=torch.Size(shapes[key]),
+            chunks=[
+                ChunkStorageMetadata(torch.Size(item.region.offsets), torch.Size(item.region.sizes)) for item in chunks
+            ],
+        )
+        for i, item in enumerate(chunks):
+            index = MetadataIndex(name, torch.Size(item.region.offsets), i)
+            stored[index] = _StorageInfo(item.file, item.start, item.length)
+    if nothings:
+        blob, file = io.BytesIO(), "__nothing_0.distcp"
+        torch.save(None, blob)
+        _write(folder / file, blob.getvalue())
+        for name in nothings:
+            described[name] = BytesStorageMetadata()
+            stored[MetadataIndex(name)] = _StorageInfo(file, 0, len(blob.getvalue()))
+    _write(folder / METADATA, pickle.dumps(Metadata(state_dict_metadata=described, storage_data=stored)))
+    common = io.BytesIO()
+    torch.save({}, common)
+    _write(folder / "common.pt", common.getvalue())
+    # The fields of megatron.core's CheckpointingConfig.
+    config = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    _write(folder / "metadata.json", json.dumps(config).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class StoredTensors:
+    """The tensors of a distributed checkpoint, whatever layout wrote it.
+
+    Raises:
+        CheckpointError: there is none, it is not of this format, or its files are missing or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._items: dict[str, list[Item]] = {}
+        metadata = _load_metadata(folder)
+        for key, value in metadata.state_dict_metadata.items():
+            if isinstance(value, TensorStorageMetadata):
+                self.shapes[key], self.dtypes[key] = tuple(value.size), value.properties.dtype
+        ends: dict[str, int] = {}
+        for index, info in (metadata.storage_data or {}).items():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        _check_lengths(folder, ends)
+        for key, value in metadata.state_dict_metadata.items():
+            if key in self.shapes:
+                self._items[key] = [self._item(key, chunk, metadata) for chunk in value.chunks]
+
+    def _item(self, key: str, chunk: ChunkStorageMetadata, metadata: Metadata) -> Item:
+        info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if info is None or getattr(info, "transform_descriptors", None):
+            raise CheckpointError(f"{self.folder}: a chunk of {key} is not stored as plain bytes; save it without transforms")
+        region = Region(key, tuple(chunk.offsets), tuple(chunk.sizes))
+        return Item(region, self.dtypes[key], info.relative_path, info.offset, info.length)
+
+    def items(self, key: str) -> list[Item]:
+        return self._items[key]
+
+    def untiled(self, key: str) -> bool:
+        """Whether the chunks of a tensor don't cover it exactly once."""
+        regions = [item.region for item in self._items[key]]
+        inside = all(
+            o + s <= n for region in regions for o, s, n in zip(region.offsets, region.sizes, self.shapes[key], strict=True)
+        )
+        disjoint = len({region.offsets for region in regions}) == len(regions)
+        return not (inside and disjoint and sum(math.prod(r.sizes) for r in regions) == math.prod(self.shapes[key]))
+
+    def read(self, region: Region) -> Tensor:
+        """A box of a tensor. Raises CheckpointError where the file holds something else or parts of it are missing."""
+        found = torch.empty(region.sizes, dtype=self.dtypes[region.key])
+        elements = 0
+        for item in self._items[region.key]:
+            part = region.overlap(item.region.offsets, item.region.sizes)
+            if part is not None:
+                found[part.inside(region.offsets)] = self._read_item(item, part)
+                elements += math.prod(part.sizes)
+        if elements != found.numel():
+            raise CheckpointError(f"{self.folder} holds {elements} of {found.numel()} numbers of {region.key}")
+        return found
+
+    def _read_item(self, item: Item, part: Region) -> Tensor:
+        path = self.folder / item.file
+        with path.open("rb", buffering=0) as stream:
+            window = _Window(stream, item.start, item.length)
+            try:
+                if item.length > _WHOLE and part.sizes != item.region.sizes:
+                    rows = _read_rows(window, stream.fileno(), item, part, path)
+                    if rows is not None:
+                        return rows
+                    window.seek(0)
+                tensor = torch.load(window, map_location="cpu", weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged at {item.region.key}: {error}") from error
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != item.region.sizes or tensor.dtype != item.dtype:
+            raise CheckpointError(f"{path} has another tensor than {item.region.key} where that should be")
+        return tensor[part.inside(item.region.offsets)]
+
+
+def _read_rows(window: _Window, descriptor: int, item: Item, part: Region, path: Path) -> Tensor | None:
+    """The box `part` of a chunk, if it is one range of bytes; else None."""
+    wanted, sizes = part.inside(item.region.offsets), item.region.sizes
+    axis = next(i for i, (a, b) in enumerate(zip(part.sizes, sizes, strict=True)) if a != b)
+    if math.prod(sizes[:axis]) != 1 or part.sizes[axis + 1 :] != sizes[axis + 1 :]:
+        return None
+    with FakeTensorMode():  # reads the description only, and notes where the data begins
+        fake = torch.load(window, map_location="cpu", weights_only=True)
+    begin = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or not fake.is_contiguous() or fake.storage_offset() or tuple(fake.shape) != sizes:
+        return None
+    row = math.prod(sizes[axis + 1 :]) * item.dtype.itemsize
+    data = torch.empty(part.sizes[axis] * row, dtype=torch.uint8)
+    read_into(descriptor, data, item.start + begin + wanted[axis].start * row, path)
+    return data.view(item.dtype).view(part.sizes)
+
+
+class _Window(io.RawIOBase):
+    """A range of bytes of a file, as a file."""
+
+    def __init__(self, stream: Any, start: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self._length, self._at = stream.fileno(), start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        got = os.preadv(self._descriptor, [view], self._start + self._at) if len(view) else 0
+        self._at += got
+        return got
+
+
+def _check_lengths(folder: Path, ends: Mapping[str, int]) -> None:
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{path} is missing: copy the checkpoint again")
+        if path.stat().st_size < end:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes of {end}: copy the checkpoint again")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes that torch and Megatron put into .metadata, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (
+            module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."))
+            or (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+            or (module == "torch._utils" and name == "_get_layout")
+            or (module.startswith("pathlib") and name in {"PosixPath", "PurePosixPath", "Path"})
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+        return super().find_class(module, name)
+
+
+def _load_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {METADATA}: name the folder of one Megatron distributed checkpoint (format torch_dist)"
+        )
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} holds a {type(metadata).__name__}: it is no checkpoint's")
+    return metadata
