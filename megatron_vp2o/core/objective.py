@@ -60,6 +60,8 @@ class GRPOObjective:
     clip_epsilon_high: float
     kl_coef: float
     entropy_coef: float
+    clipped: bool = True
+    """False: plain `r A`, the unclipped surrogate of VP2O (Eq. 3), whose proximal control is elsewhere."""
 
     def __call__(self, inputs: PolicyInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and the metrics `loss`, `ratio`, `ratio_max`, `clip_fraction` (tokens whose gradient the
@@ -76,7 +78,9 @@ class GRPOObjective:
         # A token that does not count gets ratio 1 here, before anything can overflow: its gradient is 0, not 0 * inf.
         log_ratio_NS = torch.where(mask_NS, logprobs_NS - inputs.behaviour_logprobs_NS.float(), 0.0)
         ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO).exp()
-        clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
+        clipped_NS = ratio_NS
+        if self.clipped:
+            clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
         loss = -_masked_sum(torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS), mask_NS)
 
         with torch.no_grad():
