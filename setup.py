@@ -28,7 +28,6 @@ INSTALL = [
     "tokenizers>=0.22,<0.24",  # the tokenizer.json format that transformers 5 reads
     "safetensors>=0.5,<1",
     "rich>=13.7,<16",
-    "matplotlib>=3.8,<4",
     "tensorboard>=2.16,<3",
     "wandb>=0.19,<1",  # an optional tracker at run time (off by default), never a network call unless asked for
 ]
@@ -40,6 +39,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # a formatter changes its mind between minor releases
         "mypy>=1.15,<3",
+    "pyro-ppl>=1.9,<2",  # its SVGD is the independent reference of the Stein field
         "transformers>=5.17,<6",  # Qwen3-MoE as an independent reference in tests
         "setuptools>=77",  # tests/test_packaging.py builds a real wheel with the environment's own; bound as in pyproject
     ],

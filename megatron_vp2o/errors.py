@@ -11,5 +11,13 @@ class ConfigError(UserError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class SyncError(UserError):
+    """A rollout engine does not hold the weights that it was given."""
+
+
+class ControlError(UserError):
+    """The trust region rejected too many steps in a row."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""

@@ -16,16 +16,19 @@ from megatron_vp2o.megatron.cpu import enable_cpu
 enable_cpu()  # before anything else imports megatron.core; does nothing where there is CUDA
 
 from megatron_vp2o.config.schema import (  # noqa: E402
+    ControlMode,
     DataSource,
     GRPOConfig,
     KLReference,
+    PolicyLoss,
     Resume,
     SupervisedConfig,
     TrainConfig,
+    VP2OConfig,
 )
 from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
 from megatron_vp2o.config.validate import optimizer_steps, validate, validate_prompts  # noqa: E402
-from megatron_vp2o.core.objective import GRPOObjective  # noqa: E402
+from megatron_vp2o.core.objective import GRPOObjective, PolicyObjective, VP2OObjective  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.megatron import checkpoint, world  # noqa: E402
@@ -33,11 +36,13 @@ from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.trust_region import TrustRegion  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
+from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
-from megatron_vp2o.rl.refresh import EveryBatches  # noqa: E402
+from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.tasks import make_task  # noqa: E402
 from megatron_vp2o.rl.tasks.tokenizer import load_tokenizer  # noqa: E402
@@ -61,11 +66,14 @@ class Run:
     engine: MegatronEngine
     saver: checkpoint.Checkpointer
     hook: SteinHook | None
-    """The Stein transform; None where it is off."""
+    """Prototypes and the Stein transform; None where neither is needed."""
+    region: TrustRegion | None
+    """None where it is off."""
 
     @property
     def transform(self) -> Transform:
-        return no_transform if self.hook is None else self.hook.transform
+        on = self.hook is not None and self.config.algorithm.stein.enabled
+        return self.hook.transform if on and self.hook is not None else no_transform
 
 
 def train(config: TrainConfig) -> int:
@@ -105,13 +113,26 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         checkpoint.load_weights(checkpoint.resolve(Path(config.init_from)), policy)
     engine = MegatronEngine(config, policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     stein = config.algorithm.stein
-    hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer) if stein.enabled else None
+    algorithm = config.algorithm
+    bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off
+    hook = None
+    if stein.enabled or bounded:
+        hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer, observe=stein.enabled)
+    region = None
+    if isinstance(algorithm, VP2OConfig) and bounded and hook is not None:
+        region = TrustRegion(policy, hook, algorithm.trust_region)
     folder = Path(config.run_dir)
     saver = checkpoint.Checkpointer(
-        folder / "checkpoints", policy, engine, keep=config.checkpoint.keep, tokenizer_save=tokenizer.save, hook=hook
+        folder / "checkpoints",
+        policy,
+        engine,
+        keep=config.checkpoint.keep,
+        tokenizer_save=tokenizer.save,
+        hook=hook,
+        region=region,
     )
     sink = RunSink(config, as_plain(config), rank=groups.rank)
-    return Run(config, task, tokenizer, groups, sink, policy, engine, saver, hook)
+    return Run(config, task, tokenizer, groups, sink, policy, engine, saver, hook, region)
 
 
 def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:
@@ -183,12 +204,14 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         # The policy holds the weights that the run starts from: a resumed run's checkpoint is loaded after this.
         reference = MegatronEngine(config, run.policy, eos_id=run.tokenizer.eos_id, pad_id=run.tokenizer.pad_id)
         reference.refresh(0)
-    objective = GRPOObjective(
-        clip_epsilon_low=settings.clip_epsilon_low,
-        clip_epsilon_high=settings.clip_epsilon_high,
-        kl_coef=settings.kl_coef,
-        entropy_coef=settings.entropy_coef,
-    )
+    vp2o = settings if isinstance(settings, VP2OConfig) else None
+    weights = {"kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef}
+    objective: PolicyObjective = VP2OObjective(**weights)
+    if vp2o is None or vp2o.objective is PolicyLoss.grpo:
+        objective = GRPOObjective(
+            clip_epsilon_low=settings.clip_epsilon_low, clip_epsilon_high=settings.clip_epsilon_high, **weights
+        )
+    metered = vp2o is not None and vp2o.budget.mode is not ControlMode.off
     return RLTrainer(
         config,
         run.groups,
@@ -198,10 +221,18 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         policy=run.policy,
         engine=run.engine,
         objective=OnRollouts(objective),
-        refresh=EveryBatches(config.rollout.refresh_interval),
+        refresh=_refresh_policy(config, vp2o),
         reference=reference,
         transform=run.transform,
+        stepper=run.region,
+        meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
     )
+
+
+def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPolicy:
+    if vp2o is not None and vp2o.budget.mode is ControlMode.enforce:
+        return WhenSpent(vp2o.budget.max_drift, vp2o.budget.min_ess, vp2o.budget.max_age)
+    return EveryBatches(config.rollout.refresh_interval)
 
 
 def _resume(run: Run, trainer: TrainingLoop) -> None:

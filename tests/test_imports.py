@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "parallel": {"core", "config", "errors"},
     "data": {"core", "config", "errors", "rl.types"},
     "tracking": {"core", "config", "errors", "rl.types"},
-    "megatron": {"parallel", "core", "config", "errors", "data", "rl.types"},
+    "megatron": {"hf", "parallel", "core", "config", "errors", "data", "rl.types"},  # of hf: names and shapes
     "rollout": {"parallel", "core", "config", "errors", "rl.types"},
     "hf": {"parallel", "core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},

@@ -13,7 +13,14 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from megatron_vp2o.core.choices import Kernel, Normalisation, Orthogonality, RepulsionScale, TemperatureScaling
+from megatron_vp2o.core.choices import (
+    Kernel,
+    Normalisation,
+    Orthogonality,
+    RatioLength,
+    RepulsionScale,
+    TemperatureScaling,
+)
 
 
 class Precision(enum.Enum):
@@ -73,6 +80,18 @@ class Algorithm(enum.Enum):
 class KLReference(enum.Enum):
     none = "none"
     initial = "initial"  # the weights the run started from
+    anchor = "anchor"  # the actors' weights that generated the rollouts
+
+
+class PolicyLoss(enum.Enum):
+    vp2o = "vp2o"  # ratio times advantage, unclipped
+    grpo = "grpo"  # clipped surrogate
+
+
+class ControlMode(enum.Enum):
+    off = "off"  # not computed
+    monitor = "monitor"  # computed and recorded, never acted upon
+    enforce = "enforce"
 
 
 class DataSource(enum.Enum):
@@ -147,7 +166,7 @@ class ParallelConfig:
     pipeline_parallel: int = 1
     """PP: consecutive layers on different ranks."""
     context_parallel: int = 1
-    """CP: sequences split over ranks (transformer-engine only)."""
+    """CP: sequences split over ranks; only 1 is supported yet."""
     expert_parallel: int = 1
     """EP: experts split over ranks; takes its ranks from the data- and tensor-parallel ones."""
     expert_tensor_parallel: int = 1
@@ -376,11 +395,54 @@ class GRPOConfig(AlgorithmConfig):
 
 
 @dataclass
+class TrustRegionConfig:
+    """The geometric trust region: a step may move the router-weighted prototypes only so far from the actors' (VP2O
+    section 3.3)."""
+
+    mode: ControlMode = ControlMode.enforce
+    """off | monitor | enforce."""
+    delta: float = 0.1
+    """Largest mean distance between the learner's barycenters and the anchor's; barycenters have at most unit length."""
+    contexts_per_rank: int = 1024
+    """Response tokens of an optimizer step at which the distance is taken, on each rank and in each layer."""
+    max_backtracks: int = 3
+    """How often a step that goes too far is halved before it is rejected."""
+    max_consecutive_rejections: int = 8
+    """Rejected steps in a row after which the run ends with an error."""
+    snapshot_on_host: bool = False
+    """Keep the state of before the step in host memory instead of the accelerator's."""
+
+
+@dataclass
+class BudgetConfig:
+    """The on-policy budget: actors get new weights when the learner has drifted from them (VP2O Eq. 11)."""
+
+    mode: ControlMode = ControlMode.enforce
+    """off and monitor: actors are refreshed every rollout.refresh_interval batches; enforce: when the budget is spent."""
+    max_drift: float = 0.05
+    """Refresh when the mean |log-ratio| of a response exceeds this, in nats (per token with ratio_length=mean)."""
+    min_ess: float = 0.9
+    """Refresh when the tempered effective sample size falls below this fraction."""
+    temper: float = 1.0
+    """lambda, the exponent of the tempered ratios."""
+    ratio_length: RatioLength = RatioLength.mean
+    """mean: length-normalised, as in GSPO; sum: of the whole response."""
+    max_age: Optional[int] = 16
+    """Refresh after this many rollout batches at the latest; null sets no limit."""
+
+
+@dataclass
 class VP2OConfig(GRPOConfig):
     """Variational proximal policy optimisation: group-relative advantages, and every expert a particle of a Stein flow."""
 
     name: Algorithm = Algorithm.vp2o
     """Which algorithm."""
+    objective: PolicyLoss = PolicyLoss.vp2o
+    """vp2o: unclipped, proximal control comes from trust region and budget; grpo: the clipped surrogate."""
+    trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
+    """Bounds each step."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Decides when actors are refreshed."""
     stein: SteinConfig = field(default_factory=lambda: SteinConfig(enabled=True))
     """The gradient transform."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,18 @@ from megatron_vp2o.config.ranges import RANGES
 from megatron_vp2o.config.register import recipe_names
 from megatron_vp2o.config.schema import (
     AlgorithmConfig,
+    ControlMode,
     DataSource,
     Dispatcher,
     GRPOConfig,
     Implementation,
     KLReference,
+    PolicyLoss,
     Resume,
     RouterScore,
     SupervisedConfig,
     TrainConfig,
+    VP2OConfig,
 )
 from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
 from megatron_vp2o.errors import ConfigError
@@ -97,7 +99,9 @@ def _divides(what: str, value: int, by: str, divisor: int) -> Iterator[str]:
 def _ranges(config: TrainConfig) -> Iterator[str]:
     for name, allowed in RANGES.items():
         *path, leaf = name.split(".")
-        section: Any = reduce(getattr, path, config)
+        section: Any = config
+        for part in path:
+            section = getattr(section, part, None)  # algorithms differ in sections
         if hasattr(section, leaf) and (value := getattr(section, leaf)) not in allowed:
             yield f"{name}={value} must be {allowed}"
 
@@ -164,20 +168,20 @@ def _layout(config: TrainConfig) -> Iterator[str]:
             f"model.moe_token_dispatcher_type=allgather cannot take the varying lengths that "
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} sends: use alltoall, or no pipeline parallelism"
         )
+    if parallel.context_parallel > 1:
+        yield (
+            f"parallel.context_parallel={parallel.context_parallel} is not supported yet (responses are scored and generated as "
+            "whole sequences): choose 1, and tensor or pipeline parallelism for long sequences"
+        )
     for setting in _needs_transformer_engine(config):
-        if model.implementation is Implementation.local:
-            yield f"{setting} needs transformer-engine, but model.implementation=local: use auto, or choose 1"
-        elif importlib.util.find_spec("transformer_engine") is None:
+        if importlib.util.find_spec("transformer_engine") is None:
             yield (
                 f"{setting} needs transformer-engine, which is not installed: install the [gpu] extra on a machine "
-                "with "
-                "CUDA, or use model.implementation=auto and parallel.context_parallel=1"
+                "with CUDA, or use model.implementation=auto"
             )
 
 
 def _needs_transformer_engine(config: TrainConfig) -> Iterator[str]:
-    if config.parallel.context_parallel > 1:
-        yield f"parallel.context_parallel={config.parallel.context_parallel}"
     if config.model.implementation is Implementation.transformer_engine:
         yield "model.implementation=transformer_engine"
 
@@ -228,10 +232,7 @@ def _world(config: TrainConfig, world_size: int) -> Iterator[str]:
 def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> Iterator[str]:
     if cuda_devices == 0:
         for setting in _needs_transformer_engine(config):
-            yield (
-                f"{setting} needs a GPU, and this machine has none: use model.implementation=auto and "
-                "context_parallel=1"
-            )
+            yield (f"{setting} needs a GPU, and this machine has none: use model.implementation=auto")
     elif local_world_size > cuda_devices:
         yield (
             f"{local_world_size} processes on a node with {cuda_devices} GPUs: start at most {cuda_devices} "
@@ -299,12 +300,41 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
                 f"algorithm.kl_coef={algorithm.kl_coef} needs a reference, but algorithm.kl_reference=none: set "
                 "algorithm.kl_reference=initial or algorithm.kl_coef=0"
             )
+        if isinstance(algorithm, VP2OConfig):
+            yield from _control(algorithm)
+        elif algorithm.kl_reference is KLReference.anchor:
+            yield (
+                "algorithm.kl_reference=anchor is the prior of algorithm=vp2o, and this run is grpo: choose "
+                "algorithm.kl_reference=initial, or algorithm=vp2o"
+            )
         if config.rollout.sampling.temperature == 0:
             yield (
                 "rollout.sampling.temperature=0 is greedy, so the rollouts of a group are all alike and every "
                 "advantage is "
                 "zero: choose a temperature above 0"
             )
+
+
+def _control(algorithm: VP2OConfig) -> Iterator[str]:
+    """Thresholds that can never be met, or never be exceeded: known without training."""
+    region, budget = algorithm.trust_region, algorithm.budget
+    if region.mode is ControlMode.enforce and region.delta >= 2.0:
+        yield (
+            f"algorithm.trust_region.delta={region.delta} can never be exceeded, because barycenters have at most unit "
+            "length: choose less than 2 or algorithm.trust_region.mode=monitor"
+        )
+    rows = algorithm.prompts_per_step * algorithm.group_size
+    if budget.mode is ControlMode.enforce and budget.min_ess <= 1.0 / rows:
+        yield (
+            f"algorithm.budget.min_ess={budget.min_ess} can never be undercut: the effective sample size of {rows} rollouts "
+            f"is at least {1.0 / rows:.3g}; choose more, or algorithm.budget.mode=monitor"
+        )
+    controlled = region.mode is ControlMode.enforce or budget.mode is ControlMode.enforce
+    if algorithm.objective is PolicyLoss.vp2o and not controlled:
+        yield (
+            "algorithm.objective=vp2o is unclipped, and neither algorithm.trust_region.mode nor algorithm.budget.mode is "
+            "enforce, so nothing bounds a step: enforce one of them or choose algorithm.objective=grpo"
+        )
 
 
 def _data(algorithm: SupervisedConfig) -> Iterator[str]:

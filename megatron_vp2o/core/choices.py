@@ -41,13 +41,6 @@ class Orthogonality(enum.Enum):
     cosine = "cosine"  # squared cosine: free of the outputs' scale
 
 
-class Barycenter(enum.Enum):
-    """What the trust region compares at a context."""
-
-    vector = "vector"  # sum_i g_i v_i: the paper's
-    projective = "projective"  # sum_i g_i v_i v_i^T: blind to the prototypes' signs
-
-
 class RatioLength(enum.Enum):
     """How a response's log-ratio is taken over its tokens."""
 

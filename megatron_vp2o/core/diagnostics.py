@@ -11,13 +11,30 @@ import torch
 from torch import Tensor
 
 
+def router_entropy(probabilities_TE: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Entropy (nats) of the router's distribution over experts: (sum over the tokens that count, how many these are).
+
+    Args:
+        probabilities_TE: each row adds up to 1; a probability of 0 contributes nothing.
+        valid_T: True for tokens that count.
+    """
+    entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(-1)
+    if valid_T is None:
+        valid_T = torch.ones_like(entropy_T, dtype=torch.bool)
+    return torch.where(valid_T, entropy_T, 0.0).sum(), valid_T.sum()
+
+
 def expert_utilisation(loads_LE: Tensor) -> Tensor:
     """Fraction of experts with at least one token: [...]."""
     return (loads_LE > 0).to(torch.float32).mean(-1)
 
 
 def effective_experts(loads_LE: Tensor) -> Tensor:
-    """exp(H) / E of the load distribution: 1 when all experts are equally loaded, 1/E when one has everything. [...]."""
+    """exp(H) / E of the load distribution: 1 when all experts are equally loaded, 1/E when one has everything. [...].
+
+    No token at all: 0. Loads are tokens an expert, of any numeric type.
+    """
+    loads_LE = loads_LE.double()
     total = loads_LE.sum(-1, keepdim=True)
     share_LE = loads_LE / total.clamp(min=torch.finfo(loads_LE.dtype).tiny)
     entropy = -torch.xlogy(share_LE, share_LE).sum(-1)
@@ -25,7 +42,11 @@ def effective_experts(loads_LE: Tensor) -> Tensor:
 
 
 def load_violation(loads_LE: Tensor) -> Tensor:
-    """Maximal load violation, max load / mean load - 1 (MaxVio of Wang et al., arXiv 2408.15664): [...]."""
+    """Maximal load violation, max load / mean load - 1 (MaxVio of Wang et al., arXiv 2408.15664): [...].
+
+    0 when all experts are equally loaded, E - 1 when one has everything, 0 without any token.
+    """
+    loads_LE = loads_LE.double()
     mean = loads_LE.mean(-1)
     return torch.where(mean > 0, loads_LE.amax(-1) / mean.clamp(min=torch.finfo(loads_LE.dtype).tiny) - 1.0, 0.0)
 
@@ -51,6 +72,18 @@ def prototype_overlap(prototypes_LED: Tensor) -> Overlap:
     share_LE = share_LE / share_LE.sum(-1, keepdim=True)
     entropy = -torch.xlogy(share_LE, share_LE).sum(-1)
     return Overlap(square_LEE.sum((-1, -2)) / max(experts * (experts - 1), 1), square_LEE.amax((-1, -2)), entropy.exp())
+
+
+def prototype_residual(image_LED: Tensor, prototypes_LED: Tensor) -> Tensor:
+    """How far v is from an eigenvector of M: |M v - (v.M v) v| / (v.M v), [...]; 0 where M v is zero.
+
+    Args:
+        image_LED: M v.
+        prototypes_LED: v, unit vectors.
+    """
+    rayleigh_LE = (prototypes_LED * image_LED).sum(-1)
+    rest_LE = (image_LED - rayleigh_LE[..., None] * prototypes_LED).norm(dim=-1)
+    return rest_LE / rayleigh_LE.clamp(min=torch.finfo(rest_LE.dtype).tiny)
 
 
 def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,23 +49,22 @@ def _k3(log_ratio_NS: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GRPOObjective:
-    """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3), as a loss:
+class RatioObjective:
+    """What objectives on importance ratios share: `-surrogate(r, A) + kl_coef KL(pi || prior) - entropy_coef H`.
 
-    `-min(r A, clip(r, 1 - clip_epsilon_low, 1 + clip_epsilon_high) A) + kl_coef KL(pi || pi_ref) - entropy_coef H`,
     `r = pi / mu`. Log-ratios above MAX_LOG_RATIO count as that and have no gradient; below there is no bound (r -> 0).
     """
 
-    clip_epsilon_low: float
-    clip_epsilon_high: float
     kl_coef: float
     entropy_coef: float
-    clipped: bool = True
-    """False: plain `r A`, the unclipped surrogate of VP2O (Eq. 3), whose proximal control is elsewhere."""
+
+    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
+        """What is maximised, of each token."""
+        raise NotImplementedError
 
     def __call__(self, inputs: PolicyInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and the metrics `loss`, `ratio`, `ratio_max`, `clip_fraction` (tokens whose gradient the
-        clip stops), `approx_kl` (KL(mu || pi), k3), and, where given, `entropy` and `kl_reference` (k3).
+        """Returns the loss and the metrics `loss`, `ratio`, `ratio_max`, `clip_fraction` (tokens whose gradient a clip
+        stops), `approx_kl` (KL(mu || pi), k3), and, where given, `entropy` and `kl_reference` (k3).
 
         Raises:
             ValueError: if `kl_coef` or `entropy_coef` is not 0 and what it weighs is missing or has no gradient.
@@ -78,13 +77,11 @@ class GRPOObjective:
         # A token that does not count gets ratio 1 here, before anything can overflow: its gradient is 0, not 0 * inf.
         log_ratio_NS = torch.where(mask_NS, logprobs_NS - inputs.behaviour_logprobs_NS.float(), 0.0)
         ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO).exp()
-        clipped_NS = ratio_NS
-        if self.clipped:
-            clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
-        loss = -_masked_sum(torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS), mask_NS)
+        surrogate_NS = self.surrogate(ratio_NS, advantages_NS)
+        loss = -_masked_sum(surrogate_NS, mask_NS)
 
         with torch.no_grad():
-            stopped_NS = ratio_NS * advantages_NS > clipped_NS * advantages_NS
+            stopped_NS = ratio_NS * advantages_NS > surrogate_NS
             metrics = {
                 "ratio": _masked_sum(ratio_NS, mask_NS),
                 "ratio_max": torch.where(mask_NS, ratio_NS, 0.0).amax() if mask_NS.numel() else ratio_NS.new_zeros(()),
@@ -115,6 +112,35 @@ class GRPOObjective:
                 raise ValueError(
                     f"entropy_coef is {self.entropy_coef} but the entropy has no gradient: it would do nothing"
                 )
+
+
+@dataclass(frozen=True)
+class GRPOObjective(RatioObjective):
+    """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3):
+
+    `min(r A, clip(r, 1 - clip_epsilon_low, 1 + clip_epsilon_high) A)`.
+    """
+
+    clip_epsilon_low: float
+    clip_epsilon_high: float
+
+    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
+        """See the class."""
+        clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
+        return torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS)
+
+
+@dataclass(frozen=True)
+class VP2OObjective(RatioObjective):
+    """Unclipped surrogate `r A` (VP2O Eqs. 1 and 3): steps are bounded by the trust region and the on-policy budget instead.
+
+    `kl_coef` weighs the prior term of VP2O's Eq. 4, which unclipped PPO drops. The prior is whoever the inputs' reference
+    log-probabilities are of: the reference policy or the anchor (the actors' weights at the last refresh).
+    """
+
+    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
+        """See the class."""
+        return ratio_NS * advantages_NS
 
 
 def supervised_objective(logprobs_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vp2o.core.choices import Orthogonality
 
 _EPSILON = 1e-8
+"""Squared length that counts as none: outputs much shorter than 1e-4 fade out of both kinds of overlap."""
 
 
 def orthogonality_loss(
@@ -27,24 +28,31 @@ def orthogonality_loss(
         projection:  <y_j, y_k>^2 / (<y_k, y_k> + eps), the squared length of y_j's projection on y_k (the paper's Eq. 5)
         cosine:      <y_j, y_k>^2 / (<y_j, y_j> <y_k, y_k> + eps^2)
 
-    A zero output overlaps with nothing; its gradient is zero.
+    A zero output overlaps with nothing; its gradient is zero. Only Gram matrices [T, K, K] are made, in float32 at least,
+    and the gradient is a product of one with the outputs.
 
     Args:
-        outputs_TKD: outputs before they are weighted by gates and added up.
+        outputs_TKD: outputs before they are weighted by gates and added up; finite everywhere, in empty slots too.
+        kind: which of the two.
         valid_T: True for tokens that count.
-        present_TK: True where the slot holds an expert's output.
+        present_TK: True where the slot holds an expert's output (a token may have fewer than K, or lost one to a full
+            expert).
 
     Returns:
-        (sum over the tokens that count, how many these are).
+        (sum over the tokens that count, how many these are: whether or not they have a pair).
     """
     gram_TKK = outputs_TKD @ outputs_TKD.transpose(1, 2)
+    gram_TKK = gram_TKK.to(torch.promote_types(gram_TKK.dtype, torch.float32))
+    keep_TKK = _kept(gram_TKK, valid_T, present_TK)
+    # Left out before anything is squared or divided: what overflows in a slot that does not count has gradient 0, not NaN.
+    gram_TKK = torch.where(keep_TKK, gram_TKK, 0.0)
     square_TK = gram_TKK.diagonal(dim1=1, dim2=2)
     if kind is Orthogonality.projection:
         divisor_TKK = (square_TK + _EPSILON)[:, None, :]
     else:
         divisor_TKK = square_TK[:, :, None] * square_TK[:, None, :] + _EPSILON**2
-    overlap_TKK = _pairs(gram_TKK.square() / divisor_TKK, valid_T, present_TK)
-    return overlap_TKK.sum(), _count(outputs_TKD, valid_T)
+    other_KK = ~torch.eye(gram_TKK.shape[-1], dtype=torch.bool, device=gram_TKK.device)
+    return (gram_TKK.square() / divisor_TKK * other_KK).sum(), _count(outputs_TKD, valid_T)
 
 
 def variance_loss(
@@ -52,7 +60,9 @@ def variance_loss(
 ) -> tuple[Tensor, Tensor]:
     """L_v before its division by T: -(1/E) sum_j (s_tj - mean_t s_j)^2, summed over tokens (the paper's Eq. 6).
 
-    The mean carries no gradient: through it, the derivative is zero anyway.
+    Tokens may be dealt out over ranks and micro-batches: with the mean of all of them as `mean_E` (`score_sums`, added up)
+    the parts add up to the whole, and so do their gradients. The mean carries none: through it, the whole's derivative is
+    zero. With each part's own mean (the default) the parts add up to the variance within parts, which is smaller.
 
     Args:
         scores_TE: the router's scores of all experts.
@@ -62,23 +72,34 @@ def variance_loss(
     Returns:
         (sum over the tokens that count, how many these are).
     """
-    count = _count(scores_TE, valid_T)
-    weight_T1 = torch.ones_like(scores_TE[:, :1]) if valid_T is None else valid_T[:, None].to(scores_TE.dtype)
     if mean_E is None:
-        mean_E = (scores_TE.detach() * weight_T1).sum(0) / count.clamp(min=1)
-    return -((scores_TE - mean_E).square() * weight_T1).mean(1).sum(), count
+        sums_E, tokens = score_sums(scores_TE, valid_T)
+        mean_E = sums_E / tokens.clamp(min=1)
+    deviation_TE = scores_TE - mean_E.detach()
+    if valid_T is not None:
+        deviation_TE = torch.where(valid_T[:, None], deviation_TE, 0.0)
+    return -deviation_TE.square().mean(1).sum(), _count(scores_TE, valid_T)
 
 
-def _pairs(values_TKK: Tensor, valid_T: Tensor | None, present_TK: Tensor | None) -> Tensor:
-    """Zero on the diagonal and where a token does not count or a slot is empty."""
-    slots = values_TKK.shape[-1]
-    keep_TKK = ~torch.eye(slots, dtype=torch.bool, device=values_TKK.device).expand_as(values_TKK)
+def score_sums(scores_TE: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the mean score of each expert is made of: (sums [E] over the tokens that count, how many), no gradient."""
+    scores_TE = scores_TE.detach()
+    if valid_T is not None:
+        scores_TE = torch.where(valid_T[:, None], scores_TE, 0.0)
+    return scores_TE.sum(0), _count(scores_TE, valid_T)
+
+
+def _kept(gram_TKK: Tensor, valid_T: Tensor | None, present_TK: Tensor | None) -> Tensor:
+    """True between two slots of a token that counts, both of which hold an output. [T, K, K]."""
+    keep_TKK = torch.ones_like(gram_TKK, dtype=torch.bool)
     if present_TK is not None:
         keep_TKK = keep_TKK & present_TK[:, :, None] & present_TK[:, None, :]
     if valid_T is not None:
         keep_TKK = keep_TKK & valid_T[:, None, None]
-    return torch.where(keep_TKK, values_TKK, 0.0)
+    return keep_TKK
 
 
 def _count(values: Tensor, valid_T: Tensor | None) -> Tensor:
-    return torch.tensor(float(len(values)), device=values.device) if valid_T is None else valid_T.sum().float()
+    if valid_T is None:
+        return torch.full((), float(len(values)), device=values.device)
+    return valid_T.sum().float()

@@ -1,91 +1,194 @@
-"""The geometric trust region: how far the router-weighted prototypes have moved from those of the actors (VP2O section 3.3).
+"""The geometric trust region: how far a step moved the experts' barycenters, and whether that was too far.
 
-A context x is a token's position. Its barycenter is the mean of the prototypes of the experts that it is routed to, weighted
-with its gates. The distance compares the learner's with that of the actors' snapshot, the anchor.
+A token's barycenter is the mean of its experts' prototypes, weighted by its gates (VP2O section 3.3):
 
-Shape legend: T contexts, E experts, D hidden size.
+    z(x) = sum_{i in A(x)} g_i(x) v_i          D = mean over contexts x and layers of | z(x) - z_anchor(x) |_2
+
+Signs. A prototype is a singular vector and has no sign, yet | z - z_anchor | depends on the signs: with
+u_i = g_i v_i - g_anchor_i v_anchor_i it is | sum_i u_i |, and flipping expert i in both, which turns u_i around, leaves it
+alone for all experts at once, or where u_i is orthogonal to the sum of the others; not otherwise. (Two experts with the same
+direction, gates moving from one to the other: D = 0 if their signs agree, twice the gate's change if not.) `oriented`
+therefore makes signs part of D's definition: an anchor prototype's largest component is positive, and a learner's prototype
+points to the anchor's side. D is then a function of lines: no flip of any prototype, in one or both, changes it.
+
+Shape legend: `...` any leading dimensions (layers), T contexts, E experts, K experts of a context, D hidden size.
 """
 
 from __future__ import annotations
 
 import enum
-import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_vp2o.core.choices import Barycenter
 
-
-class Distances(NamedTuple):
-    """Sums over contexts, float64; with the count of several ranks and layers they add up to means."""
-
-    total: Tensor
-    """|z - z_bar|."""
-    gates: Tensor
-    """The part of the router: learner's gates against the actors', both on the anchor's prototypes."""
-    prototypes: Tensor
-    """The part of the prototypes: learner's against the anchor's, both under the actors' gates."""
-
-
-def normalised_gates(gates_TE: Tensor) -> Tensor:
-    """Gates that add up to 1 for each context; zeros stay where a token has no expert. Dense rows, 0 for others. [T, E]."""
-    total_T1 = gates_TE.sum(-1, keepdim=True)
-    return torch.where(total_T1 > 0, gates_TE / total_T1.clamp(min=torch.finfo(gates_TE.dtype).tiny), 0.0)
-
-
-def barycenter_distance(
-    gates_TE: Tensor, prototypes_ED: Tensor, anchor_gates_TE: Tensor, anchor_ED: Tensor, kind: Barycenter
-) -> Tensor:
-    """|z(x) - z_bar(x)| for each context, [T] float64.
-
-    `vector` is the paper's, z = sum_i g_i v_i: exact to see, but its value depends on the arbitrary sign of each singular
-    vector (of all at once it does not). `projective` compares sum_i g_i v_i v_i^T in the Frobenius norm, which no sign changes;
-    it is computed from Gram matrices, nothing of size [D, D] is made.
+def dense_gates(gates_TK: Tensor, indices_TK: Tensor, experts: int) -> Tensor:
+    """Top-k gates as a row over all experts that adds up to 1: [..., T, E] in float32 at least.
 
     Args:
-        gates_TE: the learner's gates, dense, normalised.
-        prototypes_ED: the learner's prototypes, unit vectors.
-        anchor_gates_TE: the actors' gates at the same contexts.
-        anchor_ED: the anchor's prototypes.
+        gates_TK: gates >= 0 of the selected experts, on any common scale; 0 in a slot that holds none.
+        indices_TK: which experts, int64 in 0..E-1, in empty slots too.
+        experts: E.
+
+    Returns:
+        Rows that add up to 1, or are zero where no slot holds an expert.
     """
-    if kind is Barycenter.vector:
-        # in two parts, so that what has not moved gives exactly zero
-        moved_TD = (gates_TE - anchor_gates_TE).double() @ anchor_ED.double()
-        return (moved_TD + gates_TE.double() @ (prototypes_ED.double() - anchor_ED.double())).norm(dim=-1)
-    g_TE, a_TE = gates_TE.double(), anchor_gates_TE.double()
-    v_ED, u_ED = prototypes_ED.double(), anchor_ED.double()
-    square_T = _quadratic(g_TE, v_ED, v_ED, g_TE) + _quadratic(a_TE, u_ED, u_ED, a_TE)
-    return (square_T - 2.0 * _quadratic(g_TE, v_ED, u_ED, a_TE)).clamp(min=0.0).sqrt()
+    gates_TK = gates_TK.to(torch.promote_types(gates_TK.dtype, torch.float32))
+    gates_TE = gates_TK.new_zeros(*gates_TK.shape[:-1], experts).scatter_add_(-1, indices_TK, gates_TK)
+    return renormalised(gates_TE)
 
 
-def _quadratic(left_TE: Tensor, v_ED: Tensor, u_ED: Tensor, right_TE: Tensor) -> Tensor:
-    """sum_ij l_i (v_i . u_j)^2 r_j for each context."""
-    return ((left_TE @ (v_ED @ u_ED.t()).square()) * right_TE).sum(-1)
+def renormalised(gates_TE: Tensor) -> Tensor:
+    """Gates divided by their sum over experts; rows of zeros stay. [..., T, E]."""
+    sums_T1 = gates_TE.sum(-1, keepdim=True)
+    return gates_TE / torch.where(sums_T1 > 0, sums_T1, torch.ones_like(sums_T1))
 
 
-def distances(
-    gates_TE: Tensor, prototypes_ED: Tensor, anchor_gates_TE: Tensor, anchor_ED: Tensor, kind: Barycenter
-) -> Distances:
-    """Sums over contexts of the distance and of its two parts (which need not add up to it). Arguments as above."""
-    return Distances(
-        barycenter_distance(gates_TE, prototypes_ED, anchor_gates_TE, anchor_ED, kind).sum(),
-        barycenter_distance(gates_TE, anchor_ED, anchor_gates_TE, anchor_ED, kind).sum(),
-        barycenter_distance(anchor_gates_TE, prototypes_ED, anchor_gates_TE, anchor_ED, kind).sum(),
+def barycenters(gates_TE: Tensor, prototypes_ED: Tensor) -> Tensor:
+    """z(x) = sum_i g_i(x) v_i (VP2O section 3.3): [..., T, D].
+
+    Args:
+        gates_TE: dense gates, see `dense_gates`.
+        prototypes_ED: unit vectors.
+    """
+    return gates_TE @ prototypes_ED
+
+
+def oriented(prototypes_ED: Tensor, anchor_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of prototypes with the signs that D is defined with: see the module's text. Each [..., E, D].
+
+    The anchor's signs come from the anchor alone, so that D is continuous between two refreshes as long as no prototype
+    turns by 90 degrees.
+    """
+    anchor_ED = anchor_ED * _sign(_largest_component(anchor_ED))
+    cosine_E1 = (prototypes_ED * anchor_ED).sum(-1, keepdim=True)
+    side_E1 = torch.where(cosine_E1 != 0, cosine_E1, _largest_component(prototypes_ED))
+    return prototypes_ED * _sign(side_E1), anchor_ED
+
+
+def _largest_component(vectors_ED: Tensor) -> Tensor:
+    return vectors_ED.gather(-1, vectors_ED.abs().argmax(-1, keepdim=True))
+
+
+def _sign(values: Tensor) -> Tensor:
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+
+
+class Deviation(NamedTuple):
+    """Sums over contexts, float64 [...]: they add up over layers, ranks and micro-batches. Divide by `contexts` for means."""
+
+    total: Tensor
+    """| z - z_anchor |, whose mean is D."""
+    gates: Tensor
+    """| (g - g_anchor) V_anchor |: what D would be had only the router moved."""
+    prototypes: Tensor
+    """| g (V - V_anchor) |: what D would be had only the prototypes moved, under today's gates."""
+    contexts: Tensor
+    """How many count."""
+
+
+def deviation(
+    gates_TE: Tensor,
+    prototypes_ED: Tensor,
+    anchor_gates_TE: Tensor,
+    anchor_prototypes_ED: Tensor,
+    valid_T: Tensor | None = None,
+) -> Deviation:
+    """Distances between the learner's and the anchor's barycenters (VP2O section 3.3), and what they are made of.
+
+    The path from anchor to learner has two legs, first the gates, then the prototypes:
+
+        z - z_anchor = (g - g_anchor) V_anchor + g (V - V_anchor)
+
+    Summing the legs rather than subtracting barycenters makes D exactly 0 where nothing moved, and keeps its digits where
+    little did. Of the three, none is larger than the sum of the other two; they do not add up.
+
+    Args:
+        gates_TE: the learner's gates, dense, rows adding up to 1.
+        prototypes_ED: the learner's prototypes, unit vectors of any sign.
+        anchor_gates_TE: the actor's, from its logged top-k gates.
+        anchor_prototypes_ED: those of the anchor snapshot.
+        valid_T: True for contexts that count; values elsewhere are ignored.
+
+    Returns:
+        Sums [...] over the contexts that count, and their number.
+    """
+    prototypes_ED, anchor_prototypes_ED = oriented(prototypes_ED, anchor_prototypes_ED)
+    router_TD = barycenters(gates_TE - anchor_gates_TE, anchor_prototypes_ED)
+    prototype_TD = barycenters(gates_TE, prototypes_ED - anchor_prototypes_ED)
+    if valid_T is None:
+        valid_T = torch.ones(gates_TE.shape[:-1], dtype=torch.bool, device=gates_TE.device)
+
+    def summed(difference_TD: Tensor) -> Tensor:
+        return torch.where(valid_T, difference_TD.norm(dim=-1), 0.0).sum(-1, dtype=torch.float64)
+
+    return Deviation(
+        summed(router_TD + prototype_TD), summed(router_TD), summed(prototype_TD), valid_T.sum(-1, dtype=torch.float64)
     )
 
 
-class Verdict(enum.Enum):
+class Outcome(enum.Enum):
     """What becomes of a step."""
 
     accept = "accept"
-    backtrack = "backtrack"  # halve it and look again
-    reject = "reject"  # back to where it started
+    backtrack = "backtrack"  # restore, and try a smaller one
+    reject = "reject"  # restore, keep the old state, refresh the actors
 
 
-def verdict(distance: float, delta: float, halvings: int, max_halvings: int) -> Verdict:
-    """Accept iff D <= delta (VP2O section 3.3); else halve, as often as allowed. A distance that is no number is no accept."""
-    if not math.isnan(distance) and distance <= delta:
-        return Verdict.accept
-    return Verdict.backtrack if halvings < max_halvings else Verdict.reject
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one attempt at a step."""
+
+    outcome: Outcome
+    distance: float
+    """D of this attempt."""
+    delta: float
+    """Its bound."""
+    attempt: int
+    """0 for the full step."""
+    scale: float
+    """Size of the step to apply next, relative to the full one: this attempt's if accepted, the next one's if the step is
+    to be tried again, 0 if it is rejected."""
+
+
+def verdict(
+    distance: float, delta: float, *, attempt: int, max_backtracks: int, shrink: float = 0.5, accept_all: bool = False
+) -> Verdict:
+    """Accept iff D <= delta, else try again with a step `shrink` times as large, at most `max_backtracks` times.
+
+    A distance that is no number is never within the bound. Every rank that is given the same numbers says the same.
+
+    Args:
+        distance: D after this attempt.
+        delta: bound, > 0.
+        attempt: how many attempts at this step came before.
+        max_backtracks: how many smaller steps may be tried; 0 rejects at once.
+        shrink: in (0, 1).
+        accept_all: observe only (`monitor`): the outcome is always accept.
+
+    Raises:
+        ValueError: for a delta that is not positive, an attempt outside 0..max_backtracks, or a shrink outside (0, 1).
+    """
+    if not delta > 0:
+        raise ValueError(f"delta={delta}: no step can stay within it; choose a bound > 0")
+    if not 0 <= attempt <= max_backtracks:
+        raise ValueError(f"attempt={attempt}: with max_backtracks={max_backtracks} it is 0 to {max_backtracks}")
+    if not 0 < shrink < 1:
+        raise ValueError(f"shrink={shrink}: choose a factor between 0 and 1")
+    if accept_all or distance <= delta:
+        return Verdict(Outcome.accept, distance, delta, attempt, shrink**attempt)
+    if attempt < max_backtracks:
+        return Verdict(Outcome.backtrack, distance, delta, attempt, shrink ** (attempt + 1))
+    return Verdict(Outcome.reject, distance, delta, attempt, 0.0)
+
+
+def consecutive_rejections(before: int, outcome: Outcome) -> int:
+    """Steps rejected in a row, after one more outcome. A run whose count reaches its maximum must stop.
+
+    A backtrack decides nothing: the step is still being tried.
+    """
+    if outcome is Outcome.accept:
+        return 0
+    return before + 1 if outcome is Outcome.reject else before

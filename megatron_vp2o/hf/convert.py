@@ -29,7 +29,7 @@ from megatron_vp2o.hf import distributed_files, tensor_files
 from megatron_vp2o.hf.distributed_files import Item, Region, StoredTensors
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture, Copy, Rule
-from megatron_vp2o.hf.plan import Layout, Plan, Step, check_hf, check_stored, make_plan
+from megatron_vp2o.hf.plan import Layout, Piece, Plan, Step, check_hf, check_stored, make_plan
 from megatron_vp2o.hf.tensor_files import Entry, TensorFiles, bytes_of, config_of, listed, open_folder, write_from
 from megatron_vp2o.hf.workspace import MANIFEST, Workspace, check_target, working
 
@@ -85,13 +85,13 @@ def to_megatron(
     *,
     layout: Layout | None = None,
     options: Options | None = None,
-    finish: Callable[[Path, Architecture, Sequence[str]], None] | None = None,
+    finish: Callable[[Path, Architecture], None] | None = None,
 ) -> Report:
     """A Hugging Face checkpoint as a Megatron distributed checkpoint.
 
     Args:
         layout: what the stored chunks are cut for; the result loads under any.
-        finish: called with the finished folder, before it gets its name, and the names of its files.
+        finish: called with the finished folder, before it gets its name.
 
     Raises:
         CheckpointError: the source is damaged or cannot be converted, or the target is taken. Nothing is left behind.
@@ -115,14 +115,14 @@ def to_megatron(
     }
     needed = sum(math.prod(shape) * dtypes[key].itemsize for key, shape in plan.shapes.items())
     with working(target, fingerprint, overwrite=options.overwrite, needed=needed) as workspace:
-        run = _Run(workspace, options, sum(_step_bytes(step) for step in plan.steps))
+        run = _Run(workspace, options, sum(step_bytes(step) for step in plan.steps))
 
         def convert(number: int, steps: Sequence[Step]) -> Any:
             name = f"__{number}_0.distcp"
             records, items = [], []
             with (workspace.folder / name).open("wb") as stream:
                 for step in steps:
-                    parts = [_read_piece(files, piece) for piece in step.pieces]
+                    parts = [read_piece(files, piece) for piece in step.pieces]
                     for piece, part in zip(step.pieces, parts, strict=True):
                         run.inspect(str(piece), part)
                     tensor = _to_megatron(step, parts, dtypes[step.region.key])
@@ -132,7 +132,7 @@ def to_megatron(
                     ]
                     items += written
                     records.append(_record(step, parts, tensor[: step.shape[0]]))
-                    run.advance(_step_bytes(step))
+                    run.advance(step_bytes(step))
                 stream.flush()
                 os.fsync(stream.fileno())
             if options.read_back:
@@ -148,7 +148,7 @@ def to_megatron(
         records = [record for batch in done for record in batch["records"]]
         _write_manifest(workspace.folder, "to_megatron", source, model, records, {"layout": asdict(layout)})
         if finish is not None:
-            finish(workspace.folder, model, [path.name for path in workspace.folder.glob("__*.distcp")])
+            finish(workspace.folder, model)
     return begin.report(target, len(files.entries), files.size, run.resumed)
 
 
@@ -185,8 +185,9 @@ def to_hf(
     config = config_of(template) if template is not None else config
     assert config is not None
     model = architecture(config)
-    plan = make_plan(model, padded_vocab=_padded_rows(stored), stored=stored)
+    plan = make_plan(model, padded_vocab=padded_rows(stored), stored=stored)
     check_stored(plan, stored, str(source), prefixes=NOT_WEIGHTS)
+    sums = recorded_sums(source)
     headers = _headers(plan, stored, template, shard_bytes, options.dtype)
     entries = tensor_files.entries_of(headers)
     check_hf(plan, entries, "the output")
@@ -200,7 +201,7 @@ def to_hf(
     }
     needed = sum(entry.size for entry in entries.values())
     with working(target, fingerprint, overwrite=options.overwrite, needed=needed) as workspace:
-        run = _Run(workspace, options, sum(_step_bytes(step) for step in plan.steps))
+        run = _Run(workspace, options, sum(step_bytes(step) for step in plan.steps))
         descriptors = _create(workspace.folder, headers, entries, keep=bool(workspace.done))
 
         def convert(number: int, steps: Sequence[Step]) -> Any:
@@ -221,7 +222,10 @@ def to_hf(
                     touched.add(entry.file)
                     kept.append(part)
                 records.append(_record(step, kept, tensor))
-                run.advance(_step_bytes(step))
+                recorded = sums.get((step.region.key, step.region.offsets, step.region.sizes))
+                if recorded not in (None, records[-1]["megatron"]["sha256"]):
+                    run.problem(f"{step.region.key} {list(step.region.offsets)} has changed since it was converted")
+                run.advance(step_bytes(step))
             for name in touched:
                 os.fsync(descriptors[name])
             if options.read_back:
@@ -249,7 +253,8 @@ def padded_vocab(vocab_size: int, tensor: int) -> int:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def _read_piece(files: TensorFiles, piece: Any) -> Tensor:
+def read_piece(files: TensorFiles, piece: Piece) -> Tensor:
+    """What a step sees of a Hugging Face tensor."""
     rows = files.read(files.entries[piece.name], piece.first, piece.count)
     return rows[0] if piece.single else rows
 
@@ -299,6 +304,19 @@ def _record(step: Step, parts: Sequence[Tensor], tensor: Tensor) -> dict[str, An
     }
 
 
+def recorded_sums(folder: Path) -> dict[Any, str]:
+    """(key, offsets, sizes) -> checksum, from the manifest of the conversion that made a Megatron checkpoint; empty where
+    there is none. Raises CheckpointError for a manifest that cannot be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        found = [record["megatron"] for record in json.loads(path.read_text(encoding="utf-8"))["tensors"]]
+        return {(item["name"], tuple(item["offsets"]), tuple(item["sizes"])): item["sha256"] for item in found}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it to go without its checksums") from error
+
+
 def _read_back(folder: Path, records: Sequence[dict[str, Any]], items: Sequence[Item], steps: Sequence[Step]) -> None:
     """What was written is what was meant. Raises CheckpointError."""
     stored = StoredTensors.__new__(StoredTensors)
@@ -309,7 +327,9 @@ def _read_back(folder: Path, records: Sequence[dict[str, Any]], items: Sequence[
     stored.dtypes = {key: found[0].dtype for key, found in by_key.items()}
     for record, step in zip(records, steps, strict=True):
         if step.pieces and checksum(stored.read(step.region)) != record["megatron"]["sha256"]:
-            raise CheckpointError(f"{folder}: {step.region.key} reads back otherwise than it was written; check the disk")
+            raise CheckpointError(
+                f"{folder}: {step.region.key} reads back otherwise than it was written; check the disk"
+            )
 
 
 def _read_back_hf(files: TensorFiles, records: Sequence[dict[str, Any]]) -> None:
@@ -343,8 +363,11 @@ class _Run:
 
     def inspect(self, name: str, tensor: Tensor) -> None:
         if not self.options.suspect and (problem := suspicion(tensor)):
-            with self._guard:
-                self.problems.append(f"{name} {problem}")
+            self.problem(f"{name} {problem} (--suspect takes it as it is)")
+
+    def problem(self, text: str) -> None:
+        with self._guard:
+            self.problems.append(text)
 
     def advance(self, size: int) -> None:
         with self._guard:
@@ -360,7 +383,7 @@ class _Run:
                 self.workspace.record(number, result)
 
         for number in self.workspace.done:
-            self.resumed += sum(_step_bytes(step) for step in batches[number])
+            self.resumed += sum(step_bytes(step) for step in batches[number])
         self.advance(self.resumed)
         left = [number for number in range(len(batches)) if number not in self.workspace.done]
         with ThreadPoolExecutor(self.options.workers) as pool:
@@ -372,9 +395,7 @@ class _Run:
                 pool.shutdown(cancel_futures=True)
                 raise
         if self.problems:
-            raise CheckpointError(
-                listed("these numbers cannot be a model's (--suspect takes them as they are)", sorted(self.problems))
-            )
+            raise CheckpointError(listed("the source is damaged", sorted(self.problems)))
 
 
 # --- around the steps -------------------------------------------------------------------------------------------------
@@ -393,22 +414,23 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _step_bytes(step: Step) -> int:
+def step_bytes(step: Step) -> int:
+    """A measure of a step's work: its bytes, if they were bfloat16."""
     return math.prod(step.shape) * 2 if step.pieces else 0
 
 
 def _batches(steps: Sequence[Step], workers: int) -> list[list[Step]]:
     """Consecutive steps of about equal size, enough of them for all workers."""
-    total = sum(map(_step_bytes, steps))
+    total = sum(map(step_bytes, steps))
     most = min(_BATCH[1], max(_BATCH[0], total // (4 * workers)))
     batches: list[list[Step]] = [[]]
     filled = 0
     for step in steps:
-        if filled and filled + _step_bytes(step) > most:
+        if filled and filled + step_bytes(step) > most:
             batches.append([])
             filled = 0
         batches[-1].append(step)
-        filled += _step_bytes(step)
+        filled += step_bytes(step)
     return batches
 
 
@@ -458,7 +480,8 @@ def _cast(rule: Rule, own: torch.dtype, dtype: torch.dtype | None) -> torch.dtyp
     return own if dtype is None or rule.keeps_dtype else dtype
 
 
-def _padded_rows(stored: StoredTensors) -> int | None:
+def padded_rows(stored: StoredTensors) -> int | None:
+    """Rows of the stored embedding."""
     shape = stored.shapes.get("embedding.word_embeddings.weight")
     return None if shape is None else shape[0]
 

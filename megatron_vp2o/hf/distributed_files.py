@@ -119,7 +119,7 @@ def write_rest(
             stored[index] = _StorageInfo(item.file, item.start, item.length)
     if nothings:
         blob, file = io.BytesIO(), "__nothing_0.distcp"
-        torch.save(None, blob)
+        torch.save([None], blob)  # a list of the objects under one name
         _write(folder / file, blob.getvalue())
         for name in nothings:
             described[name] = BytesStorageMetadata()
@@ -175,7 +175,9 @@ class StoredTensors:
     def _item(self, key: str, chunk: ChunkStorageMetadata, metadata: Metadata) -> Item:
         info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if info is None or getattr(info, "transform_descriptors", None):
-            raise CheckpointError(f"{self.folder}: a chunk of {key} is not stored as plain bytes; save it without transforms")
+            raise CheckpointError(
+                f"{self.folder}: a chunk of {key} is not stored as plain bytes; save it without transforms"
+            )
         region = Region(key, tuple(chunk.offsets), tuple(chunk.sizes))
         return Item(region, self.dtypes[key], info.relative_path, info.offset, info.length)
 
@@ -186,7 +188,9 @@ class StoredTensors:
         """Whether the chunks of a tensor don't cover it exactly once."""
         regions = [item.region for item in self._items[key]]
         inside = all(
-            o + s <= n for region in regions for o, s, n in zip(region.offsets, region.sizes, self.shapes[key], strict=True)
+            o + s <= n
+            for region in regions
+            for o, s, n in zip(region.offsets, region.sizes, self.shapes[key], strict=True)
         )
         disjoint = len({region.offsets for region in regions}) == len(regions)
         return not (inside and disjoint and sum(math.prod(r.sizes) for r in regions) == math.prod(self.shapes[key]))
@@ -281,7 +285,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = (
             module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."))
-            or (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+            or (module, name)
+            in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
             or (module == "torch._utils" and name == "_get_layout")
             or (module.startswith("pathlib") and name in {"PosixPath", "PurePosixPath", "Path"})

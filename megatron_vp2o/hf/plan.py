@@ -91,7 +91,9 @@ class Plan:
         found = {}
         for rule, layer, expert in self.architecture.instances():
             module = rule.megatron.removesuffix(".weight")
-            if rule.layers is Layers.none or not (module.rpartition(".")[2].startswith("linear_") and ".weight" in rule.megatron):
+            if rule.layers is Layers.none or not (
+                module.rpartition(".")[2].startswith("linear_") and ".weight" in rule.megatron
+            ):
                 continue
             names = [module]
             if module.endswith("linear_proj"):
@@ -99,8 +101,7 @@ class Plan:
             for name in names:
                 key, lead = stored_key(self.architecture, name, layer, expert)
                 lengths = _lead_lengths(self.architecture, rule)
-                at = ".".join(str(offset) for offset in lead) or "None"
-                of = ".".join(str(length) for length in lengths) or "None"
+                at, of = (".".join(map(str, numbers)) for numbers in (lead or (0,), lengths or (1,)))
                 found[f"{key}._extra_state/shard_{at}_{of}"] = None
         return list(found)
 
@@ -158,7 +159,12 @@ def make_plan(
             problems[problem] = None
             continue
         pieces = tuple(_piece(part.name, part.shape, part.stacked, layer, expert) for part in rule.parts)
-        if isinstance(rule.operation, Copy) and not rule.parts[0].stacked and math.prod(shape) > SLAB and lead is not None:
+        if (
+            isinstance(rule.operation, Copy)
+            and not rule.parts[0].stacked
+            and math.prod(shape) > SLAB
+            and lead is not None
+        ):
             steps += _slabs(rule, pieces[0], chosen, lead, shape, rows, parts)
         else:
             region = Region(chosen, (*lead, *(0 for _ in shape)), (*(1 for _ in lead), *shape))
@@ -182,7 +188,10 @@ def _cut(rule: Rule, rows: int, shape: tuple[int, ...], layout: Layout | None) -
     halves = 2 if rule.halves else 1  # Megatron loads gate and up by themselves
     if length % (halves * ways):
         name = "expert_tensor" if rule.per_expert else "tensor"
-        return (), f"{rule.megatron} has {length // halves} in dimension {rule.split}: {name} parallelism of {ways} does not divide it"
+        return (
+            (),
+            f"{rule.megatron} has {length // halves} in dimension {rule.split}: {name} parallelism of {ways} does not divide it",
+        )
     return (length // (halves * ways),) * (halves * ways), None
 
 
@@ -230,7 +239,9 @@ def check_hf(plan: Plan, entries: Mapping[str, Entry], where: str) -> None:
         if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
             problems.append(f"not a weight: {entry.name} is {entry.dtype}; dequantise the checkpoint first")
     if problems:
-        raise CheckpointError(listed(f"{where} does not have the tensors of a {plan.architecture.family} model", problems))
+        raise CheckpointError(
+            listed(f"{where} does not have the tensors of a {plan.architecture.family} model", problems)
+        )
 
 
 def check_stored(plan: Plan, stored: StoredTensors, where: str, *, prefixes: tuple[str, ...] = ()) -> None:
@@ -257,7 +268,9 @@ def check_stored(plan: Plan, stored: StoredTensors, where: str, *, prefixes: tup
         if key not in known and not key.startswith(prefixes or ("\0",))
     ]
     if problems:
-        raise CheckpointError(listed(f"{where} does not have the tensors of this {plan.architecture.family} model", problems))
+        raise CheckpointError(
+            listed(f"{where} does not have the tensors of this {plan.architecture.family} model", problems)
+        )
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...], key: str) -> bool:

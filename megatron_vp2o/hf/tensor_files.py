@@ -218,7 +218,9 @@ def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry
     end = 0
     for first, last, entry in ranges:
         if first != end or last - first != entry.size or min(entry.shape, default=0) < 0:
-            raise ValueError(f"{entry.name} is at bytes {first} to {last}, where {end} to {end + entry.size} is its place")
+            raise ValueError(
+                f"{entry.name} is at bytes {first} to {last}, where {end} to {end + entry.size} is its place"
+            )
         end = last
     return [entry for _, _, entry in ranges]
 

@@ -52,7 +52,9 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise CheckpointError(f"{self.target} is being written by another process: wait for it, or stop it") from None
+            raise CheckpointError(
+                f"{self.target} is being written by another process: wait for it, or stop it"
+            ) from None
         lines = self._journal()
         if lines and lines[0] == {"fingerprint": self._fingerprint}:
             self.done = {line["batch"]: line["record"] for line in lines[1:]}

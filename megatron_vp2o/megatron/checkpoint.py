@@ -40,11 +40,20 @@ from megatron_vp2o.megatron.compat import megatron_version
 from megatron_vp2o.megatron.generation import MegatronEngine
 from megatron_vp2o.megatron.gradient_hook import SteinHook
 from megatron_vp2o.megatron.policy import MegatronPolicy
+from megatron_vp2o.megatron.trust_region import TrustRegion
 from megatron_vp2o.parallel.groups import Groups
 
 __all__ = ["Checkpointer", "latest", "load_weights", "resolve"]
 
-MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, STEIN = "model", "optimizer", "actor", "rng", "schedule", "stein"
+MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, STEIN, ANCHOR = (
+    "model",
+    "optimizer",
+    "actor",
+    "rng",
+    "schedule",
+    "stein",
+    "anchor",
+)
 
 # Every parameter of the distributed optimizer in its own shape, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -79,6 +88,7 @@ class Checkpointer:
         folder: made on the first save.
         engine: its actor is saved while it is older than the learner; None if there is none.
         hook: the Stein hook, whose averages and prototypes go on; None if there is none.
+        region: the trust region, whose anchor and counters go on; None if there is none.
         keep: newest checkpoints that are kept, at least 1.
         tokenizer_save: writes the tokenizer's files to a folder; called on one rank.
     """
@@ -92,8 +102,9 @@ class Checkpointer:
         keep: int,
         tokenizer_save: Callable[[Path], None] | None,
         hook: SteinHook | None = None,
+        region: TrustRegion | None = None,
     ) -> None:
-        self.folder, self.policy, self.engine, self.hook = folder, policy, engine, hook
+        self.folder, self.policy, self.engine, self.hook, self.region = folder, policy, engine, hook, region
         self.keep, self.tokenizer_save = keep, tokenizer_save
         self.groups = policy.groups
 
@@ -139,6 +150,8 @@ class Checkpointer:
             parts.append(ACTOR)
         if self.hook is not None and self.hook.steps > 0:
             parts.append(STEIN)
+        if self.region is not None and self.region.ready:
+            parts.append(ANCHOR)
         return parts
 
     def _tree(self, parts: list[str], *, loading: bool) -> dict[str, Any]:
@@ -157,12 +170,16 @@ class Checkpointer:
         if STEIN in parts:
             assert self.hook is not None
             tree[STEIN] = self.hook.sharded_state_dict(loading=loading)
+        if ANCHOR in parts:
+            assert self.region is not None
+            tree[ANCHOR] = self.region.sharded_state_dict(loading=loading)
         if RNG in parts:
             size, rank = self.groups.world_size, self.groups.rank
             tree[RNG] = ShardedObject(RNG, None if loading else _rng_state(), (size,), (rank,))
         if not loading:
             steps = 0 if self.hook is None else self.hook.steps
-            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps, "stein_steps": steps}
+            counters = {} if self.region is None else self.region.counters()
+            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps, "stein_steps": steps, "region": counters}
         return tree
 
     def _write_rest(self, temporary: Path, state: dict[str, Any]) -> None:
@@ -207,7 +224,7 @@ class Checkpointer:
         with _together(self.groups):
             _same("optimizer", path, manifest["optimizer"], _optimizer_kind(self.policy))
             state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
-        absent = {ACTOR: self.engine is None, STEIN: self.hook is None}
+        absent = {ACTOR: self.engine is None, STEIN: self.hook is None, ANCHOR: self.region is None}
         parts = [part for part in manifest["parts"] if not absent.get(part, False)]
         if manifest["layout"] != _layout(self.groups):
             parts.remove(RNG)
@@ -221,6 +238,9 @@ class Checkpointer:
         if STEIN in parts:
             assert self.hook is not None
             self.hook.load_state_dict(loaded[STEIN], loaded[SCHEDULE]["stein_steps"])
+        if ANCHOR in parts:
+            assert self.region is not None
+            self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
         if RNG in parts:
             _set_rng_state(loaded[RNG])
         return state

@@ -65,13 +65,14 @@ class ExpertWeights:
             stacked = torch.stack([row.of(row.parameter.detach()).view(shape) for row in rows])
         return (stacked.transpose(1, 2) if self.transposed else stacked).float()
 
-    def add_to_output(self, row: int, gradient: Tensor, left_D: Tensor, right_F: Tensor) -> None:
-        """Add left right^T to one expert's gradient (a tensor shaped like its parameter) of the output projection."""
+    def add_to_output(self, row: int, gradient: Tensor, left_D2: Tensor, right_2F: Tensor) -> None:
+        """Add left right, of rank two, to one expert's gradient (a tensor shaped like its parameter) of the output projection."""
         flat = self.parts[self.output][row].of(gradient)
+        left_D2, right_2F = left_D2.to(flat.dtype), right_2F.to(flat.dtype)
         if self.transposed:
-            flat.view(-1, self.hidden).addr_(right_F.to(flat.dtype), left_D.to(flat.dtype))
+            flat.view(-1, self.hidden).addmm_(right_2F.t(), left_D2.t())
         else:
-            flat.view(self.hidden, -1).addr_(left_D.to(flat.dtype), right_F.to(flat.dtype))
+            flat.view(self.hidden, -1).addmm_(left_D2, right_2F)
 
 
 def expert_weights(layer: Any) -> ExpertWeights:

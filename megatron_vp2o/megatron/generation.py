@@ -24,6 +24,7 @@ from megatron_vp2o.megatron.compat import leave_inference_mode
 from megatron_vp2o.megatron.model import build_model
 from megatron_vp2o.megatron.policy import MegatronPolicy
 from megatron_vp2o.megatron.scoring import score
+from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, TrainBatch
 
@@ -65,6 +66,10 @@ class MegatronEngine:
         for mine, learned in zip(self.actor.buffers(), self.policy.model.buffers(), strict=True):
             mine.copy_(learned)
         self.version = version
+
+    def checksum(self) -> int:
+        """Of the weights that this rank's actor holds (`MegatronPolicy.checksum` of those it should)."""
+        return weights_checksum(self._tensors())
 
     @contextmanager
     def at_learner_weights(self) -> Iterator[None]:

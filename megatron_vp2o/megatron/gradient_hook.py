@@ -11,7 +11,7 @@ Shape legend: L MoE layers of this pipeline stage, E experts, e local experts, D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,19 +74,27 @@ class SteinHook:
         model: a module (or model chunks) wrapped in Megatron's DistributedDataParallel. Its MoE layers become VP2OMoELayers.
         settings: which field.
         optimizer: Megatron's; needed only where it scales the loss (fp16).
+        observe: gather routing statistics; without them there are prototypes, but no transform.
 
     Raises:
         ConfigError: for experts or layouts that it does not know, by name.
     """
 
     def __init__(
-        self, model: Any, settings: SteinConfig, groups: Groups | None = None, *, optimizer: Any = None
+        self,
+        model: Any,
+        settings: SteinConfig,
+        groups: Groups | None = None,
+        *,
+        optimizer: Any = None,
+        observe: bool = True,
     ) -> None:
         self.settings, self.groups, self.optimizer = settings, groups or current_groups(), optimizer
         chunks: Sequence[Any] = model if isinstance(model, (list, tuple)) else [model]
         self.layers = [layer for chunk in chunks for layer in moe_layers(chunk)]
         for layer in self.layers:
-            layer.observe()
+            if observe:
+                layer.observe()
         self.weights: list[ExpertWeights] = [expert_weights(layer) for layer in self.layers]
         self.state: SteinState | None = None
         self._steps = 0
@@ -99,6 +107,19 @@ class SteinHook:
         self.gradients = ExpertGradients(
             chunks, self.weights, self.groups, self.experts, int(settings.chunk_mib * 2**20)
         )
+
+    def weights_changed(self) -> None:
+        """Tell the hook that prototypes are behind the weights; after `transform` it assumes so itself."""
+        self._prototypes_current = False
+
+    def carry(self) -> tuple[SteinState | None, int]:
+        """What goes on from step to step, as it is now; tensors are never changed in place, so nothing is copied."""
+        return (None if self.state is None else replace(self.state)), self._steps
+
+    def put_back(self, carried: tuple[SteinState | None, int]) -> None:
+        """Return to what `carry` said: the step did not happen."""
+        self.state, self._steps = carried
+        self._prototypes_current = self.state is not None
 
     @property
     def steps(self) -> int:
@@ -195,12 +216,11 @@ class SteinHook:
         return diagnostics.repulsion_ratio(repulsion_LE * scale_LE, attraction_LE)
 
     def _add(self, gradient: RankTwo, scale_Le: Tensor) -> None:
-        left_a, left_b = gradient.left_a_LED * scale_Le[..., None], gradient.left_b_LED * scale_Le[..., None]
+        left_LeD2 = torch.stack([gradient.left_a_LED, gradient.left_b_LED], dim=-1) * scale_Le[..., None, None]
         for index, weights in enumerate(self.weights):
-            for row in range(weights.experts):
-                buffer = self.gradients.of(weights.parts[weights.output][row].parameter)
-                weights.add_to_output(row, buffer, left_a[index, row], gradient.right_a[index][row])
-                weights.add_to_output(row, buffer, left_b[index, row], gradient.right_b[index][row])
+            right_e2F = torch.stack([gradient.right_a[index], gradient.right_b[index]], dim=1)
+            for row, parameter in enumerate(part.parameter for part in weights.parts[weights.output]):
+                weights.add_to_output(row, self.gradients.of(parameter), left_LeD2[index, row], right_e2F[row])
 
     def _loss_scale(self) -> float:
         scale = self.optimizer.get_loss_scale() if self.optimizer is not None else 1.0

@@ -8,6 +8,7 @@ Shape legend: s positions, b sequences, n heads, d head width, V vocabulary, D h
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,23 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.nn.functional import all_reduce
 
 from megatron_vp2o.config.schema import ParallelConfig
-from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.errors import CheckpointError, ConfigError
 from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.attention import FusedCoreAttention
-from megatron_vp2o.megatron.compat import mark_expert_parameters, replace_in_spec
+from megatron_vp2o.megatron.compat import mark_expert_parameters, megatron_version, replace_in_spec
 from megatron_vp2o.megatron.norm import RMSNorm
 from megatron_vp2o.parallel.groups import Groups
 
@@ -80,7 +83,22 @@ def build(
 
     Args:
         vocab_rows: rows of the embedding with padding; tensor_parallel divides it.
+
+    Raises:
+        ConfigError: Megatron cannot run the model under this layout.
     """
+    if model.settings["add_bias_linear"] and parallel.expert_tensor_parallel > 1:
+        raise ConfigError(
+            f"parallel.expert_tensor_parallel={parallel.expert_tensor_parallel}: Megatron has no expert tensor parallelism "
+            f"for experts with biases (transformer_config.py), which {model.family} has: set it to 1"
+        )
+    if model.latent_attention and model.settings["q_lora_rank"] is None and megatron_version() >= Version("0.17"):
+        raise ConfigError(
+            f"this {model.family} model has q_lora_rank=null, and megatron-core {megatron_version()} then puts a norm before "
+            "its query projection that the model does not have (transformer/mla_qk_norm_config.py): use megatron-core 0.16"
+        )
+    if model.latent_attention:
+        _admit_absent_transformer_engine()
     config = transformer_config(model, parallel, dtype)
     replacements: dict[type, type] = {WrappedTorchNorm: RMSNorm}
     if model.settings.get("softmax_type", "vanilla") == "vanilla" and model.settings.get("window_size") is None:
@@ -88,9 +106,10 @@ def build(
     if model.qk_norm_over_heads:
         replacements[SelfAttention] = NormOverHeadsSelfAttention
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    spec = replace_in_spec(spec, replacements)
     gpt = GPTModel(
         config,
-        replace_in_spec(spec, replacements),
+        spec,
         vocab_size=vocab_rows,
         max_sequence_length=4096,  # used by learned positions only
         pre_process=groups.is_first_stage,
@@ -101,6 +120,13 @@ def build(
     )
     mark_expert_parameters(gpt)
     return gpt.requires_grad_(False).eval().to(groups.device)
+
+
+def _admit_absent_transformer_engine() -> None:
+    """In 0.16.1, multi_latent_attention.py believes that it has transformer-engine wherever Megatron's wrapper module can be
+    imported, and then asks `isinstance(..., None)` (lines 62 and 184). 0.19.2 asks the wrapper."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        multi_latent_attention.HAVE_TE = False
 
 
 def load(gpt: GPTModel, folder: Path) -> None:
@@ -170,7 +196,7 @@ def logits(gpt: GPTModel, tokens_bs: Tensor, groups: Groups, vocab_size: int) ->
 
     def forward_step(_: Any, model: Any) -> Any:
         def keep(output: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            found.append(_whole_vocabulary(output, groups)[..., :vocab_size])
+            found.append(_whole_vocabulary(output, groups)[..., :vocab_size].contiguous())
             return output.new_zeros(()), {}
 
         return model(tokens_bs, positions, mask), keep
@@ -196,7 +222,7 @@ def _dtype(gpt: GPTModel) -> torch.dtype:
 
 def _whole_vocabulary(logits_bsV: Tensor, groups: Groups) -> Tensor:
     if groups.tp.size() == 1:
-        return logits_bsV.contiguous()
+        return logits_bsV
     parts = [torch.empty_like(logits_bsV) for _ in range(groups.tp.size())]
     dist.all_gather(parts, logits_bsV.contiguous(), group=groups.tp)
     return torch.cat(parts, dim=-1)

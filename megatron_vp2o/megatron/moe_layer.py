@@ -107,6 +107,9 @@ class VP2OMoELayer(MoELayer):
     """Loss tokens over valid tokens of the step, all ranks: makes the losses means over valid tokens where Megatron divides by
     loss tokens (calculate_per_token_loss)."""
     _routed: _Routed | None = None
+    context_index: Tensor | None = None
+    """Flat positions of the coming micro-batch whose router inputs are to be kept, [C]."""
+    _contexts: list[Tensor] | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -158,6 +161,16 @@ class VP2OMoELayer(MoELayer):
             )
         self.specialization = losses
 
+    def contexts(self) -> Tensor:
+        """Router inputs kept since `drop_contexts`, [C, D]."""
+        if not self._contexts:
+            return self.router.weight.new_zeros(0, self.router.weight.shape[1])
+        return torch.cat(self._contexts)
+
+    def drop_contexts(self) -> None:
+        """Forget them."""
+        self._contexts = None
+
     def _need_router(self, feature: str) -> None:
         if not isinstance(self.router, ObservedRouter):
             raise ConfigError(
@@ -175,6 +188,10 @@ class VP2OMoELayer(MoELayer):
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        if self.context_index is not None and self.training:
+            # The first time a micro-batch passes; recomputation may come when another one's positions are set.
+            index_C, self.context_index = self.context_index, None
+            self._contexts = [*(self._contexts or []), hidden_states.detach().flatten(0, -2)[index_C]]
         if not self._observing():
             return super().route(hidden_states, padding_mask)
         self.router.keep_logits = True
@@ -197,11 +214,10 @@ class VP2OMoELayer(MoELayer):
         """See the base class. Here the outputs of a token's experts are back on its rank and not yet added up."""
         routed, self._routed = self._routed, None
         if routed is not None and self._outputs_meet():
-            rows_TK, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk)
             if self.statistics is not None:
-                self._measure_overlap(output.detach(), rows_TK, present_TK, routed.valid_T)
+                self._measure_overlap(output.detach(), routed)
             if self.specialization.orthogonality_coef > 0:
-                output = self._attach_orthogonality(output, routed, rows_TK, present_TK)
+                output = self._attach_orthogonality(output, routed)
         return super().postprocess(output, shared_expert_output)
 
     def _attach_variance(self, probs_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -210,12 +226,12 @@ class VP2OMoELayer(MoELayer):
             self.statistics.add("variance", total.detach())
         return _attach(probs_TE, total, count, self.specialization.variance_coef, self._scale())
 
-    def _attach_orthogonality(self, output_RD: Tensor, routed: _Routed, rows_TK: Tensor, present_TK: Tensor) -> Tensor:
+    def _attach_orthogonality(self, output_RD: Tensor, routed: _Routed) -> Tensor:
         settings = self.specialization
         stride = max(1, round(1.0 / settings.token_fraction))
-        valid_T = routed.valid_T if routed.valid_T is not None else torch.ones_like(rows_TK[:, 0], dtype=torch.bool)
-        gates_TK = routed.probs_TE.gather(1, _selected(routed.map_TE, rows_TK.shape[1]))
-        rows_TK, present_TK, gates_TK = rows_TK[::stride], present_TK[::stride], gates_TK[::stride]
+        valid_T = routed.valid_T if routed.valid_T is not None else torch.ones_like(routed.map_TE[:, 0], dtype=torch.bool)
+        rows_TK, selected_TK, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
+        gates_TK = routed.probs_TE[::stride].gather(1, selected_TK)
 
         def loss(output_RD: Tensor, gates_TK: Tensor) -> tuple[Tensor, Tensor]:
             # Experts multiply by the gate before their last projection; dividing gives their own outputs back, and the
@@ -236,13 +252,13 @@ class VP2OMoELayer(MoELayer):
         )
 
     @torch.no_grad()
-    def _measure_overlap(self, output_RD: Tensor, rows_TK: Tensor, present_TK: Tensor, valid_T: Tensor | None) -> None:
+    def _measure_overlap(self, output_RD: Tensor, routed: _Routed) -> None:
         assert self.statistics is not None
-        stride = max(1, len(rows_TK) // OVERLAP_TOKENS)
-        some_TK, there_TK = rows_TK[::stride], present_TK[::stride]
-        if valid_T is not None:
-            there_TK = there_TK & valid_T[::stride, None]
-        total, pairs = output_overlap(output_RD[some_TK].float(), there_TK)
+        stride = max(1, len(routed.map_TE) // OVERLAP_TOKENS)
+        rows_TK, _, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
+        if routed.valid_T is not None:
+            present_TK = present_TK & routed.valid_T[::stride, None]
+        total, pairs = output_overlap(output_RD[rows_TK].float(), present_TK)
         self.statistics.add("output_overlap", total)
         self.statistics.add("output_pairs", pairs)
 
@@ -265,20 +281,19 @@ def _attach(activation: Tensor, total: Tensor, count: Tensor, coefficient: float
     return MoEAuxLossAutoScaler.apply(activation, (coefficient * loss).to(torch.float32))
 
 
-def _selected(routing_map_TE: Tensor, topk: int) -> Tensor:
-    """Indices of each token's experts, ascending, [T, K]; where a token has fewer, others fill up."""
-    return routing_map_TE.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :topk]
-
-
-def _rows_by_token(routing_map_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Where each token's expert outputs lie among rows sorted by expert, then token: ([T, K] rows, [T, K] whether there).
+def _rows_by_token(routing_map_TE: Tensor, topk: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the expert outputs of every `stride`-th token lie among rows sorted by expert, then token.
 
     Without a host synchronisation: the row of (t, e) is the number of rows of experts before e, and of tokens before t in e.
+
+    Returns:
+        Rows, experts and whether there is an output, each [T / stride, K]. Experts ascend; where a token has fewer than K,
+        others fill up, with row 0.
     """
-    map_TE = routing_map_TE.long()
-    within_TE = map_TE.cumsum(0)
+    within_TE = routing_map_TE.cumsum(0)
     before_E = within_TE[-1].cumsum(0) - within_TE[-1]
-    selected_TK = _selected(routing_map_TE, topk)
-    present_TK = routing_map_TE.gather(1, selected_TK).bool()
-    rows_TK = (within_TE - 1 + before_E).gather(1, selected_TK)
-    return torch.where(present_TK, rows_TK, 0), present_TK
+    some_TE = routing_map_TE[::stride]
+    selected_TK = some_TE.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :topk]
+    present_TK = some_TE.gather(1, selected_TK).bool()
+    rows_TK = (within_TE[::stride] - 1 + before_E).gather(1, selected_TK)
+    return torch.where(present_TK, rows_TK, 0), selected_TK, present_TK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_vp2o.megatron.compat import auxiliary_losses
 from megatron_vp2o.megatron.model import DTYPES, build_model, padded_vocab_size
 from megatron_vp2o.megatron.moe_layer import Specialization, VP2OMoELayer, moe_layers
 from megatron_vp2o.megatron.scoring import micro_batches, run_schedule, score
+from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
 from megatron_vp2o.rl.types import Objective, StepStats, TrainBatch
 
@@ -72,6 +74,7 @@ class MegatronPolicy:
         )
         self.clip_grad = settings.clip_grad
         self._specialised = self._specialise(config)
+        self._sampled: tuple[list[VP2OMoELayer], int] | None = None
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -134,11 +137,39 @@ class MegatronPolicy:
             metrics = {"loss": total, **metrics, "tokens": tokens}
             return total, tokens.int(), {key: value.detach() for key, value in metrics.items()}
 
-        reported = run_schedule(self.ddp, parts, self.groups, self.valid_vocab, loss, forward_only=False)
+        before = None if self._sampled is None else self._context_sampler(len(parts))
+        reported = run_schedule(
+            self.ddp, parts, self.groups, self.valid_vocab, loss, forward_only=False, before_forward=before
+        )
         metrics = self._reduce(reported)
         self._tokens = int(metrics["tokens"])
         metrics.update(auxiliary_losses(len(parts)))
         return metrics
+
+    def sample_contexts(self, layers: list[VP2OMoELayer], per_rank: int) -> None:
+        """From now on these layers keep the router's inputs at up to `per_rank` response tokens of each step."""
+        self._sampled = layers, per_rank
+
+    def _context_sampler(self, micro_batches: int) -> Callable[[TrainBatch], None]:
+        """Tells the layers, before each micro-batch, which positions to keep: evenly spread over those from which a response
+        token is predicted."""
+        assert self._sampled is not None
+        layers, per_rank = self._sampled
+        share = max(1, per_rank // micro_batches)
+        tp = self.groups.tp if self.model.config.sequence_parallel else None
+        for layer in layers:
+            layer.drop_contexts()
+
+        def choose(part: TrainBatch) -> None:
+            context_SN = part.loss_mask_NS.roll(-1, dims=1).t()
+            if tp is not None:  # this rank has a contiguous share of the positions
+                context_SN = context_SN.chunk(tp.size(), dim=0)[tp.rank()]
+            index_C = context_SN.flatten().nonzero().squeeze(1)
+            kept_C = index_C[:: max(1, -(-len(index_C) // share))]
+            for layer in layers:
+                layer.context_index = kept_C
+
+        return choose
 
     def _reduce(self, reported: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation."""
@@ -167,7 +198,7 @@ class MegatronPolicy:
         grad_norm = float("nan") if found_inf else float(self.optimizer.get_grad_norm())
         skipped = self._tokens == 0 or not math.isfinite(grad_norm)
         if not skipped:
-            for optimizer in self._optimizers():
+            for optimizer in self.optimizers():
                 parameters = optimizer.get_parameters()
                 if self.clip_grad > 0 and parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
@@ -175,7 +206,8 @@ class MegatronPolicy:
             self.scheduler.step(increment=1)
         return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=self._tokens)
 
-    def _optimizers(self) -> list[Any]:
+    def optimizers(self) -> list[Any]:
+        """Megatron's optimizers that have parameters on this rank."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
 
@@ -183,6 +215,12 @@ class MegatronPolicy:
         """Before reading `model`: with overlap_param_gather, other ranks' updates arrive only in the next forward pass."""
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def checksum(self) -> int:
+        """Of this rank's weights, for comparison with what an engine says it holds."""
+        self.gather_parameters()
+        return weights_checksum([*self.model.parameters(), *self.model.buffers()])
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU."""

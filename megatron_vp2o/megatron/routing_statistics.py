@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.core.coactivation import coactivation_counts
+from megatron_vp2o.core.diagnostics import router_entropy
 
 SUMS = ("tokens", "router_entropy", "output_overlap", "output_pairs", "orthogonality", "variance")
 """Names of the scalars, in the order of `RoutingTotals.sums`."""
@@ -43,13 +44,9 @@ class RoutingStatistics:
         """
         totals = self._open(routing_map_TE.device)
         totals.counts_EE += coactivation_counts(routing_map_TE, valid_T)
-        entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(-1)
-        if valid_T is None:
-            totals.sums[0] += len(entropy_T)
-            totals.sums[1] += entropy_T.sum()
-        else:
-            totals.sums[0] += valid_T.sum()
-            totals.sums[1] += (entropy_T * valid_T).sum()
+        entropy, tokens = router_entropy(probabilities_TE, valid_T)
+        totals.sums[0] += tokens
+        totals.sums[1] += entropy
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to one of `SUMS`."""

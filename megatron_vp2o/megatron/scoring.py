@@ -97,6 +97,7 @@ def run_schedule(
     loss: Callable[[Tensor, Tensor, TrainBatch], Any],
     *,
     forward_only: bool,
+    before_forward: Callable[[TrainBatch], None] | None = None,
 ) -> list[Any]:
     """Drive Megatron's pipeline schedule over micro-batches; `loss` sees [N, S] log-probabilities and entropies.
 
@@ -111,6 +112,8 @@ def run_schedule(
         if not groups.is_first_stage and model_config(model).sequence_parallel:
             # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
             padding_NS = scatter_to_sequence_parallel_region(padding_NS.t().contiguous()).t().contiguous()
+        if before_forward is not None:
+            before_forward(batch)
         output = model(
             batch.tokens_NS,
             position_S.expand_as(batch.tokens_NS),

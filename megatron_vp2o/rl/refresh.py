@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_vp2o.core.budget import Budget, RefreshReason, refresh_reasons
 
 
 class RefreshPolicy(Protocol):
-    def reason(self, age: int) -> str | None:
+    def reason(self, age: int) -> RefreshReason | None:
         """Why the actors are to be refreshed before the next rollout batch, or None to keep them.
 
         Args:
@@ -15,12 +17,66 @@ class RefreshPolicy(Protocol):
         """
         ...
 
+    def observe(self, budget: Budget | None, rejected: bool) -> None:
+        """What the last rollout batch's training found: the budget, if it is measured, and whether a step was rejected."""
+        ...
 
-@dataclass(frozen=True)
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
 class EveryBatches:
-    """After a fixed number of rollout batches (`rollout.refresh_interval`)."""
+    """After a fixed number of rollout batches (`rollout.refresh_interval`), or when a step was rejected."""
 
     interval: int
+    _rejected: bool = field(default=False, init=False)
 
-    def reason(self, age: int) -> str | None:
-        return "interval" if age >= self.interval else None
+    def reason(self, age: int) -> RefreshReason | None:
+        if self._rejected:
+            return RefreshReason.rejected
+        return RefreshReason.interval if age >= self.interval else None
+
+    def observe(self, budget: Budget | None, rejected: bool) -> None:
+        self._rejected = rejected
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rejected": self._rejected}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rejected = state["rejected"]
+
+
+@dataclass
+class WhenSpent:
+    """When a step was rejected, the budget is spent, or the actors are too old (VP2O section 3.4)."""
+
+    max_drift: float
+    min_ess: float
+    max_age: int | None
+    _spent: Budget | None = field(default=None, init=False)
+    _rejected: bool = field(default=False, init=False)
+
+    def reason(self, age: int) -> RefreshReason | None:
+        reasons = refresh_reasons(
+            self._spent,
+            max_drift=self.max_drift,
+            min_ess=self.min_ess,
+            age=age,
+            max_age=self.max_age,
+            rejected=self._rejected,
+        )
+        return reasons[0] if reasons else None
+
+    def observe(self, budget: Budget | None, rejected: bool) -> None:
+        self._spent, self._rejected = budget, rejected
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": None if self._spent is None else list(self._spent), "rejected": self._rejected}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._spent = None if state["spent"] is None else Budget(*state["spent"])
+        self._rejected = state["rejected"]

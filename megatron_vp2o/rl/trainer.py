@@ -1,26 +1,31 @@
 """The reinforcement-learning step, blind to Megatron and to the engine.
 
     rollouts -> rewards -> advantages -> batch
-      -> forward and backward -> gradient transform -> optimizer step
-      -> refresh the actors or keep them -> metrics
+      -> forward and backward -> gradient transform -> optimizer step (accepted | halved | rejected)
+      -> budget verdict (keep the actors | refresh them) -> metrics
 
 Shape legend: P prompts of this data-parallel rank, G rollouts of one prompt, N = P * G, S padded sequence length.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import GRPOConfig, TrainConfig
+from megatron_vp2o.config.schema import GRPOConfig, KLReference, TrainConfig
 from megatron_vp2o.core.advantages import group_relative_advantages, uniform_groups_P
+from megatron_vp2o.core.budget import RefreshReason
 from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
+from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper
 from megatron_vp2o.rl.evaluate import evaluate_splits
 from megatron_vp2o.rl.grading import grade
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
 from megatron_vp2o.rl.refresh import RefreshPolicy
+from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import (
     Objective,
     Policy,
@@ -32,9 +37,11 @@ from megatron_vp2o.rl.types import (
     TrainBatch,
 )
 
+REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"
+
 
 class RLTrainer(TrainingLoop):
-    """Group-relative policy optimisation; what varies is the objective, the transform and the refresh policy."""
+    """Group-relative policy optimisation; what varies is the objective, the transform, the stepper and the refresh policy."""
 
     def __init__(
         self,
@@ -50,12 +57,17 @@ class RLTrainer(TrainingLoop):
         refresh: RefreshPolicy,
         reference: RolloutEngine | None = None,
         transform: Transform = no_transform,
+        stepper: Stepper | None = None,
+        meter: BudgetMeter | None = None,
     ) -> None:
         super().__init__(config, groups, sink, saver)
         assert isinstance(config.algorithm, GRPOConfig)
         self.settings = config.algorithm
-        self.task, self.policy, self.engine, self.objective = task, policy, engine, objective
+        self.task, self.policy, self.engine = task, policy, engine
+        self.objective = objective if meter is None else meter.watch(objective)
         self.refresh, self.reference, self.transform = refresh, reference, transform
+        self.stepper: Stepper = stepper or PlainSteps(policy)
+        self.meter = meter
         self.sampling = config.rollout.sampling
         self.prompts = PromptSchedule(
             task,
@@ -75,18 +87,24 @@ class RLTrainer(TrainingLoop):
             rewards_PG, metrics = self._grade(problems, rollouts)
         with watch("train"):
             batch = self._batch(rollouts, rewards_PG)
-            updates = [self._update(part) for part in self._minibatches(batch, step)]
-            metrics |= _combine(updates) | self._mismatch(rollouts, updates)
+            updates = self._updates(batch, step)
+            metrics |= _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
         self._count(metrics, watch)
         return metrics
 
     def _refresh_actors(self) -> None:
         progress = self.progress
-        if self.engine.version < 0 or self.refresh.reason(progress.actor_age) is not None:
-            progress.actor_version = progress.optimizer_steps
-            self.engine.refresh(progress.actor_version)
-            progress.actor_age = 0
-            progress.actor_refreshes += 1
+        reason = RefreshReason.start if self.engine.version < 0 else self.refresh.reason(progress.actor_age)
+        if reason is None:
+            return
+        progress.actor_version = progress.optimizer_steps
+        self.engine.refresh(progress.actor_version)
+        verify_sync(self.policy, self.engine, progress.actor_version, self.groups)
+        self.stepper.set_anchor()
+        progress.actor_age = 0
+        progress.actor_refreshes += 1
+        counts = progress.extra.setdefault(REFRESHES, {})
+        counts[reason.value] = counts.get(reason.value, 0) + 1
 
     def _generate(self, step: int) -> tuple[list[Problem], Rollouts]:
         problems, uids = self.prompts(step)
@@ -141,7 +159,9 @@ class RLTrainer(TrainingLoop):
         batch = policy_batch(rollouts, advantages_PG.flatten(), keep_N, self.sampling.temperature)
         if self.progress.actor_version == self.progress.optimizer_steps:
             batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
-        if self.reference is not None:
+        if self.settings.kl_reference is KLReference.anchor:
+            batch.extras[REFERENCE] = rollouts.model_logprobs_NS[keep_N]
+        elif self.reference is not None:
             batch.extras[REFERENCE] = self.reference.log_probs(rollouts, self.sampling.temperature)[keep_N]
         return batch
 
@@ -153,15 +173,39 @@ class RLTrainer(TrainingLoop):
             for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch))
         ]
 
+    def _updates(self, batch: TrainBatch, step: int) -> list[dict[str, float]]:
+        """The optimizer steps on a rollout batch; a rejected one is the last, because its actors are about to be refreshed."""
+        updates: list[dict[str, float]] = []
+        for part in self._minibatches(batch, step):
+            updates.append(self._update(part))
+            if updates[-1].pop("rejected"):
+                self.progress.extra[REJECTED] = True
+                break
+        return updates
+
     def _update(self, batch: TrainBatch) -> dict[str, float]:
-        """One optimizer step: gradients, their transform, clipping and AdamW."""
+        """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows."""
+        self.stepper.begin()
         metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
         metrics |= self.transform()
-        stats = self.policy.optimizer_step()
+        stats = self.stepper.step()
         self.progress.tokens += stats.tokens
-        self.progress.optimizer_steps += not stats.skipped
+        self.progress.optimizer_steps += not (stats.skipped or stats.rejected)
         self.progress.skipped += stats.skipped
-        return metrics | {"optimizer/grad_norm": stats.grad_norm, "optimizer/lr": stats.lr}
+        taken = {"optimizer/grad_norm": stats.grad_norm, "optimizer/lr": stats.lr, "rejected": stats.rejected}
+        return metrics | stats.metrics | taken
+
+    def _judge_actors(self, updates: list[dict[str, float]]) -> dict[str, float]:
+        """Tell the refresh policy what this rollout batch found."""
+        budget = None if self.meter is None else self.meter.read()
+        self.refresh.observe(budget, bool(self.progress.extra.pop(REJECTED, False)))
+        self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
+        return {} if budget is None else {"budget/drift": budget.drift, "budget/ess": budget.ess}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
+        if REFRESH_POLICY in self.progress.extra:
+            self.refresh.load_state_dict(self.progress.extra[REFRESH_POLICY])
 
     def _mismatch(self, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
         """How far the engine's log-probabilities are from recomputed ones under the same weights.
@@ -185,9 +229,14 @@ class RLTrainer(TrainingLoop):
             "actor/version": progress.actor_version,
             "actor/age": progress.actor_age,
             "actor/refreshes": progress.actor_refreshes,
+            **{f"actor/refreshes_{reason.value}": self._refreshed(reason) for reason in RefreshReason},
             "time/tokens_per_s": metrics.pop("tokens") / watch.seconds["train"],
             "time/rollout_tokens_per_s": metrics.pop("rollout/tokens") / watch.seconds["rollout"],
         }
+
+    def _refreshed(self, reason: RefreshReason) -> int:
+        counts: dict[str, int] = self.progress.extra.get(REFRESHES, {})
+        return counts.get(reason.value, 0)
 
     def evaluate(self, final: bool) -> dict[str, float]:
         return evaluate_splits(self.engine, self.task, self.config, self.groups, final=final)
@@ -197,7 +246,7 @@ def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
     """One step's metrics from its optimizer steps': token-weighted means, maxima, last values of schedule and totals."""
     tokens = sum(update["tokens"] for update in updates)
     combined: dict[str, float] = {"tokens": tokens}
-    for key in updates[0].keys() - {"tokens", "ratio", "logprob_mismatch_max"}:
+    for key in updates[0].keys() - {"tokens", "ratio", "logprob_mismatch_max", "rejected"}:
         values = [update[key] for update in updates if key in update]
         name = key if "/" in key else f"policy/{key}"
         if key.endswith("_max"):

@@ -136,6 +136,10 @@ class RolloutEngine(Protocol):
         """Take the learner's weights as they are now and call them `version`."""
         ...
 
+    def checksum(self) -> int:
+        """Of the weights that the engine holds: after a refresh, what `Policy.checksum` says on the same rank."""
+        ...
+
     def at_learner_weights(self) -> AbstractContextManager[None]:
         """Inside, the engine generates with the learner's weights (for evaluation); outside, with its own snapshot again."""
         ...
@@ -173,6 +177,7 @@ class StepStats:
     lr: float
     skipped: bool  # the optimizer refused the step (non-finite gradient)
     tokens: int  # global loss tokens
+    rejected: bool = False  # the trust region took the step back
 
 
 class Policy(Protocol):
@@ -183,6 +188,10 @@ class Policy(Protocol):
         ...
 
     def optimizer_step(self) -> StepStats: ...
+
+    def checksum(self) -> int:
+        """Of this rank's weights."""
+        ...
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""

@@ -15,11 +15,14 @@ from megatron_vp2o.config.schema import Algorithm
 ALL = frozenset(Algorithm)
 REINFORCEMENT = ALL - {Algorithm.supervised}
 SUPERVISED = frozenset({Algorithm.supervised})
+VP2O = frozenset({Algorithm.vp2o})
 
 LINE = "every line"
 STEP = "every training step"
 EVALUATION = "evaluations"
 END = "end of the run"
+REGION = "training steps of runs with a trust region"
+BUDGET = "training steps of runs with a budget"
 STEIN = "training steps of runs with a Stein field; means over layers"
 
 FRACTION = "fraction"
@@ -239,6 +242,38 @@ SECTIONS: tuple[Section, ...] = (
             Metric("actor/version", "steps", "optimizer steps behind the actors' weights", STEP, REINFORCEMENT),
             Metric("actor/age", COUNT, "rollout batches generated with these weights", STEP, REINFORCEMENT),
             Metric("actor/refreshes", COUNT, "times the actors got the learner's weights so far", STEP, REINFORCEMENT),
+            *(
+                Metric(f"actor/refreshes_{reason}", COUNT, f"of these, {meaning}", STEP, REINFORCEMENT)
+                for reason, meaning in (
+                    ("start", "at the start of a run"),
+                    ("interval", "after rollout.refresh_interval batches"),
+                    ("drift", "because the drift exceeded its bound"),
+                    ("ess", "because the effective sample size fell below its bound"),
+                    ("rejected", "because a step was rejected"),
+                    ("max_age", "because the actors reached their largest age"),
+                )
+            ),
+        ),
+    ),
+    Section(
+        "Proximal control",
+        (
+            Metric(
+                "trust_region/distance",
+                NONE,
+                "D: mean distance of the learner's barycenters from the anchor's after the step, mean over updates",
+                REGION,
+                VP2O,
+            ),
+            Metric("trust_region/distance_gates", NONE, "its part from the routers", REGION, VP2O),
+            Metric("trust_region/distance_prototypes", NONE, "its part from the prototypes", REGION, VP2O),
+            Metric("trust_region/distance_layer_max", NONE, "D of the layer with the largest", REGION, VP2O),
+            Metric("trust_region/proposed", NONE, "D of the step as the optimizer proposed it", REGION, VP2O),
+            Metric("trust_region/halvings", COUNT, "how often an update was halved, mean", REGION, VP2O),
+            Metric("trust_region/halved", COUNT, "updates taken after halving so far", REGION, VP2O),
+            Metric("trust_region/rejected", COUNT, "updates taken back so far", REGION, VP2O),
+            Metric("budget/drift", NATS, "mean |log-ratio| of a response", BUDGET, VP2O),
+            Metric("budget/ess", FRACTION, "tempered effective sample size over the number of responses", BUDGET, VP2O),
         ),
     ),
     Section("Evaluation on validation problems", _evaluation("eval", EVALUATION)),

@@ -10,15 +10,18 @@ from megatron_vp2o.config.explain import setting_names
 from megatron_vp2o.config.ranges import RANGES, Range
 from megatron_vp2o.config.schema import (
     Algorithm,
+    ControlMode,
     DataSource,
     Dispatcher,
     GRPOConfig,
     Implementation,
     KLReference,
+    PolicyLoss,
     Resume,
     RouterScore,
     SupervisedConfig,
     TrainConfig,
+    VP2OConfig,
 )
 from megatron_vp2o.config.store import save_config
 from megatron_vp2o.config.validate import data_parallel_size, optimizer_steps, validate, validate_prompts
@@ -30,8 +33,9 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def configured(settings: dict, supervised: bool = False) -> TrainConfig:
-    config = TrainConfig(algorithm=SupervisedConfig() if supervised else GRPOConfig(), run_dir="runs/run")
+def configured(settings: dict, supervised: bool = False, vp2o: bool = False) -> TrainConfig:
+    algorithm = VP2OConfig() if vp2o else SupervisedConfig() if supervised else GRPOConfig()
+    config = TrainConfig(algorithm=algorithm, run_dir="runs/run")
     for name, value in settings.items():
         *path, leaf = name.split(".")
         section = config
@@ -53,6 +57,7 @@ def problems(config: TrainConfig, world_size: int = 1, **context) -> list[str]:
 def test_the_defaults_are_valid():
     validate(configured({}))
     validate(configured({}, supervised=True))
+    validate(configured({}, vp2o=True))
 
 
 # settings, processes, what the message quotes, settings that mend it
@@ -131,9 +136,9 @@ RULES = [
         {"model.moe_token_dispatcher_type": Dispatcher.alltoall},
     ),
     (
-        {"parallel.context_parallel": 2, "model.implementation": Implementation.local},
+        {"parallel.context_parallel": 2},
         2,
-        ["context_parallel=2", "implementation=local", "transformer-engine"],
+        ["context_parallel=2", "not supported yet", "choose 1"],
         {"parallel.context_parallel": 1},
     ),
     (
@@ -257,6 +262,55 @@ SUPERVISED_RULES = [
 ]
 
 
+VP2O_RULES = [
+    (
+        {"algorithm.stein.neighbours": None},
+        ["neighbours=None", "coactivation_threshold=None", "exactly one"],
+        {"algorithm.stein.neighbours": 2},
+    ),
+    (
+        {"algorithm.stein.coactivation_threshold": 0.1},
+        ["neighbours=4", "coactivation_threshold=0.1", "exactly one"],
+        {"algorithm.stein.neighbours": None},
+    ),
+    (
+        {"algorithm.stein.chunk_mib": 1e-5},
+        ["chunk_mib=1e-05", "16 experts", "at least"],
+        {"algorithm.stein.chunk_mib": 1},
+    ),
+    (
+        {"algorithm.trust_region.delta": 2.0},
+        ["delta=2.0", "never be exceeded", "less than 2"],
+        {"algorithm.trust_region.delta": 1.9},
+    ),
+    (
+        {"algorithm.budget.min_ess": 1 / 512},
+        ["min_ess=0.00195", "256 rollouts", "at least 0.00391"],
+        {"algorithm.budget.min_ess": 0.01},
+    ),
+    (
+        {"algorithm.trust_region.mode": ControlMode.monitor, "algorithm.budget.mode": ControlMode.off},
+        ["objective=vp2o is unclipped", "nothing bounds a step", "objective=grpo"],
+        {"algorithm.objective": PolicyLoss.grpo},
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "quoted", "mended"), VP2O_RULES)
+def test_vp2o_rule(settings, quoted, mended):
+    found = problems(configured(settings, vp2o=True))
+    assert any(all(part in line for part in quoted) for line in found), found
+    assert problems(configured({**settings, **mended}, vp2o=True)) == []
+
+
+def test_the_anchor_is_no_reference_of_grpo():
+    (found,) = problems(configured({"algorithm.kl_reference": KLReference.anchor}))
+    assert "kl_reference=anchor" in found and "algorithm=vp2o" in found
+    assert (
+        problems(configured({"algorithm.kl_reference": KLReference.anchor, "algorithm.kl_coef": 0.1}, vp2o=True)) == []
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "world_size", "quoted", "mended", "supervised"),
     [(*rule, False) for rule in RULES] + [(*rule, True) for rule in SUPERVISED_RULES],
@@ -268,6 +322,9 @@ def test_rule(settings, world_size, quoted, mended, supervised):
     assert problems(configured({**settings, **mended}, supervised), world_size) == []
 
 
+_VP2O_ONLY = ("algorithm.trust_region.", "algorithm.budget.")
+
+
 @pytest.mark.parametrize("name", RANGES)
 def test_range(name):
     allowed = RANGES[name]
@@ -275,13 +332,13 @@ def test_range(name):
     for bound, side, step in ((allowed.low, "low", -1), (allowed.high, "high", 1)):
         if abs(bound) < float("inf"):
             wrong = bound if side in allowed.open_ends else bound + step
-            found = problems(configured({name: wrong}, supervised))
+            found = problems(configured({name: wrong}, supervised, name.startswith(_VP2O_ONLY)))
             assert found == [f"{name}={wrong} must be {allowed}"]
-    assert problems(configured({name: float("nan")}, supervised))
+    assert problems(configured({name: float("nan")}, supervised, name.startswith(_VP2O_ONLY)))
 
 
 def test_ranges_name_settings_that_exist():
-    assert set(RANGES) <= set(setting_names(algorithm=GRPOConfig)) | set(setting_names(algorithm=SupervisedConfig))
+    assert set(RANGES) <= set(setting_names(algorithm=VP2OConfig)) | set(setting_names(algorithm=SupervisedConfig))
 
 
 def test_range_ends():
@@ -315,16 +372,16 @@ def test_layouts_that_run_are_let_through(settings, world_size):
 
 def test_what_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    config = configured({"parallel.context_parallel": 2})
+    config = configured({"model.implementation": Implementation.transformer_engine})
     assert any(
-        "context_parallel=2 needs transformer-engine, which is not installed" in line for line in problems(config, 2)
+        "implementation=transformer_engine needs transformer-engine, which is not installed" in line
+        for line in problems(config, 2)
     )
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: importlib.util.spec_from_loader(name, None))
     assert problems(config, 2) == []
     assert problems(config, 2, cuda_devices=2, local_world_size=2) == []
     assert problems(config, 2, cuda_devices=0) == [
-        "parallel.context_parallel=2 needs a GPU, and this machine has none: use model.implementation=auto and "
-        "context_parallel=1"
+        "model.implementation=transformer_engine needs a GPU, and this machine has none: use model.implementation=auto"
     ]
     assert "4 processes on a node with 2 GPUs" in problems(configured({}), 4, cuda_devices=2, local_world_size=4)[0]
 

@@ -93,7 +93,7 @@ class Learner:
             f"model.{name}": p.detach().clone() for name, p in self.policy.model.named_parameters()
         }
         found |= {f"actor.{name}": p.detach().clone() for name, p in self.engine.actor.named_parameters()}
-        for number, optimizer in enumerate(self.policy._optimizers()):
+        for number, optimizer in enumerate(self.policy.optimizers()):
             parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
             for index, parameter in enumerate(parameters):
                 found[f"main.{number}.{index}"] = parameter.detach().clone()

@@ -37,7 +37,11 @@ VOCAB, ROWS, WIDTH = 24, 16, 12
 
 
 def small_config(
-    *, stein: dict[str, Any] | None = None, specialization: dict[str, Any] | None = None, model: Any = None, **parallel: Any
+    *,
+    stein: dict[str, Any] | None = None,
+    specialization: dict[str, Any] | None = None,
+    model: Any = None,
+    **parallel: Any,
 ) -> TrainConfig:
     """Two layers, eight experts of which two or three serve a token."""
     stein, specialization = dict(stein or {}), dict(specialization or {})
@@ -128,7 +132,7 @@ def train(config: TrainConfig, steps: int, with_hook: bool = True) -> dict[str, 
 def whole_experts(
     hook: SteinHook, groups: Groups, values: Callable[[Any], torch.Tensor], *, owned: bool
 ) -> dict[str, list[float]]:
-    """"layer.expert.part" -> the whole tensor, flat, put together from the ranks of this pipeline stage."""
+    """ "layer.expert.part" -> the whole tensor, flat, put together from the ranks of this pipeline stage."""
     shard = hook.gradients._members.shard[hook.gradients._members.rank]
     mine = list(_pieces(hook, groups, values, shard if owned else None))
     everyone: list[Any] = [None] * groups.stage.size()
@@ -139,7 +143,9 @@ def whole_experts(
             row = shards.setdefault(name, {}).setdefault(part, [float("nan")] * size)
             row[start : start + len(numbers)] = numbers
     width = groups.etp.size()
-    return {name: _join(name, [parts[i] for i in range(width)], hook.weights[0].hidden) for name, parts in shards.items()}
+    return {
+        name: _join(name, [parts[i] for i in range(width)], hook.weights[0].hidden) for name, parts in shards.items()
+    }
 
 
 def _pieces(

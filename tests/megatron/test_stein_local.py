@@ -40,7 +40,7 @@ def backward(policy: MegatronPolicy, step: int = 0, rows: int = ROWS, micro: int
 def gradients(hook: SteinHook) -> dict[tuple[int, str, int], torch.Tensor]:
     """(layer, part, expert) -> gradient, float64."""
     return {
-        (index, part, e): row.of(row.parameter.main_grad).double().clone()
+        (index, part, e): row.of(hook.gradients.of(row.parameter)).double().clone()
         for index, weights in enumerate(hook.weights)
         for part, rows in weights.parts.items()
         for e, row in enumerate(rows)
@@ -81,7 +81,7 @@ def test_the_field_is_that_of_loops_in_float64(scale: str) -> None:
                     return float(torch.exp(((v[i] @ v[j]) ** 2 - 1) / tau)) if i != j else 1.0
 
                 total = sum(kernel(j) for j in [i, *near])
-                expected = {
+                expected: dict[str, Any] = {
                     part: sum(kernel(j) / total * before[index, part, j] for j in [i, *near]) for part in weights.parts
                 }
                 leaf = stored[i].clone().requires_grad_()
@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_poisons_nothing(value:
         assert not policy.optimizer_step().skipped
         before = [parameter.detach().clone() for parameter in policy.model.parameters()]
         backward(policy, 1)
-        hook.weights[0].parts["linear_fc1.weight"][3].parameter.main_grad[0, 0] = value
+        hook.gradients.of(hook.weights[0].parts["linear_fc1.weight"][3].parameter)[0, 0] = value
         hook.transform()
         assert policy.optimizer_step().skipped
         assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
@@ -256,7 +256,9 @@ def test_specialisation_lowers_what_it_penalises() -> None:
             return metrics
 
     plain = last()
-    assert last(orthogonality_coef=1.0, orthogonality="cosine")["moe/output_overlap"] < 0.7 * plain["moe/output_overlap"]
+    assert (
+        last(orthogonality_coef=1.0, orthogonality="cosine")["moe/output_overlap"] < 0.7 * plain["moe/output_overlap"]
+    )
     spread = last(variance_coef=10.0)
     assert spread["moe/variance_loss"] < 0 and spread["moe/router_entropy"] < plain["moe/router_entropy"]
 

@@ -41,4 +41,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     try:
         return FAMILIES[kind](config)
     except KeyError as error:
-        raise CheckpointError(f"config.json of {kind} lacks {error.args[0]!r}: copy it again from its source") from error
+        raise CheckpointError(
+            f"config.json of {kind} lacks {error.args[0]!r}: copy it again from its source"
+        ) from error

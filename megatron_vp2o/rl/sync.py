@@ -1,0 +1,33 @@
+"""Handing the learner's weights to the actors is believed only when the engine says back what it holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_vp2o.errors import SyncError
+from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.rl.types import Policy, RolloutEngine
+
+
+def verify_sync(policy: Policy, engine: RolloutEngine, version: int, groups: Groups) -> None:
+    """Compare version and checksum of what the learner has and the engine reports. Collective.
+
+    Raises:
+        SyncError: on all ranks, naming both, if they differ on any.
+    """
+    have, hold = policy.checksum(), engine.checksum()
+    told = torch.tensor([have, hold, version, engine.version], dtype=torch.int64, device=groups.device)
+    ranks = [torch.empty_like(told) for _ in range(groups.world_size)]
+    dist.all_gather(ranks, told, group=groups.world)
+    for rank, row in enumerate(ranks):
+        learner, actor, wanted, reported = row.tolist()
+        if learner != actor or wanted != reported:
+            raise SyncError(
+                f"the rollout engine of rank {rank} did not take the weights of version {wanted}: it reports version {reported} "
+                f"with checksum {actor & _MASK:016x}, and the learner has {learner & _MASK:016x}; rollouts would come from other "
+                "weights than the run believes. Check the engine's log, and start again from the last checkpoint"
+            )
+
+
+_MASK = 2**64 - 1

@@ -1,0 +1,124 @@
+"""What the ranks of test_trust_region.py do: take steps, have one rejected in between, and compare."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vp2o.config.schema import ControlMode, Precision, TrustRegionConfig
+from megatron_vp2o.errors import ControlError
+from megatron_vp2o.megatron import world
+from megatron_vp2o.megatron.gradient_hook import SteinHook
+from megatron_vp2o.megatron.policy import MegatronPolicy
+from megatron_vp2o.megatron.trust_region import TrustRegion
+from megatron_vp2o.rl.objectives import next_token
+from megatron_vp2o.rl.types import StepStats
+from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
+
+WIDE, NARROW = 1.9, 1e-9
+
+
+class Learner:
+    """A policy with hook and region, stepped by hand."""
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        layout = dict(layout)
+        precision = Precision[layout.pop("precision", "fp32")]
+        on_host = layout.pop("on_host", False)
+        config = small_config(model={"precision": precision}, **layout)
+        self.groups = world.start(config.parallel, config.seed)
+        self.policy = MegatronPolicy(config, self.groups, vocab_size=VOCAB, optimizer_steps=20)
+        self.hook = SteinHook(self.policy.ddp, config.algorithm.stein, self.groups, optimizer=self.policy.optimizer)
+        settings = TrustRegionConfig(mode=ControlMode.enforce, contexts_per_rank=64, snapshot_on_host=on_host)
+        self.region = TrustRegion(self.policy, self.hook, settings)
+        self.region.set_anchor()
+
+    def step(self, batch: int, delta: float) -> StepStats:
+        share = ROWS // self.groups.dp_size
+        rows = range(self.groups.dp_rank * share, (self.groups.dp_rank + 1) * share)
+        self.region.settings = replace(self.region.settings, delta=delta)
+        self.region.begin()
+        self.policy.forward_backward(global_batch(batch, rows), next_token, micro_batch_size=3)
+        self.hook.transform()
+        return self.region.step()
+
+    def bits(self) -> list[torch.Tensor]:
+        """Everything that a step changes: weights, masters, moments, learning rate, prototypes, co-activation average."""
+        self.policy.gather_parameters()
+        tensors = [parameter.detach().clone() for parameter in self.policy.model.parameters()]
+        for optimizer in self.policy.optimizers():
+            for group in optimizer.optimizer.param_groups:
+                for parameter in group["params"]:
+                    tensors.append(parameter.detach().clone())
+                    state = optimizer.optimizer.state.get(parameter, {})
+                    tensors.extend(state[key].clone() for key in sorted(state) if isinstance(state[key], torch.Tensor))
+        tensors.append(torch.tensor([self.policy.scheduler.num_steps, self.hook.steps]))
+        state_ = self.hook.state
+        if state_ is not None:
+            tensors.extend(t.clone() for t in (state_.prototypes_LED, state_.coactivation_LEE) if t is not None)
+        return tensors
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def run(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    results = []
+    for layout in layouts:
+        try:
+            results.append(rejections(layout))
+        finally:
+            world.stop_model_parallel()
+    world.stop()
+    return results
+
+
+def rejections(layout: dict[str, Any]) -> dict[str, Any]:
+    plain = Learner(layout)
+    steps = [plain.step(batch, WIDE) for batch in (0, 1, 2)]
+    expected = plain.bits()
+    world.stop_model_parallel()
+
+    disturbed = Learner(layout)
+    first_of_all = disturbed.bits()
+    rejected = [disturbed.step(7, NARROW)]  # before the optimizer has any state
+    untouched = [same(first_of_all, disturbed.bits())]
+    disturbed.step(0, WIDE)
+    for batch in (8, 9):
+        before = disturbed.bits()
+        rejected.append(disturbed.step(batch, NARROW))
+        untouched.append(same(before, disturbed.bits()))
+    disturbed.step(1, WIDE)
+    disturbed.step(2, WIDE)
+    result: dict[str, Any] = {
+        "distance": [stats.metrics["trust_region/distance"] for stats in steps],
+        "by_layer": disturbed.region.by_layer,
+        "accepted": not any(stats.rejected for stats in steps),
+        "rejected": all(stats.rejected for stats in rejected),
+        "halvings": [stats.metrics["trust_region/halvings"] for stats in rejected],
+        "untouched": untouched,
+        "same_end": same(expected, disturbed.bits()),
+        "consecutive": disturbed.region.consecutive_rejections,
+    }
+    # A step that is too far by a little is halved until it fits.
+    proposed = disturbed.step(3, WIDE).metrics["trust_region/distance"]
+    halved = disturbed.step(4, proposed * 1.02)
+    result["fits"] = halved.metrics["trust_region/distance"] <= proposed * 1.02
+    result["halved"] = [halved.rejected, halved.metrics["trust_region/halvings"]]
+    with_error = disturbed.region
+    with_error.settings = replace(with_error.settings, max_consecutive_rejections=2)
+    try:
+        for batch in (5, 6):
+            disturbed.step(batch, NARROW)
+        result["error"] = ""
+    except ControlError as error:
+        result["error"] = str(error)
+    flags = torch.tensor([float(result["same_end"] and all(untouched))])
+    dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    result["everywhere"] = bool(flags.item())
+    return result

@@ -1,0 +1,79 @@
+"""A refresh that did not arrive is an error, not silent drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vp2o.errors import SyncError
+from megatron_vp2o.megatron import world
+from megatron_vp2o.megatron.generation import MegatronEngine
+from megatron_vp2o.megatron.policy import MegatronPolicy
+from megatron_vp2o.parallel.checksum import weights_checksum
+from megatron_vp2o.rl.sync import verify_sync
+from tests.megatron.policy_job import VOCAB, small_config
+
+
+@pytest.fixture(scope="module")
+def learner() -> Iterator[tuple[Any, MegatronPolicy, MegatronEngine]]:
+    config = small_config()
+    groups = world.start(config.parallel, config.seed)
+    policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=4)
+    engine = MegatronEngine(config, policy, eos_id=1, pad_id=0)
+    yield groups, policy, engine
+    world.stop()
+
+
+def move(policy: MegatronPolicy) -> None:
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01)
+
+
+def test_a_sync_that_arrived(learner: Any) -> None:
+    groups, policy, engine = learner
+    move(policy)
+    engine.refresh(3)
+    verify_sync(policy, engine, 3, groups)
+    with pytest.raises(SyncError, match="weights of version 4: it reports version 3"):
+        verify_sync(policy, engine, 4, groups)
+
+
+def test_an_engine_that_ignores_it(learner: Any) -> None:
+    groups, policy, engine = learner
+    engine.refresh(3)
+    move(policy)
+    engine.version = 4  # says so, and loaded nothing
+    with pytest.raises(SyncError) as caught:
+        verify_sync(policy, engine, 4, groups)
+    for checksum in (policy.checksum(), engine.checksum()):
+        assert f"{checksum & (2**64 - 1):016x}" in str(caught.value)
+
+
+def test_an_engine_that_loads_half(learner: Any) -> None:
+    groups, policy, engine = learner
+    engine.refresh(4)
+    move(policy)
+    pairs = list(zip(engine.actor.parameters(), policy.model.parameters(), strict=True))
+    with torch.no_grad():
+        for mine, learned in pairs[: len(pairs) // 2]:
+            mine.copy_(learned)
+    engine.version = 5
+    with pytest.raises(SyncError, match="did not take the weights of version 5"):
+        verify_sync(policy, engine, 5, groups)
+
+
+def test_the_checksum_sees_one_bit_and_an_exchange() -> None:
+    first, second = torch.randn(5, 7), torch.randn(5, 7)
+    reference = weights_checksum([first, second])
+    assert weights_checksum([first.clone(), second.clone()]) == reference
+    assert weights_checksum([second, first]) != reference
+    changed = first.clone()
+    changed.view(torch.int32)[2, 3] ^= 1
+    assert weights_checksum([changed, second]) != reference
+    halves = [torch.ones(3, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.float64)]
+    assert weights_checksum(halves) == weights_checksum([half.clone() for half in halves]) != 0
+    assert weights_checksum([]) == weights_checksum([torch.zeros(0)]) == 0
