@@ -26,7 +26,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run test smoke lint docs bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python install install-dev run demo-trust-region test smoke lint docs bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,14 @@ run: install ## Install, warm up on demonstrations, reinforce with GRPO and with
 	$(TRAIN) --config-name countdown_tiny_grpo $(RUNARGS)
 	$(TRAIN) --config-name countdown_tiny_vp2o $(RUNARGS)
 	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo runs/countdown_tiny_vp2o
+
+DEMO = optimizer.lr=6e-3 algorithm.steps=40 evaluation.interval=5 checkpoint.interval=0
+demo-trust-region: install ## After `make run`: a learning rate 30 times too large, unclipped and under the trust region
+	$(TRAIN) --config-name countdown_tiny_grpo name=unclipped $(DEMO) \
+		algorithm.clip_epsilon_low=1 algorithm.clip_epsilon_high=1e9 $(RUNARGS)
+	$(TRAIN) --config-name countdown_tiny_vp2o name=trust_region $(DEMO) \
+		algorithm.trust_region.delta=0.012 algorithm.trust_region.max_backtracks=10 $(RUNARGS)
+	$(PY) tools/report.py runs/unclipped runs/trust_region
 
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
 	$(PY) -m pytest $(TESTARGS)

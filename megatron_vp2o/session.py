@@ -50,6 +50,9 @@ from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
 from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
 from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
 
+LOGGED_PER_CONTEXT = 4
+"""Contexts that actors log for each one that the trust region looks at: sequences end early, and groups are filtered out."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -121,6 +124,9 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     region = None
     if isinstance(algorithm, VP2OConfig) and bounded and hook is not None:
         region = TrustRegion(policy, hook, algorithm.trust_region)
+        # All of a rollout batch's contexts, so that each of its optimizer steps finds enough among its own sequences.
+        updates = algorithm.minibatches * algorithm.epochs
+        engine.log_gates(LOGGED_PER_CONTEXT * updates * algorithm.trust_region.contexts_per_rank)
     folder = Path(config.run_dir)
     saver = checkpoint.Checkpointer(
         folder / "checkpoints",

@@ -22,11 +22,12 @@ from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.megatron.attention import KVCache
 from megatron_vp2o.megatron.compat import leave_inference_mode
 from megatron_vp2o.megatron.model import build_model
+from megatron_vp2o.megatron.moe_layer import moe_layers
 from megatron_vp2o.megatron.policy import MegatronPolicy
 from megatron_vp2o.megatron.scoring import score
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
-from megatron_vp2o.rl.types import Rollouts, SamplingParams, TrainBatch
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams, TrainBatch
 
 COMPACT_BELOW = 0.75
 """Finished sequences are dropped from the batch once fewer than this fraction of it is still active."""
@@ -54,8 +55,14 @@ class MegatronEngine:
         self.version = -1
         # Ranks whose sequences meet in an expert all-to-all must decode in lockstep.
         self._lockstep = self.groups.ep.size() > 1 and self.groups.dp_size > 1
+        self._layers = moe_layers(self.actor)
+        self._logged_contexts = 0
         # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.
         self._ask_every = 8 if self.groups.device.type == "cuda" else 1
+
+    def log_gates(self, contexts: int) -> None:
+        """From now on rollouts carry the actor's gates, at up to about this many contexts of this rank."""
+        self._logged_contexts = contexts
 
     @torch.no_grad()
     def refresh(self, version: int) -> None:
@@ -99,12 +106,15 @@ class MegatronEngine:
         if self._lockstep:
             batches = int(max_scalars({"n": batches}, self.groups.dp)["n"])
         width = longest + sampling.max_new_tokens
-        parts = []
+        drawn = len(prompts) * group_size * sampling.max_new_tokens
+        stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
+        parts, logged = [], []
         for b in range(batches):
             chosen = slice(b * per_batch, (b + 1) * per_batch)
-            part = self._generate_batch(prompts[chosen], uids[chosen], sampling, group_size, width)
+            part, part_gates = self._generate_batch(prompts[chosen], uids[chosen], sampling, group_size, width, stride)
             if prompts[chosen]:
                 parts.append(part)
+                logged.append(part_gates)
         leave_inference_mode()
         if not parts:
             empty = torch.zeros(0, dtype=torch.int64)
@@ -113,7 +123,10 @@ class MegatronEngine:
         tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N = (
             torch.cat(part).cpu() for part in zip(*parts, strict=True)
         )
-        return Rollouts(tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version)
+        gates = LoggedGates(torch.cat(logged, dim=1), torch.arange(len(length_N)), stride) if stride else None
+        return Rollouts(
+            tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version, gates
+        )
 
     def _generate_batch(
         self,
@@ -122,8 +135,12 @@ class MegatronEngine:
         sampling: SamplingParams,
         group_size: int,
         width: int,
-    ) -> tuple[Tensor, ...]:
-        """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks."""
+        stride: int,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks.
+
+        Returns the columns of `Rollouts`, and the gates at every `stride`-th context, [L, N, J, E] (empty for stride 0).
+        """
         device = self.groups.device
         dummy = not prompts
         prompts, uids = (prompts, uids) if not dummy else ([[self.pad_id]], [0])
@@ -151,12 +168,20 @@ class MegatronEngine:
         group_N = torch.arange(group_size).repeat(len(prompts))
         uid_N = (torch.tensor(uids)[expand_N] * group_size + group_N).to(device)
 
+        experts = self.actor.config.num_moe_experts if stride else 0
+        contexts = -(-sampling.max_new_tokens // stride) if stride else 0
+        gates_LNJE = torch.zeros(len(self._layers), len(expand_N), contexts, experts, device=device)
+
         u_NS = uniform_N(sampling.seed, uid_N[:, None], torch.arange(sampling.max_new_tokens, device=device))
         row_R = torch.arange(len(expand_N), device=device)  # which sequence each batch row is
         for step in range(sampling.max_new_tokens):
             at_R = prompt_len_N[row_R] + step
             cache.start((at_R - 1)[:, None], prefill + 1 + step, prefill=False)
-            logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
+            log = bool(stride) and step % stride == 0
+            with self._gates(log) as logs:
+                logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
+            for gates_NJE, seen in zip(gates_LNJE, logs, strict=False):  # no logs at steps in between
+                gates_NJE[row_R, step // stride] = seen[0].float()
             token_R, logprob_R, model_logprob_R = self._sample(logits_RV, u_NS[row_R, step], sampling)
             live_R = ~finished_N[row_R]
             tokens_NS[row_R, at_R] = torch.where(live_R, token_R, self.pad_id)
@@ -174,7 +199,20 @@ class MegatronEngine:
                     kept_R = keep_R.nonzero().squeeze(1)
                     row_R = row_R[kept_R]
                     cache.select(kept_R)
-        return tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N
+        return (tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N), gates_LNJE
+
+    @contextmanager
+    def _gates(self, log: bool) -> Iterator[list[list[Tensor]]]:
+        """What each layer's gates are inside, if they are to be logged; else nothing."""
+        layers = self._layers if log else []
+        logs: list[list[Tensor]] = [[] for _ in layers]
+        for layer, seen in zip(layers, logs, strict=True):
+            layer.gate_log = seen
+        try:
+            yield logs
+        finally:
+            for layer in layers:
+                layer.gate_log = None
 
     def _widest(self, length_P: Tensor) -> int:
         """Longest prompt of the batches decoded in lockstep: all of them prefill, or none does."""

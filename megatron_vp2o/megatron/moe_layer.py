@@ -107,6 +107,8 @@ class VP2OMoELayer(MoELayer):
     """Loss tokens over valid tokens of the step, all ranks: makes the losses means over valid tokens where Megatron divides by
     loss tokens (calculate_per_token_loss)."""
     _routed: _Routed | None = None
+    gate_log: list[Tensor] | None = None
+    """Where the gates of every forward pass go, [T, E] dense; None keeps none."""
     context_index: Tensor | None = None
     """Flat positions of the coming micro-batch whose router inputs are to be kept, [C]."""
     _contexts: list[Tensor] | None = None
@@ -193,7 +195,10 @@ class VP2OMoELayer(MoELayer):
             index_C, self.context_index = self.context_index, None
             self._contexts = [*(self._contexts or []), hidden_states.detach().flatten(0, -2)[index_C]]
         if not self._observing():
-            return super().route(hidden_states, padding_mask)
+            probs, routing_map = super().route(hidden_states, padding_mask)
+            if self.gate_log is not None:
+                self.gate_log.append(probs.detach().flatten(0, -2))
+            return probs, routing_map
         self.router.keep_logits = True
         try:
             probs, routing_map = super().route(hidden_states, padding_mask)
@@ -229,7 +234,9 @@ class VP2OMoELayer(MoELayer):
     def _attach_orthogonality(self, output_RD: Tensor, routed: _Routed) -> Tensor:
         settings = self.specialization
         stride = max(1, round(1.0 / settings.token_fraction))
-        valid_T = routed.valid_T if routed.valid_T is not None else torch.ones_like(routed.map_TE[:, 0], dtype=torch.bool)
+        valid_T = (
+            routed.valid_T if routed.valid_T is not None else torch.ones_like(routed.map_TE[:, 0], dtype=torch.bool)
+        )
         rows_TK, selected_TK, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
         gates_TK = routed.probs_TE[::stride].gather(1, selected_TK)
 

@@ -22,7 +22,7 @@ from megatron_vp2o.megatron.moe_layer import Specialization, VP2OMoELayer, moe_l
 from megatron_vp2o.megatron.scoring import micro_batches, run_schedule, score
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
-from megatron_vp2o.rl.types import Objective, StepStats, TrainBatch
+from megatron_vp2o.rl.types import GATE_ROW, Objective, StepStats, TrainBatch
 
 
 class MegatronPolicy:
@@ -75,6 +75,7 @@ class MegatronPolicy:
         self.clip_grad = settings.clip_grad
         self._specialised = self._specialise(config)
         self._sampled: tuple[list[VP2OMoELayer], int] | None = None
+        self._stride = 1
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -149,6 +150,13 @@ class MegatronPolicy:
     def sample_contexts(self, layers: list[VP2OMoELayer], per_rank: int) -> None:
         """From now on these layers keep the router's inputs at up to `per_rank` response tokens of each step."""
         self._sampled = layers, per_rank
+        self.context_keys: list[Tensor] = []
+        """Of the contexts of each micro-batch, [C, 2]: logged sequence, and how many response tokens precede; -1 where the
+        batch does not say which sequence it is."""
+
+    def logged_stride(self, stride: int) -> None:
+        """Choose contexts among those that the actor logged: every `stride`-th of a response."""
+        self._stride = stride
 
     def _context_sampler(self, micro_batches: int) -> Callable[[TrainBatch], None]:
         """Tells the layers, before each micro-batch, which positions to keep: evenly spread over those from which a response
@@ -159,13 +167,22 @@ class MegatronPolicy:
         tp = self.groups.tp if self.model.config.sequence_parallel else None
         for layer in layers:
             layer.drop_contexts()
+        self.context_keys = []
 
         def choose(part: TrainBatch) -> None:
-            context_SN = part.loss_mask_NS.roll(-1, dims=1).t()
+            context_NS = part.loss_mask_NS.roll(-1, dims=1)
+            # how many response tokens came before the one that is predicted here
+            before_NS = (
+                torch.arange(context_NS.shape[1], device=context_NS.device) - context_NS.int().argmax(1)[:, None]
+            )
+            context_SN, before_SN = (context_NS & (before_NS % self._stride == 0)).t(), before_NS.t()
             if tp is not None:  # this rank has a contiguous share of the positions
                 context_SN = context_SN.chunk(tp.size(), dim=0)[tp.rank()]
+                before_SN = before_SN.chunk(tp.size(), dim=0)[tp.rank()]
             index_C = context_SN.flatten().nonzero().squeeze(1)
             kept_C = index_C[:: max(1, -(-len(index_C) // share))]
+            rows_N = part.extras.get(GATE_ROW, torch.full_like(part.length_N, -1))
+            self.context_keys.append(torch.stack([rows_N[kept_C % len(rows_N)], before_SN.flatten()[kept_C]], dim=1))
             for layer in layers:
                 layer.context_index = kept_C
 

@@ -1,8 +1,8 @@
 """The trust region on the learner: contexts from its forward pass, the anchor, the distance, and what becomes of a step.
 
-Gates are recomputed from the sampled router inputs of the step's own forward pass: with the learner's routers as they are
-after the step, and with the anchor's. So the distance is exact in routers and prototypes, and leaves out how the trunk
-moves a router's input.
+The learner's gates are recomputed from the sampled router inputs of the step's own forward pass, with its routers as they are
+after the step: exact in routers and prototypes, first-order in the trunk. The actors' are those that the rollouts logged, or,
+where an engine logs none, what the anchor's routers make of the same inputs.
 
 Shape legend: L MoE layers of this pipeline stage, C contexts of this rank, E experts, D hidden size.
 """
@@ -24,7 +24,7 @@ from megatron_vp2o.megatron.gradient_hook import SteinHook
 from megatron_vp2o.megatron.moe_layer import VP2OMoELayer
 from megatron_vp2o.megatron.policy import MegatronPolicy
 from megatron_vp2o.megatron.snapshot import Snapshot
-from megatron_vp2o.rl.types import StepStats
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats
 
 _COUNTERS = ("consecutive_rejections", "steps_rejected", "steps_halved")
 
@@ -44,6 +44,7 @@ class TrustRegion:
         self.steps_halved = 0
         self._anchor: dict[str, Tensor] | None = None
         self._carried = hook.carry()
+        self._logged: LoggedGates | None = None
         policy.sample_contexts(hook.layers, settings.contexts_per_rank)
 
     # --- the anchor ---------------------------------------------------------------------------------------------------
@@ -100,6 +101,11 @@ class TrustRegion:
     def ready(self) -> bool:
         """Whether there is an anchor."""
         return self._anchor is not None
+
+    def observe_rollouts(self, rollouts: Rollouts) -> None:
+        """Take the actor's gates from what the rollouts carry; without them the anchor's routers are asked."""
+        self._logged = rollouts.gates
+        self.policy.logged_stride(1 if rollouts.gates is None else rollouts.gates.stride)
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class TrustRegion:
                 parts = deviation(
                     _gates(layer, inputs_CD, {}),
                     prototypes_LED[index],
-                    _gates(layer, inputs_CD, self._router_of_anchor(layer)),
+                    self._anchor_gates(index, layer, inputs_CD),
                     self._anchor["prototypes"][index],
                 )
                 sums_L4[layer.layer_number - 1] = torch.stack(parts)
@@ -192,6 +198,14 @@ class TrustRegion:
         names = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
         self.by_layer = by_layer_L
         return dict(zip(names, means, strict=True)) | {"trust_region/distance_layer_max": max(by_layer_L)}
+
+    def _anchor_gates(self, index: int, layer: VP2OMoELayer, inputs_CD: Tensor) -> Tensor:
+        """The actor's gates at the contexts of this step, [C, E]: as logged, or as the anchor's router says."""
+        keys_C2 = torch.cat(self.policy.context_keys) if self.policy.context_keys else None
+        if self._logged is None or keys_C2 is None:
+            return _gates(layer, inputs_CD, self._router_of_anchor(layer))
+        row_C, before_C = keys_C2.unbind(1)
+        return renormalised(self._logged.gates_LMJE[index, row_C, before_C // self._logged.stride])
 
     def _router_of_anchor(self, layer: VP2OMoELayer) -> dict[str, Tensor]:
         assert self._anchor is not None

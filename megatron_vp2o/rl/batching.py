@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_vp2o.rl.types import Problem, Rollouts, Split, Task, TrainBatch
+from megatron_vp2o.rl.types import GATE_ROW, Problem, Rollouts, Split, Task, TrainBatch
 
 
 class PromptSchedule:
@@ -43,11 +43,14 @@ def policy_batch(
 ) -> TrainBatch:
     """The rollouts that carry a gradient, as one batch with what the objective needs."""
     mask_NS = rollouts.response_mask_NS()[keep_N]
+    extras = {"behaviour_logprobs": rollouts.logprobs_NS[keep_N], "advantages": advantages_N[keep_N]}
+    if rollouts.gates is not None:
+        extras[GATE_ROW] = rollouts.gates.row_N[keep_N]
     return TrainBatch(
         tokens_NS=rollouts.tokens_NS[keep_N],
         length_N=rollouts.total_len_N[keep_N],
         loss_mask_NS=mask_NS,
-        extras={"behaviour_logprobs": rollouts.logprobs_NS[keep_N], "advantages": advantages_N[keep_N]},
+        extras=extras,
         temperature=temperature,
     )
 

@@ -16,7 +16,7 @@ from megatron_vp2o.core.budget import BUDGET_SUMS, Budget, budget, budget_sums, 
 from megatron_vp2o.core.choices import RatioLength
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 from megatron_vp2o.rl.objectives import BEHAVIOUR
-from megatron_vp2o.rl.types import Objective, Policy, StepStats, TrainBatch
+from megatron_vp2o.rl.types import Objective, Policy, Rollouts, StepStats, TrainBatch
 
 
 class Stepper(Protocol):
@@ -29,6 +29,9 @@ class Stepper(Protocol):
 
     def set_anchor(self) -> None:
         """The actors have the learner's weights now."""
+
+    def observe_rollouts(self, rollouts: Rollouts) -> None:
+        """These are what the coming steps train on."""
 
 
 class PlainSteps:
@@ -45,6 +48,9 @@ class PlainSteps:
 
     def set_anchor(self) -> None:
         """Nothing to compare with."""
+
+    def observe_rollouts(self, rollouts: Rollouts) -> None:
+        """Nothing to learn from them."""
 
 
 class BudgetMeter:

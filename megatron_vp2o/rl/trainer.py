@@ -86,6 +86,7 @@ class RLTrainer(TrainingLoop):
         with watch("reward"):
             rewards_PG, metrics = self._grade(problems, rollouts)
         with watch("train"):
+            self.stepper.observe_rollouts(rollouts)
             batch = self._batch(rollouts, rewards_PG)
             updates = self._updates(batch, step)
             metrics |= _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
@@ -242,6 +243,9 @@ class RLTrainer(TrainingLoop):
         return evaluate_splits(self.engine, self.task, self.config, self.groups, final=final)
 
 
+_COUNTERS = ("trust_region/halved", "trust_region/rejected")
+
+
 def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
     """One step's metrics from its optimizer steps': token-weighted means, maxima, last values of schedule and totals."""
     tokens = sum(update["tokens"] for update in updates)
@@ -249,7 +253,7 @@ def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
     for key in updates[0].keys() - {"tokens", "ratio", "logprob_mismatch_max", "rejected"}:
         values = [update[key] for update in updates if key in update]
         name = key if "/" in key else f"policy/{key}"
-        if key.endswith("_max"):
+        if key.endswith("_max") or key in _COUNTERS:
             combined[name] = max(values)
         elif "/" in key:
             combined[name] = sum(values) / len(values)

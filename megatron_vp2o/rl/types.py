@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,19 @@ class SamplingParams:
     seed: int
 
 
+GATE_ROW = "gate_row"
+"""Key of a batch's extras: which logged sequence each row is, [N]."""
+
+
+@dataclass
+class LoggedGates:
+    """The actor's gates at sampled contexts: those from which every `stride`-th response token was drawn."""
+
+    gates_LMJE: Tensor  # float32, dense; MoE layers of this pipeline stage, logged sequences, sampled contexts, experts
+    row_N: Tensor  # int64; of each sequence: which logged one it is
+    stride: int
+
+
 @dataclass
 class Rollouts:
     """Generated sequences of one data-parallel rank, equal on all its tensor- and pipeline-parallel ranks."""
@@ -94,6 +107,7 @@ class Rollouts:
     )
     finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
     weight_version: int  # of the actor weights that generated them
+    gates: LoggedGates | None = None  # where the engine was asked to log them
 
     def response_mask_NS(self) -> Tensor:
         """True at response tokens (end-of-sequence included). Shape [N, S]."""
@@ -110,6 +124,7 @@ class Rollouts:
             self.model_logprobs_NS[index_N],
             self.finished_N[index_N],
             self.weight_version,
+            None if self.gates is None else replace(self.gates, row_N=self.gates.row_N[index_N]),
         )
 
     def response(self, n: int) -> list[int]:

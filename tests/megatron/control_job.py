@@ -11,11 +11,14 @@ import torch.distributed as dist
 from megatron_vp2o.config.schema import ControlMode, Precision, TrustRegionConfig
 from megatron_vp2o.errors import ControlError
 from megatron_vp2o.megatron import world
+from megatron_vp2o.megatron.generation import MegatronEngine
 from megatron_vp2o.megatron.gradient_hook import SteinHook
 from megatron_vp2o.megatron.policy import MegatronPolicy
 from megatron_vp2o.megatron.trust_region import TrustRegion
+from megatron_vp2o.rl.batching import policy_batch, split
 from megatron_vp2o.rl.objectives import next_token
-from megatron_vp2o.rl.types import StepStats
+from megatron_vp2o.rl.types import SamplingParams, StepStats
+from tests.megatron.policy_job import PROMPTS
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
 WIDE, NARROW = 1.9, 1e-9
@@ -122,3 +125,38 @@ def rejections(layout: dict[str, Any]) -> dict[str, Any]:
     dist.all_reduce(flags, op=dist.ReduceOp.MIN)
     result["everywhere"] = bool(flags.item())
     return result
+
+
+def fresh(layouts: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Actors with the learner's weights: what they log while decoding is what the learner's forward pass finds."""
+    torch.set_num_threads(1)
+    results = []
+    for layout in layouts:
+        try:
+            results.append(_logged_against_recomputed(layout))
+        finally:
+            world.stop_model_parallel()
+    world.stop()
+    return results
+
+
+def _logged_against_recomputed(layout: dict[str, Any]) -> dict[str, float]:
+    learner = Learner(layout)
+    groups, policy, region = learner.groups, learner.policy, learner.region
+    config = small_config(**layout)
+    engine = MegatronEngine(config, policy, eos_id=1, pad_id=0)
+    engine.log_gates(layout_contexts := 64)
+    engine.refresh(0)
+    share = len(PROMPTS) // groups.dp_size
+    mine = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
+    rollouts = engine.generate([PROMPTS[i] for i in mine], list(mine), SamplingParams(1.0, 1.0, 10, seed=3), 4)
+    assert rollouts.gates is not None and rollouts.gates.stride == -(-len(mine) * 4 * 10 // layout_contexts)
+    region.observe_rollouts(rollouts)
+    keep_N = torch.arange(len(rollouts.total_len_N)) % 3 != 0
+    batch = policy_batch(rollouts, torch.ones(len(keep_N)), keep_N, 1.0)
+    (_, part) = split(batch, 2, seed=(1, 2))  # rows in another order, not all of them
+    policy.forward_backward(part, next_token, micro_batch_size=3)
+    logged = region._measure()["trust_region/distance_gates"]
+    contexts = sum(len(layer.contexts()) for layer in learner.hook.layers)
+    region._logged = None
+    return {"logged": logged, "recomputed": region._measure()["trust_region/distance_gates"], "contexts": float(contexts)}

@@ -63,3 +63,17 @@ def test_distance_does_not_depend_on_the_layout() -> None:
         # contexts are dealt by rank, so with several data-parallel ranks these are others; with pipelines the same
         tolerance = 1e-4 if "pipeline_parallel" in layout else 0.2
         assert by_rank[1][0]["distance"] == pytest.approx(reference["distance"], rel=tolerance)
+
+
+@pytest.mark.distributed
+def test_logged_gates_are_those_of_the_learner() -> None:
+    """While weights are the same, gates from decoding with a KV cache are those of a teacher-forced pass: D is 0 up to rounding."""
+    for ranks, layout in (
+        (1, {}),
+        (2, {"expert_parallel": 2}),
+        (2, {"pipeline_parallel": 2}),
+        (2, {"tensor_parallel": 2}),
+    ):
+        for (found,) in run_distributed("tests.megatron.control_job:fresh", ranks, [layout]):
+            assert found["contexts"] > 5 and found["recomputed"] == 0, (layout, found)
+            assert found["logged"] < 1e-5, (layout, found)
