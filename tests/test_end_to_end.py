@@ -32,6 +32,7 @@ REINFORCE = [
     *MICRO,
     "algorithm.steps=3",
     "optimizer.lr_warmup_steps=1",
+    "algorithm.minibatches=1",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
     "algorithm.filter_uniform_groups=false",  # a random model is never right: without this there is nothing to train on

@@ -68,20 +68,21 @@ class ExpertGradients:
         return squares_LE.sqrt()
 
     def _build(self) -> None:
-        units, owned, owners = [], [], []
+        placed, owned, owners = [], [], []
         shard = self._members.shard[self._members.rank]
         for index, weights in enumerate(self._layers):
             for rows in weights.parts.values():
                 unit = Unit(
                     index, [row.of(self.of(row.parameter)) for row in rows], [self._intervals(row) for row in rows]
                 )
-                units.append(unit)
+                placed.append((self._places[rows[0].parameter][1] + rows[0].start, unit))
                 for e, (flat, intervals) in enumerate(zip(unit.rows, unit.owned, strict=True)):
                     start, stop = intervals[shard]
                     if stop > start:
                         owned.append(flat[start:stop])
                         owners.append(index * self.experts + weights.first + e)
         self._owned, self._owners = owned, torch.tensor(owners, dtype=torch.long, device=self.groups.device)
+        units = [unit for _, unit in sorted(placed, key=lambda place: place[0])]  # in the order of the buffer
         self.exchange = ExpertExchange(units, self._members, self.experts, self._chunk_bytes)
         self._built_on = self._storage()
 

@@ -9,6 +9,7 @@ Shape legend: E local experts, D hidden size, F expert intermediate size (this r
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,19 @@ class ExpertWeights:
             flat.view(-1, self.hidden).addmm_(right_2F.t(), left_D2.t())
         else:
             flat.view(self.hidden, -1).addmm_(left_D2, right_2F)
+
+
+class OutputProjections(Sequence[Tensor]):
+    """`output_projection` of each layer, made anew whenever it is asked for."""
+
+    def __init__(self, layers: Sequence[ExpertWeights]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers[index].output_projection()
 
 
 def expert_weights(layer: Any) -> ExpertWeights:

@@ -34,7 +34,7 @@ from megatron_vp2o.core.prototypes import RankTwo, initial_prototypes, power_ite
 from megatron_vp2o.core.stein import attraction_weights, repulsion_weights
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.expert_gradients import ExpertGradients
-from megatron_vp2o.megatron.expert_weights import ExpertWeights, expert_weights
+from megatron_vp2o.megatron.expert_weights import ExpertWeights, OutputProjections, expert_weights
 from megatron_vp2o.megatron.moe_layer import moe_layers
 from megatron_vp2o.megatron.routing_statistics import SUMS
 from megatron_vp2o.megatron.world import current_groups
@@ -257,8 +257,13 @@ class SteinHook:
         self._prototypes_current = True
         return self.state.prototypes_LED
 
-    def _projections(self) -> list[Tensor]:
-        return [weights.output_projection() for weights in self.weights]
+    def _projections(self) -> Sequence[Tensor]:
+        """Output projections of all layers: copies, which may be as large as a good part of the model. Where they would take
+        more than the exchange's workspace may, each is made when it is needed, and no two are there at once."""
+        shapes = [(weights.experts, weights.parts[weights.output][0].numel) for weights in self.weights]
+        copied = sum(experts * numel * torch.float32.itemsize for experts, numel in shapes)
+        lazy = OutputProjections(self.weights)
+        return lazy if copied > self.settings.chunk_mib * 2**20 else list(lazy)
 
     def _own(self) -> slice:
         return slice(self.weights[0].first, self.weights[0].first + self.weights[0].experts)

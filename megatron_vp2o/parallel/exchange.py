@@ -109,6 +109,8 @@ class ExpertExchange:
         first = units[0].rows[0]
         self.dtype, self.device = first.dtype, first.device
         self._local = len(units[0].rows)
+        order = sorted(range(members.size), key=lambda rank: (members.shard[rank], members.expert_rank[rank]))
+        self._turns = {rank: turn for turn, rank in enumerate(order)}
         # Products are taken in float32: lower precisions need two float32 copies of a piece besides the two workspaces.
         self._element_bytes = 2 * first.element_size() + (0 if self.dtype is torch.float32 else 8)
         self.chunks = self._plan(chunk_bytes)
@@ -260,10 +262,15 @@ class ExpertExchange:
         return max(start, piece.start), min(stop, piece.stop)
 
     def _pieces(self, rank: int, k: int, rounds: int) -> Iterator[_Piece]:
-        """The columns of chunk k that a rank is responsible for: a contiguous share of all units' slices, laid end to end."""
+        """The columns of chunk k that a rank is responsible for: a contiguous share of all units' slices, laid end to end.
+
+        Ranks come in the order of their shards. Where units come in the order of the sharded buffer, a rank then mixes columns
+        of which it owns its own experts' rows, and these stay where they are.
+        """
         bounds = [(k * unit.columns // rounds, (k + 1) * unit.columns // rounds) for unit in self.units]
         total = sum(stop - start for start, stop in bounds)
-        first, last = rank * total // self.members.size, (rank + 1) * total // self.members.size
+        turn = self._turns[rank]
+        first, last = turn * total // self.members.size, (turn + 1) * total // self.members.size
         passed = 0
         for index, (start, stop) in enumerate(bounds):
             low, high = max(first - passed, 0), min(last - passed, stop - start)

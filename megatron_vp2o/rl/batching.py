@@ -55,12 +55,20 @@ def policy_batch(
     )
 
 
-def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...]) -> list[TrainBatch]:
-    """Shuffle a batch's rows and cut it into `parts` minibatches as equal as can be (some may be empty)."""
+def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...], row_N: torch.Tensor, rows: int) -> list[TrainBatch]:
+    """Deal a batch's rows to `parts` minibatches, the same ones whatever rank holds a row (some may be empty on a rank).
+
+    Args:
+        row_N: which of all ranks' rows each of this batch's is.
+        rows: how many rows there are on all ranks.
+    """
     if parts == 1:
         return [batch]
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(batch.length_N)))
-    return [rows_of(batch, index) for index in order.tensor_split(parts)]
+    place = np.random.default_rng(seed).permutation(
+        rows
+    )  # of each row in a shuffled order, which is cut into equal parts
+    part_N = torch.from_numpy(place * parts // rows)[row_N]
+    return [rows_of(batch, (part_N == part).nonzero().squeeze(1)) for part in range(parts)]
 
 
 def rows_of(batch: TrainBatch, index_N: torch.Tensor) -> TrainBatch:

@@ -37,7 +37,8 @@ from megatron_vp2o.rl.types import (
     TrainBatch,
 )
 
-REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"
+REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"  # keys of Progress.extra
+ROW = "row"  # key of a batch's extras
 
 
 class RLTrainer(TrainingLoop):
@@ -158,6 +159,8 @@ class RLTrainer(TrainingLoop):
         keep_P = ~uniform_groups_P(rewards_PG) if settings.filter_uniform_groups else torch.ones(len(rewards_PG)).bool()
         keep_N = keep_P.repeat_interleave(settings.group_size)
         batch = policy_batch(rollouts, advantages_PG.flatten(), keep_N, self.sampling.temperature)
+        # Which of all ranks' rollouts each row is.
+        batch.extras[ROW] = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
         if self.progress.actor_version == self.progress.optimizer_steps:
             batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
         if self.settings.kl_reference is KLReference.anchor:
@@ -168,10 +171,13 @@ class RLTrainer(TrainingLoop):
 
     def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:
         settings = self.settings
+        rows = settings.prompts_per_step * settings.group_size
         return [
             part
             for epoch in range(settings.epochs)
-            for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch))
+            for part in split(
+                batch, settings.minibatches, seed=(self.config.seed, step, epoch), row_N=batch.extras[ROW], rows=rows
+            )
         ]
 
     def _updates(self, batch: TrainBatch, step: int) -> list[dict[str, float]]:

@@ -154,9 +154,15 @@ def _logged_against_recomputed(layout: dict[str, Any]) -> dict[str, float]:
     region.observe_rollouts(rollouts)
     keep_N = torch.arange(len(rollouts.total_len_N)) % 3 != 0
     batch = policy_batch(rollouts, torch.ones(len(keep_N)), keep_N, 1.0)
-    (_, part) = split(batch, 2, seed=(1, 2))  # rows in another order, not all of them
+    (_, part) = split(
+        batch, 2, seed=(1, 2), row_N=torch.arange(len(batch.length_N)), rows=len(batch.length_N)
+    )  # rows in another order, not all of them
     policy.forward_backward(part, next_token, micro_batch_size=3)
     logged = region._measure()["trust_region/distance_gates"]
     contexts = sum(len(layer.contexts()) for layer in learner.hook.layers)
     region._logged = None
-    return {"logged": logged, "recomputed": region._measure()["trust_region/distance_gates"], "contexts": float(contexts)}
+    return {
+        "logged": logged,
+        "recomputed": region._measure()["trust_region/distance_gates"],
+        "contexts": float(contexts),
+    }
