@@ -9,9 +9,10 @@ BENCHMARKS = {
     "startup": "seconds from the command to its help text",
     "step": "tokens/s of rollouts and training, seconds of each phase of a step",
     "stein": "the Stein transform: its phases, and a training step with it over one without",
+    "control": "the trust region: a training step under it over one without",
     "peers": "whole GRPO steps of TRL and ours in turn (make bench-peers)",
 }
-IN_ALL = ("startup", "step", "stein")
+IN_ALL = ("startup", "step", "stein", "control")
 
 
 def main() -> int:

@@ -1,0 +1,81 @@
+"""What the trust region costs: a training step under it over one without, in turns, both with the Stein hook.
+
+The anchor's gates are recomputed here; those that actors log while decoding are cheaper still.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+
+from tools.bench.stein import clock, describe, parse, settings
+
+GOALS = {"tiny": 3.0, "33b": 1.0}  # per cent of a step
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print. Takes the options of `tools.bench stein` (one process)."""
+    arguments = parse(argv)
+    from megatron_vp2o.megatron.cpu import enable_cpu
+
+    enable_cpu()
+    import torch
+
+    from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
+    from megatron_vp2o.megatron import world
+    from megatron_vp2o.megatron.gradient_hook import SteinHook
+    from megatron_vp2o.megatron.policy import MegatronPolicy
+    from megatron_vp2o.megatron.trust_region import TrustRegion
+    from megatron_vp2o.rl.objectives import next_token
+    from megatron_vp2o.rl.types import TrainBatch
+
+    config, rows, micro, width = settings(arguments)
+    config.optimizer.lr = 1e-5  # steps stay within the region: what is timed is the check
+    world.set_threads(arguments.threads)
+    groups = world.start(config.parallel, config.seed)
+    try:
+        policy = MegatronPolicy(config, groups, vocab_size=64, optimizer_steps=10**6)
+        hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
+        region = TrustRegion(policy, hook, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9))
+        region.set_anchor()
+        tokens_NS = torch.randint(64, (rows, width), generator=torch.Generator().manual_seed(0))
+        mask_NS = torch.ones(rows, width, dtype=torch.bool)
+        mask_NS[:, : width // 2] = False
+        batch = TrainBatch(tokens_NS, torch.full((rows,), width), mask_NS, {}, temperature=1.0)
+        now, sampled = clock(torch), policy._sampled
+
+        def step(bounded: bool) -> tuple[float, float]:
+            policy._sampled = sampled if bounded else None
+            begin = now()
+            if bounded:
+                region.begin()
+            policy.forward_backward(batch, next_token, micro)
+            hook.transform()
+            before = now()
+            assert not (region.step() if bounded else policy.optimizer_step()).skipped
+            return now() - begin, now() - before
+
+        for _ in range(arguments.warmup):
+            step(True), step(False)
+        times = [(step(True), step(False)) for _ in range(arguments.pairs)]
+        print(
+            f"{arguments.layer}: {describe(config.model)}; {rows} rows of {width} tokens, {torch.get_num_threads()} threads"
+        )
+        for name, values in (
+            ("step without", [plain[0] for _, plain in times]),
+            ("step with", [bounded[0] for bounded, _ in times]),
+            ("optimizer without", [plain[1] for _, plain in times]),
+            ("optimizer with", [bounded[1] for bounded, _ in times]),
+        ):
+            print(f"  {name:18}{statistics.median(values) * 1e3:12,.2f} ms")
+        more = 100 * statistics.median(bounded[0] / plain[0] - 1 for bounded, plain in times)
+        check = 100 * statistics.median((bounded[1] - plain[1]) / plain[0] for bounded, plain in times)
+        aim = f"goal: {GOALS[arguments.layer]:.0f} %" if arguments.shrink == 1 else "shapes made smaller, no goal"
+        print(f"  overhead          {more:12.1f} % of a step ({aim}); snapshot and check alone {check:.1f} %")
+    finally:
+        world.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
