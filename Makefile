@@ -29,7 +29,7 @@ INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-ind
 .PHONY: help python install install-dev run demo-trust-region test smoke lint docs bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 python:
 	@sh tools/find_python.sh $(PYTHON) >/dev/null
@@ -53,6 +53,15 @@ demo-trust-region: install ## After `make run`: a learning rate 30 times too lar
 	$(TRAIN) --config-name countdown_tiny_vp2o name=trust_region $(DEMO) \
 		algorithm.trust_region.delta=0.012 algorithm.trust_region.max_backtracks=10 $(RUNARGS)
 	$(PY) tools/report.py runs/unclipped runs/trust_region
+
+convert-to-megatron: install ## Hugging Face to Megatron: HF=folder OUT=new folder [TP= PP= EP= ETP= CONVERTARGS=]
+	$(PY) -m tools.convert to-megatron '$(HF)' '$(OUT)' --tp $(TP) --pp $(PP) --ep $(EP) --etp $(ETP) $(CONVERTARGS)
+
+convert-to-hf: install ## Megatron checkpoint or run to Hugging Face: MEGATRON=folder OUT=new folder [CONVERTARGS='--like HF']
+	$(PY) -m tools.convert to-hf '$(MEGATRON)' '$(OUT)' $(CONVERTARGS)
+
+verify: install ## Compare a Hugging Face and a Megatron checkpoint: HF=folder MEGATRON=folder [CONVERTARGS=--logits]
+	$(PY) -m tools.convert verify '$(HF)' '$(MEGATRON)' $(CONVERTARGS)
 
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
 	$(PY) -m pytest $(TESTARGS)

@@ -75,8 +75,7 @@ class Run:
 
     @property
     def transform(self) -> Transform:
-        on = self.hook is not None and self.config.algorithm.stein.enabled
-        return self.hook.transform if on and self.hook is not None else no_transform
+        return no_transform if self.hook is None or not _observed(self.config) else self.hook.transform
 
 
 def train(config: TrainConfig) -> int:
@@ -119,8 +118,8 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     algorithm = config.algorithm
     bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off
     hook = None
-    if stein.enabled or bounded:
-        hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer, observe=stein.enabled)
+    if _observed(config) or bounded:
+        hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer, observe=_observed(config))
     region = None
     if isinstance(algorithm, VP2OConfig) and bounded and hook is not None:
         region = TrustRegion(policy, hook, algorithm.trust_region)
@@ -139,6 +138,11 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     )
     sink = RunSink(config, as_plain(config), rank=groups.rank)
     return Run(config, task, tokenizer, groups, sink, policy, engine, saver, hook, region)
+
+
+def _observed(config: TrainConfig) -> bool:
+    """Whether routing statistics are wanted: by the transform, or to be recorded."""
+    return config.algorithm.stein.enabled or config.algorithm.stein.monitor
 
 
 def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:

@@ -285,7 +285,9 @@ class SteinConfig:
     """The Stein field over experts: how their gradients are transformed (VP2O section 3.2; docs/method.md)."""
 
     enabled: bool = False
-    """Transform expert gradients; off, nothing of this section is computed."""
+    """Transform expert gradients; off, nothing of this section is computed, unless monitored."""
+    monitor: bool = False
+    """Compute and record routing statistics and prototypes without transforming: for a baseline beside a VP2O run."""
     attraction: bool = True
     """Mix the gradients of co-active experts by their kernel weights."""
     eta: float = 0.01

@@ -263,7 +263,7 @@ def optimizer_steps(algorithm: AlgorithmConfig) -> int:
 
 def _stein(config: TrainConfig) -> Iterator[str]:
     stein, experts = config.algorithm.stein, config.model.num_moe_experts
-    if not stein.enabled:
+    if not (stein.enabled or stein.monitor):
         return
     if (stein.neighbours is None) == (stein.coactivation_threshold is None):
         yield (

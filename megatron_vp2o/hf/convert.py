@@ -8,16 +8,13 @@ step (`plan.SLAB`), whatever the size of the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import resource
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +25,26 @@ from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf import distributed_files, tensor_files
 from megatron_vp2o.hf.distributed_files import Item, Region, StoredTensors
 from megatron_vp2o.hf.families import architecture
-from megatron_vp2o.hf.mapping import Architecture, Copy, Rule
+from megatron_vp2o.hf.mapping import Architecture, Copy
+from megatron_vp2o.hf.output import (
+    CARRIED,
+    FORMAT,
+    carry,
+    cast_dtype,
+    create_files,
+    file_headers,
+    recorded_sums,
+    write_companions,
+    write_manifest,
+)
 from megatron_vp2o.hf.plan import Layout, Piece, Plan, Step, check_hf, check_stored, make_plan
-from megatron_vp2o.hf.tensor_files import Entry, TensorFiles, bytes_of, config_of, listed, open_folder, write_from
-from megatron_vp2o.hf.workspace import MANIFEST, Workspace, check_target, working
+from megatron_vp2o.hf.tensor_files import Entry, TensorFiles, config_of, listed, open_folder, raw, write_from
+from megatron_vp2o.hf.workspace import Workspace, check_target, working
 
-FORMAT = 1
-CARRIED = "hf"
-"""Folder in a converted Megatron checkpoint with all files of the source but the weights, and the weights' headers."""
-HEADERS = "headers"
 NOT_WEIGHTS = ("optimizer.", "actor.", "rng", "chained_", "rerun_state", "iteration")
 """Beginnings of the keys of a training checkpoint that are not the model's."""
 _BATCH = (32 * 2**20, 2**30)
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json.lock")
+_BATCH_STEPS = 1000
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and in all."""
@@ -74,6 +78,7 @@ class Report:
     tensors: int
     size: int
     seconds: float
+    cpu_seconds: float
     resumed_bytes: int
     start_bytes: int
     peak_bytes: int
@@ -119,34 +124,36 @@ def to_megatron(
 
         def convert(number: int, steps: Sequence[Step]) -> Any:
             name = f"__{number}_0.distcp"
-            records, items = [], []
+            records: list[Any] = []
+            written: list[tuple[Item, int]] = []
             with (workspace.folder / name).open("wb") as stream:
                 for step in steps:
                     parts = [read_piece(files, piece) for piece in step.pieces]
                     for piece, part in zip(step.pieces, parts, strict=True):
                         run.inspect(str(piece), part)
                     tensor = _to_megatron(step, parts, dtypes[step.region.key])
-                    written = [
-                        distributed_files.write_item(stream, _chunk(step, tensor, region, start), region, name)
-                        for region, start in step.written()
-                    ]
-                    items += written
+                    for region, start in step.written():
+                        chunk = _chunk(step, tensor, region, start)
+                        written.append(distributed_files.write_item(stream, chunk, region, name))
                     records.append(_record(step, parts, tensor[: step.shape[0]]))
                     run.advance(step_bytes(step))
                 stream.flush()
                 os.fsync(stream.fileno())
             if options.read_back:
-                _read_back(workspace.folder, records, items, steps)
-            return {"records": records, "items": [_packed(item) for item in items]}
+                for item in distributed_files.reads_back(workspace.folder / name, written):
+                    run.problem(
+                        f"{item.region.key} {list(item.region.offsets)} reads back otherwise than it was written"
+                    )
+            return {"records": records, "items": [_packed(item) for item, _ in written]}
 
         run.batches(batches, convert)
-        done = [workspace.done[number] for number in range(len(batches))]
-        items = [_unpacked(packed) for batch in done for packed in batch["items"]]
+        count = len(batches)
+        batches.clear()
+        plan = replace(plan, steps=())  # what is left to do needs memory of its own for every tensor
+        items = (_unpacked(packed) for number in range(count) for packed in workspace.recorded(number)["items"])
         distributed_files.write_rest(workspace.folder, items, plan.shapes, plan.aliases, plan.nothings())
-        check_stored(plan, StoredTensors(workspace.folder), str(workspace.folder))
-        _carry(source, files, workspace.folder / CARRIED)
-        records = [record for batch in done for record in batch["records"]]
-        _write_manifest(workspace.folder, "to_megatron", source, model, records, {"layout": asdict(layout)})
+        carry(source, files, workspace.folder / CARRIED)
+        write_manifest(workspace, "to_megatron", source, model, count, {"layout": asdict(layout)})
         if finish is not None:
             finish(workspace.folder, model)
     return begin.report(target, len(files.entries), files.size, run.resumed)
@@ -188,7 +195,7 @@ def to_hf(
     plan = make_plan(model, padded_vocab=padded_rows(stored), stored=stored)
     check_stored(plan, stored, str(source), prefixes=NOT_WEIGHTS)
     sums = recorded_sums(source)
-    headers = _headers(plan, stored, template, shard_bytes, options.dtype)
+    headers = file_headers(plan, stored, template, shard_bytes, options.dtype)
     entries = tensor_files.entries_of(headers)
     check_hf(plan, entries, "the output")
     batches = _batches(plan.steps, options.workers)
@@ -202,7 +209,7 @@ def to_hf(
     needed = sum(entry.size for entry in entries.values())
     with working(target, fingerprint, overwrite=options.overwrite, needed=needed) as workspace:
         run = _Run(workspace, options, sum(step_bytes(step) for step in plan.steps))
-        descriptors = _create(workspace.folder, headers, entries, keep=bool(workspace.done))
+        descriptors = create_files(workspace.folder, headers, entries, keep=bool(workspace.done))
 
         def convert(number: int, steps: Sequence[Step]) -> Any:
             records = []
@@ -237,9 +244,8 @@ def to_hf(
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-        records = [record for number in range(len(batches)) for record in workspace.done[number]["records"]]
-        _write_companions(workspace.folder, source, template, config, headers, entries)
-        _write_manifest(workspace.folder, "to_hf", source, model, records, {})
+        write_companions(workspace.folder, source, template, config, headers, entries)
+        write_manifest(workspace, "to_hf", source, model, len(batches), {})
         check_hf(plan, open_folder(workspace.folder).entries, str(workspace.folder))
     return begin.report(target, len(entries), needed, run.resumed)
 
@@ -277,7 +283,7 @@ def _chunk(step: Step, tensor: Tensor, region: Region, start: int) -> Tensor:
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of the bytes."""
-    return hashlib.sha256(memoryview(bytes_of(tensor.contiguous()).numpy())).hexdigest()
+    return hashlib.sha256(raw(tensor.contiguous())).hexdigest()
 
 
 def _record(step: Step, parts: Sequence[Tensor], tensor: Tensor) -> dict[str, Any]:
@@ -302,34 +308,6 @@ def _record(step: Step, parts: Sequence[Tensor], tensor: Tensor) -> dict[str, An
             for piece, part, total in zip(step.pieces, parts, sums, strict=True)
         ],
     }
-
-
-def recorded_sums(folder: Path) -> dict[Any, str]:
-    """(key, offsets, sizes) -> checksum, from the manifest of the conversion that made a Megatron checkpoint; empty where
-    there is none. Raises CheckpointError for a manifest that cannot be read."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        found = [record["megatron"] for record in json.loads(path.read_text(encoding="utf-8"))["tensors"]]
-        return {(item["name"], tuple(item["offsets"]), tuple(item["sizes"])): item["sha256"] for item in found}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it to go without its checksums") from error
-
-
-def _read_back(folder: Path, records: Sequence[dict[str, Any]], items: Sequence[Item], steps: Sequence[Step]) -> None:
-    """What was written is what was meant. Raises CheckpointError."""
-    stored = StoredTensors.__new__(StoredTensors)
-    by_key: dict[str, list[Item]] = {}
-    for item in items:
-        by_key.setdefault(item.region.key, []).append(item)
-    stored.folder, stored._items = folder, by_key
-    stored.dtypes = {key: found[0].dtype for key, found in by_key.items()}
-    for record, step in zip(records, steps, strict=True):
-        if step.pieces and checksum(stored.read(step.region)) != record["megatron"]["sha256"]:
-            raise CheckpointError(
-                f"{folder}: {step.region.key} reads back otherwise than it was written; check the disk"
-            )
 
 
 def _read_back_hf(files: TensorFiles, records: Sequence[dict[str, Any]]) -> None:
@@ -403,15 +381,20 @@ class _Run:
 
 class _Begin:
     def __init__(self) -> None:
-        self.time, self.memory = time.monotonic(), peak_memory()
+        self.time, self.cpu, self.memory = time.monotonic(), time.process_time(), peak_memory()
 
     def report(self, target: Path, tensors: int, size: int, resumed: int) -> Report:
-        return Report(target, tensors, size, time.monotonic() - self.time, resumed, self.memory, peak_memory())
+        seconds, cpu = time.monotonic() - self.time, time.process_time() - self.cpu
+        return Report(target, tensors, size, seconds, cpu, resumed, self.memory, peak_memory())
 
 
 def peak_memory() -> int:
     """The largest resident memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: what it says of a process begins with the memory of the one that started it.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def step_bytes(step: Step) -> int:
@@ -426,7 +409,7 @@ def _batches(steps: Sequence[Step], workers: int) -> list[list[Step]]:
     batches: list[list[Step]] = [[]]
     filled = 0
     for step in steps:
-        if filled and filled + step_bytes(step) > most:
+        if filled and (filled + step_bytes(step) > most or len(batches[-1]) == _BATCH_STEPS):
             batches.append([])
             filled = 0
         batches[-1].append(step)
@@ -469,126 +452,17 @@ def _stored_dtypes(plan: Plan, entries: Mapping[str, Entry], dtype: torch.dtype 
     for step in plan.steps:
         for piece in step.pieces:
             own = entries[piece.name].dtype
-            found.setdefault(step.region.key, set()).add(_cast(step.rule, own, dtype))
+            found.setdefault(step.region.key, set()).add(cast_dtype(step.rule, own, dtype))
     mixed = [f"{key}: {', '.join(sorted(map(str, kinds)))}" for key, kinds in found.items() if len(kinds) > 1]
     if mixed:
         raise CheckpointError(listed("Megatron stores these as one tensor each; give --dtype", mixed))
     return {key: kinds.pop() for key, kinds in found.items()}
 
 
-def _cast(rule: Rule, own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    return own if dtype is None or rule.keeps_dtype else dtype
-
-
 def padded_rows(stored: StoredTensors) -> int | None:
     """Rows of the stored embedding."""
     shape = stored.shapes.get("embedding.word_embeddings.weight")
     return None if shape is None else shape[0]
-
-
-def _headers(
-    plan: Plan, stored: StoredTensors, template: Path | None, shard_bytes: int, dtype: torch.dtype | None
-) -> dict[str, bytes]:
-    """The files to write: those of the template if its dtypes fit, else a division of our own."""
-    tensors: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
-    shapes = plan.architecture.hf_tensors()
-    for step in plan.steps:
-        for piece in step.pieces:
-            kind = _cast(step.rule, stored.dtypes[step.region.key], dtype)
-            tensors[piece.name] = (piece.name, kind, shapes[piece.name])
-    known = {} if template is None else _template_headers(template)
-    entries = tensor_files.entries_of(known)
-    if entries.keys() == tensors.keys() and all(
-        (entry.dtype, entry.shape) == tensors[name][1:] for name, entry in entries.items()
-    ):
-        return known
-    return tensor_files.shard(list(tensors.values()), shard_bytes)
-
-
-def _template_headers(template: Path) -> dict[str, bytes]:
-    if (template / HEADERS).is_dir():
-        return {path.name: path.read_bytes() for path in sorted((template / HEADERS).iterdir())}
-    if (template / tensor_files.INDEX).is_file() or (template / tensor_files.SINGLE).is_file():
-        return open_folder(template).headers
-    return {}
-
-
-def _create(folder: Path, headers: Mapping[str, bytes], entries: Mapping[str, Entry], *, keep: bool) -> dict[str, int]:
-    """Files of their final length with their headers, open for writing at any place."""
-    sizes = {name: len(header) for name, header in headers.items()}
-    for entry in entries.values():
-        sizes[entry.file] += entry.size
-    descriptors = {}
-    for name, header in headers.items():
-        descriptors[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o644)
-        os.pwrite(descriptors[name], header, 0)
-        os.ftruncate(descriptors[name], sizes[name])
-    return descriptors
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that are not weights, nor a record of ours."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != MANIFEST
-    )
-
-
-def _carry(source: Path, files: TensorFiles, folder: Path) -> None:
-    (folder / HEADERS).mkdir(parents=True, exist_ok=True)
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
-    for name, header in files.headers.items():
-        (folder / HEADERS / name).write_bytes(header)
-
-
-def _write_companions(
-    folder: Path,
-    source: Path,
-    template: Path | None,
-    config: Mapping[str, Any],
-    headers: Mapping[str, bytes],
-    entries: Mapping[str, Entry],
-) -> None:
-    """Config, tokenizer and index."""
-    own_division = template is None or _template_headers(template) != dict(headers)
-    if template is not None:
-        for path in companions(template):
-            if path.name != tensor_files.INDEX or not own_division:
-                shutil.copyfile(path, folder / path.name)
-    else:
-        _write_json(folder / "config.json", config)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    if own_division:
-        if list(headers) != [tensor_files.SINGLE]:
-            (folder / tensor_files.INDEX).write_text(tensor_files.render_index(entries), encoding="utf-8")
-        kinds = {str(entry.dtype).removeprefix("torch.") for entry in entries.values() if len(entry.shape) > 1}
-        changed = dict(config) | ({"dtype": kinds.pop()} if len(kinds) == 1 else {})
-        changed.pop("torch_dtype", None)  # the name before transformers 5
-        if changed != config:
-            _write_json(folder / "config.json", changed)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_manifest(
-    folder: Path, direction: str, source: Path, model: Architecture, records: Sequence[Any], more: dict[str, Any]
-) -> None:
-    content = {
-        "format": FORMAT,
-        "direction": direction,
-        "source": source.name,
-        "family": model.family,
-        "versions": {"torch": torch.__version__},
-        **more,
-        "tensors": list(records),
-    }
-    (folder / MANIFEST).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def _packed(item: Item) -> list[Any]:

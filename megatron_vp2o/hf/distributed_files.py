@@ -17,10 +17,11 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -36,13 +37,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_vp2o.errors import CheckpointError
-from megatron_vp2o.hf.tensor_files import read_into
+from megatron_vp2o.hf.tensor_files import listed, raw, read_into
 
 METADATA = ".metadata"
 _WHOLE = 16 * 2**20  # chunks up to this size are read whole, whatever part of them is wanted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Region:
     """A box in a stored tensor."""
 
@@ -62,7 +63,7 @@ class Region:
         return tuple(slice(a - b, a - b + s) for a, b, s in zip(self.offsets, offsets, self.sizes, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A chunk and where it is."""
 
@@ -76,14 +77,27 @@ class Item:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_item(stream: BinaryIO, tensor: Tensor, region: Region, file: str) -> Item:
-    """Append a chunk to an open file."""
+def write_item(stream: BinaryIO, tensor: Tensor, region: Region, file: str) -> tuple[Item, int]:
+    """Append a chunk to an open file. Returns it, and the CRC-32 of its bytes."""
     start = stream.tell()
     tensor = tensor.reshape(region.sizes)
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes the whole storage of a view
-    torch.save(tensor, stream)
-    return Item(region, tensor.dtype, file, start, stream.tell() - start)
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    view = buffer.getbuffer()
+    stream.write(view)
+    return Item(region, tensor.dtype, file, start, len(view)), zlib.crc32(view)
+
+
+def reads_back(path: Path, written: Iterable[tuple[Item, int]]) -> Iterator[Item]:
+    """The chunks of a file whose bytes are not those that were written."""
+    with path.open("rb", buffering=0) as stream:
+        for item, checksum in written:
+            data = torch.empty(item.length, dtype=torch.uint8)
+            read_into(stream.fileno(), data, item.start, path)
+            if zlib.crc32(raw(data)) != checksum:
+                yield item
 
 
 def write_rest(
@@ -100,23 +114,29 @@ def write_rest(
         aliases: further name -> key; both are the same bytes.
         nothings: names that hold None, as Megatron's layers without extra state do.
     """
-    by_key: dict[str, list[Item]] = {}
-    for item in items:
-        by_key.setdefault(item.region.key, []).append(item)
+    by_key = grouped(items)
+    wrong = [key for key in shapes if not tiled(by_key.get(key, []), shapes[key])]
+    if wrong or by_key.keys() != shapes.keys():
+        raise CheckpointError(listed("not written exactly once", [*wrong, *(by_key.keys() - shapes.keys())]))
     described: dict[str, Any] = {}
     stored: dict[MetadataIndex, _StorageInfo] = {}
-    for name, key in [*((key, key) for key in by_key), *aliases.items()]:
-        chunks = sorted(by_key[key], key=lambda item: item.region.offsets)
-        described[name] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=chunks[0].dtype),
-            size=torch.Size(shapes[key]),
-            chunks=[
-                ChunkStorageMetadata(torch.Size(item.region.offsets), torch.Size(item.region.sizes)) for item in chunks
-            ],
-        )
-        for i, item in enumerate(chunks):
-            index = MetadataIndex(name, torch.Size(item.region.offsets), i)
-            stored[index] = _StorageInfo(item.file, item.start, item.length)
+    names = {key: [key] for key in by_key}
+    for alias, key in aliases.items():
+        names[key].append(alias)
+    sizes: dict[tuple[int, ...], torch.Size] = {}  # shared: experts are many and alike
+    for key in list(by_key):
+        items_of_key = sorted(by_key.pop(key), key=lambda item: item.region.offsets)
+        chunks = [
+            ChunkStorageMetadata(
+                torch.Size(item.region.offsets), sizes.setdefault(item.region.sizes, torch.Size(item.region.sizes))
+            )
+            for item in items_of_key
+        ]
+        whole = TensorStorageMetadata(TensorProperties(dtype=items_of_key[0].dtype), torch.Size(shapes[key]), chunks)
+        for name in names[key]:
+            described[name] = whole
+            for i, (item, chunk) in enumerate(zip(items_of_key, chunks, strict=True)):
+                stored[MetadataIndex(name, chunk.offsets, i)] = _StorageInfo(item.file, item.start, item.length)
     if nothings:
         blob, file = io.BytesIO(), "__nothing_0.distcp"
         torch.save([None], blob)  # a list of the objects under one name
@@ -124,7 +144,10 @@ def write_rest(
         for name in nothings:
             described[name] = BytesStorageMetadata()
             stored[MetadataIndex(name)] = _StorageInfo(file, 0, len(blob.getvalue()))
-    _write(folder / METADATA, pickle.dumps(Metadata(state_dict_metadata=described, storage_data=stored)))
+    with (folder / METADATA).open("wb") as stream:
+        pickle.dump(Metadata(state_dict_metadata=described, storage_data=stored), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
     common = io.BytesIO()
     torch.save({}, common)
     _write(folder / "common.pt", common.getvalue())
@@ -145,6 +168,14 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
+    """By key."""
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.region.key, []).append(item)
+    return found
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,18 +190,18 @@ class StoredTensors:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._items: dict[str, list[Item]] = {}
+        self._chunks: dict[str, Chunks] = {}
         metadata = _load_metadata(folder)
         for key, value in metadata.state_dict_metadata.items():
             if isinstance(value, TensorStorageMetadata):
                 self.shapes[key], self.dtypes[key] = tuple(value.size), value.properties.dtype
         ends: dict[str, int] = {}
-        for index, info in (metadata.storage_data or {}).items():
+        for _, info in (metadata.storage_data or {}).items():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         _check_lengths(folder, ends)
         for key, value in metadata.state_dict_metadata.items():
-            if key in self.shapes:
-                self._items[key] = [self._item(key, chunk, metadata) for chunk in value.chunks]
+            if isinstance(value, TensorStorageMetadata):
+                self._chunks[key] = Chunks([self._item(key, chunk, metadata) for chunk in value.chunks])
 
     def _item(self, key: str, chunk: ChunkStorageMetadata, metadata: Metadata) -> Item:
         info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
@@ -182,11 +213,11 @@ class StoredTensors:
         return Item(region, self.dtypes[key], info.relative_path, info.offset, info.length)
 
     def items(self, key: str) -> list[Item]:
-        return self._items[key]
+        return self._chunks[key].items
 
     def untiled(self, key: str) -> bool:
         """Whether the chunks of a tensor don't cover it exactly once."""
-        regions = [item.region for item in self._items[key]]
+        regions = [item.region for item in self._chunks[key].items]
         inside = all(
             o + s <= n
             for region in regions
@@ -197,33 +228,69 @@ class StoredTensors:
 
     def read(self, region: Region) -> Tensor:
         """A box of a tensor. Raises CheckpointError where the file holds something else or parts of it are missing."""
-        found = torch.empty(region.sizes, dtype=self.dtypes[region.key])
-        elements = 0
-        for item in self._items[region.key]:
-            part = region.overlap(item.region.offsets, item.region.sizes)
-            if part is not None:
-                found[part.inside(region.offsets)] = self._read_item(item, part)
-                elements += math.prod(part.sizes)
-        if elements != found.numel():
-            raise CheckpointError(f"{self.folder} holds {elements} of {found.numel()} numbers of {region.key}")
-        return found
+        return read_region(self.folder, self._chunks[region.key], region)
 
-    def _read_item(self, item: Item, part: Region) -> Tensor:
-        path = self.folder / item.file
-        with path.open("rb", buffering=0) as stream:
-            window = _Window(stream, item.start, item.length)
-            try:
-                if item.length > _WHOLE and part.sizes != item.region.sizes:
-                    rows = _read_rows(window, stream.fileno(), item, part, path)
-                    if rows is not None:
-                        return rows
-                    window.seek(0)
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged at {item.region.key}: {error}") from error
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != item.region.sizes or tensor.dtype != item.dtype:
-            raise CheckpointError(f"{path} has another tensor than {item.region.key} where that should be")
-        return tensor[part.inside(item.region.offsets)]
+
+def tiled(items: Sequence[Item], shape: Sequence[int]) -> bool:
+    """Whether chunks cover a tensor exactly once: they lie inside, begin at different places, and fill it."""
+    inside = all(
+        o + s <= n for item in items for o, s, n in zip(item.region.offsets, item.region.sizes, shape, strict=True)
+    )
+    disjoint = len({item.region.offsets for item in items}) == len(items)
+    return inside and disjoint and sum(math.prod(item.region.sizes) for item in items) == math.prod(shape)
+
+
+class Chunks:
+    """The chunks of one tensor, found by their indices in the dimensions that only stack others (layers, experts)."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self.items = items
+        sizes = [item.region.sizes for item in items]
+        self._stacked = 0
+        for lengths in zip(*sizes, strict=True):
+            if set(lengths) != {1} or self._stacked == 2:
+                break
+            self._stacked += 1
+        self._at: dict[tuple[int, ...], list[Item]] = {}
+        for item in items:
+            self._at.setdefault(item.region.offsets[: self._stacked], []).append(item)
+
+    def near(self, region: Region) -> list[Item]:
+        """Those that may overlap a box."""
+        if any(size != 1 for size in region.sizes[: self._stacked]):
+            return self.items
+        return self._at.get(region.offsets[: self._stacked], [])
+
+
+def read_region(folder: Path, chunks: Chunks, region: Region) -> Tensor:
+    """A box of a tensor that has these chunks. Raises CheckpointError as `StoredTensors.read`."""
+    found = torch.empty(region.sizes, dtype=chunks.items[0].dtype)
+    elements = 0
+    for item in chunks.near(region):
+        part = region.overlap(item.region.offsets, item.region.sizes)
+        if part is not None:
+            found[part.inside(region.offsets)] = _read_item(folder / item.file, item, part)
+            elements += math.prod(part.sizes)
+    if elements != found.numel():
+        raise CheckpointError(f"{folder} holds {elements} of {found.numel()} numbers of {region.key}")
+    return found
+
+
+def _read_item(path: Path, item: Item, part: Region) -> Tensor:
+    with path.open("rb", buffering=0) as stream:
+        window = _Window(stream, item.start, item.length)
+        try:
+            if item.length > _WHOLE and part.sizes != item.region.sizes:
+                rows = _read_rows(window, stream.fileno(), item, part, path)
+                if rows is not None:
+                    return rows
+                window.seek(0)
+            tensor = torch.load(cast(IO[bytes], window), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged at {item.region.key}: {error}") from error
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != item.region.sizes or tensor.dtype != item.dtype:
+        raise CheckpointError(f"{path} has another tensor than {item.region.key} where that should be")
+    return tensor[part.inside(item.region.offsets)]
 
 
 def _read_rows(window: _Window, descriptor: int, item: Item, part: Region, path: Path) -> Tensor | None:
@@ -233,7 +300,7 @@ def _read_rows(window: _Window, descriptor: int, item: Item, part: Region, path:
     if math.prod(sizes[:axis]) != 1 or part.sizes[axis + 1 :] != sizes[axis + 1 :]:
         return None
     with FakeTensorMode():  # reads the description only, and notes where the data begins
-        fake = torch.load(window, map_location="cpu", weights_only=True)
+        fake = torch.load(cast(IO[bytes], window), map_location="cpu", weights_only=True)
     begin = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
     if begin is None or not fake.is_contiguous() or fake.storage_offset() or tuple(fake.shape) != sizes:
         return None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +122,7 @@ class Rule:
 
     megatron: str
     parts: tuple[Part, ...]
-    operation: Operation = Copy()  # noqa: RUF009
+    operation: Operation = Copy()
     layers: Layers = Layers.all
     split: int | None = None
     """The dimension that tensor parallelism splits (for experts, expert tensor parallelism); the halves of a gate-up
@@ -142,6 +143,7 @@ class Rule:
         """Whether the first dimension is gate and up."""
         return isinstance(self.operation, (GateUp, InterleavedGateUp))
 
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the Megatron tensor, without padding."""
         empty = [torch.empty(part.shape, device="meta") for part in self.parts]

@@ -7,20 +7,22 @@ that of its largest step. Whether the steps cover both sides exactly once is che
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 from megatron_vp2o.hf.mapping import Architecture, Copy, Layers, Rule, fill
 from megatron_vp2o.hf.tensor_files import Entry, listed
 
-SLAB = 8 * 2**20
+SLAB = 2**19
 """Numbers up to which a tensor that is only copied is moved at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Rows of a Hugging Face tensor. `single`: one row, seen without its first dimension."""
 
@@ -33,7 +35,7 @@ class Piece:
         return f"{self.name}[{self.first}]" if self.single else f"{self.name}[{self.first}:{self.first + self.count}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One Megatron tensor (or rows of one) and what it is made of.
 
@@ -88,7 +90,7 @@ class Plan:
     def nothings(self) -> list[str]:
         """Names under which Megatron stores that a layer has no extra state: of the local and of
         transformer-engine's spec."""
-        found = {}
+        found: dict[str, None] = {}
         for rule, layer, expert in self.architecture.instances():
             module = rule.megatron.removesuffix(".weight")
             if rule.layers is Layers.none or not (
@@ -117,7 +119,7 @@ def stored_key(
     if "{e}" in name:
         name = name.replace("local_experts.{e}.", "experts.")
         lead.append(expert)
-    return fill(name, layer, expert), tuple(index for index in lead if index is not None)
+    return sys.intern(fill(name, layer, expert)), tuple(index for index in lead if index is not None)
 
 
 def _lead_lengths(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
@@ -140,8 +142,13 @@ def make_plan(
         stored: an existing checkpoint, whose names are used where there are several.
 
     Raises:
-        CheckpointError: the layout does not divide the model.
+        CheckpointError: the layout does not divide the model, or the padded vocabulary is too small.
     """
+    if padded_vocab is not None and padded_vocab < architecture.vocab_size:
+        raise CheckpointError(
+            f"the Megatron embedding has {padded_vocab} rows, and config.json has vocab_size={architecture.vocab_size}: "
+            "they are of different vocabularies; name the config.json that belongs to the checkpoint"
+        )
     steps: list[Step] = []
     shapes: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
@@ -151,10 +158,10 @@ def make_plan(
         chosen = next((name for name in names if stored is not None and name in stored.shapes), names[0])
         lead = stored_key(architecture, rule.megatron, layer, expert)[1]
         aliases.update({name: chosen for name in names if name != chosen})
-        shape = rule.shape()
+        shape = rule.shape
         rows = shape[0] if not rule.vocabulary or padded_vocab is None else padded_vocab
         shapes[chosen] = (*_lead_lengths(architecture, rule), rows, *shape[1:])
-        parts, problem = _cut(rule, rows, shape, layout)
+        parts, problem = _cut_like(rule, rows, layout)
         if problem:
             problems[problem] = None
             continue
@@ -167,15 +174,26 @@ def make_plan(
         ):
             steps += _slabs(rule, pieces[0], chosen, lead, shape, rows, parts)
         else:
-            region = Region(chosen, (*lead, *(0 for _ in shape)), (*(1 for _ in lead), *shape))
+            region = Region(chosen, (*lead, *(0 for _ in shape)), _box(len(lead), shape))
             steps.append(Step(rule, pieces, region, shape, rows - shape[0], parts))
     if problems:
         raise CheckpointError(listed("this layout does not divide the model", list(problems)))
     return Plan(architecture, tuple(steps), shapes, aliases)
 
 
+@cache
+def _box(lead: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for the thousands of experts that share it."""
+    return (*(1 for _ in range(lead)), *shape)
+
+
+@cache
+def _cut_like(rule: Rule, rows: int, layout: Layout | None) -> tuple[tuple[int, ...], str | None]:
+    return _cut(rule, rows, rule.shape, layout)
+
+
 def _piece(name: str, shape: tuple[int, ...], stacked: bool, layer: int | None, expert: int | None) -> Piece:
-    name = fill(name, layer, expert)
+    name = sys.intern(fill(name, layer, expert))
     return Piece(name, expert, 1, single=True) if stacked and expert is not None else Piece(name, 0, shape[0])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000  # what safetensors itself accepts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file. `start` is the byte in the file where it begins."""
 
@@ -96,7 +97,7 @@ class TensorFiles:
 
 def read_into(descriptor: int, data: Tensor, offset: int, path: Path) -> None:
     """Fill a uint8 tensor from a file. Raises CheckpointError where it ends early."""
-    view = memoryview(data.numpy())
+    view = raw(data)
     done = 0
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], offset + done)
@@ -107,7 +108,7 @@ def read_into(descriptor: int, data: Tensor, offset: int, path: Path) -> None:
 
 def write_from(descriptor: int, tensor: Tensor, offset: int) -> None:
     """Write a contiguous tensor's bytes at an offset of a file."""
-    view = memoryview(bytes_of(tensor).numpy())
+    view = raw(tensor)
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
@@ -116,6 +117,12 @@ def write_from(descriptor: int, tensor: Tensor, offset: int) -> None:
 def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, as uint8 and without a copy."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor; writing to them writes to it."""
+    array: Any = bytes_of(tensor).numpy()
+    return memoryview(array)
 
 
 # --- reading a folder -------------------------------------------------------------------------------------------------
@@ -213,7 +220,9 @@ def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry
             raise ValueError(f"{name} has dtype {value['dtype']}")
         first, last = value["data_offsets"]
         shape = tuple(int(length) for length in value["shape"])
-        ranges.append((int(first), int(last), Entry(name, file, DTYPES[value["dtype"]], shape, start + int(first))))
+        ranges.append(
+            (int(first), int(last), Entry(sys.intern(name), file, DTYPES[value["dtype"]], shape, start + int(first)))
+        )
     ranges.sort(key=lambda item: item[:2])
     end = 0
     for first, last, entry in ranges:

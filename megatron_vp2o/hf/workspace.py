@@ -29,13 +29,13 @@ class Workspace:
 
     Attributes:
         folder: where to write.
-        done: batch number -> what was recorded of it, for the batches that need not be done again.
+        done: batch number -> where the journal has it, for the batches that need not be done again.
     """
 
     def __init__(self, target: Path, fingerprint: dict[str, Any]) -> None:
         self.target = target
         self.folder = temporary_folder(target)
-        self.done: dict[int, Any] = {}
+        self.done: dict[int, int] = {}
         self._guard = threading.Lock()
         self._fingerprint = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
         self._lock: int | None = None
@@ -55,38 +55,53 @@ class Workspace:
             raise CheckpointError(
                 f"{self.target} is being written by another process: wait for it, or stop it"
             ) from None
-        lines = self._journal()
-        if lines and lines[0] == {"fingerprint": self._fingerprint}:
-            self.done = {line["batch"]: line["record"] for line in lines[1:]}
-        else:
+        self.done = self._journal()
+        if not self.done:
             for path in self.folder.iterdir():
                 if path.name != _LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._append({"fingerprint": self._fingerprint})
         return self
 
-    def _journal(self) -> list[dict[str, Any]]:
-        found = []
-        try:
-            for line in (self.folder / _JOURNAL).read_text(encoding="utf-8").splitlines():
-                found.append(json.loads(line))
-        except FileNotFoundError:
-            return []
-        except ValueError:  # the last line, cut short by a kill
-            pass
+    def _journal(self) -> dict[int, int]:
+        """The batches that a conversion of the same completed; none if it was another's."""
+        found: dict[int, int] = {}
+        path = self.folder / _JOURNAL
+        if not path.exists():
+            return found
+        end = 0
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream):
+                try:
+                    content = json.loads(line)
+                except ValueError:  # the last one, cut short by a kill
+                    break
+                if number == 0 and content != {"fingerprint": self._fingerprint}:
+                    return found
+                if number > 0:
+                    found[content["batch"]] = end
+                end += len(line)
+        os.truncate(path, end)
         return found
 
     def record(self, batch: int, record: Any) -> None:
         """Note that a batch is complete and on the disk. Any thread may call it."""
         with self._guard:
-            self._append({"batch": batch, "record": record})
-            self.done[batch] = record
+            self.done[batch] = self._append({"batch": batch, "record": record})
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def recorded(self, batch: int) -> Any:
+        """What was noted of a batch. It is kept on the disk only: a large model has many."""
+        with (self.folder / _JOURNAL).open("rb") as stream:
+            stream.seek(self.done[batch])
+            return json.loads(stream.readline())["record"]
+
+    def _append(self, line: dict[str, Any]) -> int:
         with (self.folder / _JOURNAL).open("ab") as stream:
+            start = stream.tell()
             stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
+        return start
 
     def publish(self) -> None:
         """Give the folder its name; what had it before is removed afterwards."""

@@ -130,7 +130,9 @@ class SteinHook:
 
     @torch.no_grad()
     def transform(self) -> dict[str, float]:
-        """Replace the reduced expert gradients by the field's. A collective over the stage; call once a step, before clipping.
+        """Replace the reduced expert gradients by the field's (only look, where `enabled` is false).
+
+        A collective over the stage; call it once a step, before clipping.
 
         Returns:
             Metrics, means over the layers of all stages, equal on all ranks.
@@ -141,9 +143,11 @@ class SteinHook:
             counts_LEE, sums_LS = totals
             self.update_prototypes()
             field = self.field(counts_LEE, sums_LS[:, 0])
-            if self.settings.attraction:
-                self.gradients.mix(field.attraction_LEE)
-            ratio_L = self._repel(field)
+            ratio_L = torch.zeros(len(self.layers), device=self.groups.device)
+            if self.settings.enabled:
+                if self.settings.attraction:
+                    self.gradients.mix(field.attraction_LEE)
+                ratio_L = self._repel(field)
             metrics = self._metrics(field, counts_LEE, sums_LS, ratio_L)
         self._steps += 1
         self._prototypes_current = False  # an optimizer step follows
@@ -399,7 +403,7 @@ def install(model: Any, optimizer: Any, config: SteinConfig) -> Installed:
         ConfigError: if the model's configuration has no `finalize_model_grads_func` yet, or the hook is in it already.
     """
     chunks = model if isinstance(model, (list, tuple)) else [model]
-    hook = SteinHook(chunks, config, optimizer=optimizer)
+    hook = SteinHook(chunks, replace(config, enabled=True), optimizer=optimizer)
     model_config = hook.layers[0].config if hook.layers else _config_of(chunks[0])
     finalize = model_config.finalize_model_grads_func
     if finalize is None:

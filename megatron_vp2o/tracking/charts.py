@@ -61,6 +61,22 @@ TRAINING = (
     Spec("actor/age", "Actor age", exact=True),
     Spec("actor/refreshes", "Actor refreshes", exact=True),
 )
+EXPERTS = (
+    Spec("moe/router_entropy", "Router entropy", zero=False),
+    Spec("moe/effective_experts", "Evenness of the load"),
+    Spec("moe/load_violation", "Load violation"),
+    Spec("moe/output_overlap", "Overlap of expert outputs"),
+    Spec("stein/prototype_overlap", "Overlap of prototypes"),
+    Spec("stein/prototype_rank", "Effective rank of prototypes", zero=False),
+    Spec("stein/self_weight", "Weight of the own gradient", zero=False),
+    Spec("stein/repulsion_ratio", "Repulsion over attraction"),
+    Spec("trust_region/distance", "Distance of barycenters"),
+    Spec("trust_region/distance_gates", "Its part from routers"),
+    Spec("trust_region/distance_prototypes", "Its part from prototypes"),
+    Spec("trust_region/rejected", "Rejected steps", exact=True),
+    Spec("budget/drift", "Drift"),
+    Spec("budget/ess", "Effective sample size", zero=False),
+)
 WARM_UP = (
     Spec("supervised/loss", "Training loss", zero=False),
     Spec("supervised/validation_loss", "Validation loss", zero=False),

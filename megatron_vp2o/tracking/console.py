@@ -201,6 +201,10 @@ class Console:
         self._live.update(self._draw(), refresh=True)
 
 
+ENDS = (("moe/router_entropy", "router entropy (nats)"), ("stein/prototype_overlap", "prototype overlap"))
+"""Of training steps: shown as first and last."""
+
+
 def comparison_table(runs: Sequence[Run]) -> Table:
     """First and last evaluation of each run side by side, for the end of a job.
 
@@ -217,6 +221,11 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     for measure in found[:1]:
         if any(run.has(f"test/{measure.key}") for run in runs):
             table.add_row(f"test {_label(measure)}", *(_last(run, f"test/{measure.key}", measure) for run in runs))
+    for key, label in ENDS:
+        if any(run.has(key) for run in runs):
+            table.add_row(label, *(_ends(run, key) for run in runs))
+    if any(run.has("actor/refreshes") for run in runs):
+        table.add_row("weight syncs", *(_count(run, "actor/refreshes") for run in runs))
     table.add_row("steps", *(fmt.number(run.steps) for run in runs))
     table.add_row("training samples", *(fmt.number(int(run.last("samples") or 0)) for run in runs))
     table.add_row("time", *(fmt.duration(run.last("time/elapsed_s") or 0.0) for run in runs))
@@ -238,6 +247,16 @@ def _first_to_last(run: Run, measure: Measure) -> str:
         return "–"
     ends = [values[0], values[-1]] if len(values) > 1 else [values[-1]]
     return " → ".join(say_measure(measure, value) for value in ends)
+
+
+def _ends(run: Run, key: str) -> str:
+    values = run.values(key)
+    return f"{fmt.number(values[0])} → {fmt.number(values[-1])}" if values else "–"
+
+
+def _count(run: Run, key: str) -> str:
+    value = run.last(key)
+    return "–" if value is None else fmt.number(int(value))
 
 
 def _last(run: Run, key: str, measure: Measure) -> str:

@@ -56,6 +56,7 @@ def report(runs: Sequence[Run]) -> str:
         ("learning", "Learning curves", _learning(learning, palette)),
         ("diversity", "Answer diversity", _diversity(learning, palette)),
         ("training", "Training", _section(specs.TRAINING, specs.SAMPLES, learning, palette)),
+        ("experts", "Experts and proximal control", _section(specs.EXPERTS, specs.SAMPLES, learning, palette)),
         ("further", "Further measurements", _further(learning, palette)),
         ("warm-up", "Supervised training", _warm_up(warm_up, palette)),
         ("time", "Where the time went", _time(runs, palette)),
@@ -212,7 +213,7 @@ def _diversity(runs: Sequence[Run], palette: Palette) -> str:
 
 
 def _further(runs: Sequence[Run], palette: Palette) -> str:
-    drawn = [specs.ACCURACY_CHART, *specs.DIVERSITY, *specs.TRAINING]
+    drawn = [specs.ACCURACY_CHART, *specs.DIVERSITY, *specs.TRAINING, *specs.EXPERTS]
     return _section(specs.further_specs(runs, drawn), specs.SAMPLES, runs, palette)
 
 

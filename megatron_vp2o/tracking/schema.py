@@ -23,7 +23,7 @@ EVALUATION = "evaluations"
 END = "end of the run"
 REGION = "training steps of runs with a trust region"
 BUDGET = "training steps of runs with a budget"
-STEIN = "training steps of runs with a Stein field; means over layers"
+STEIN = "training steps of runs with a Stein field, or that monitor one; means over layers"
 
 FRACTION = "fraction"
 TOKENS = "tokens"

@@ -28,7 +28,8 @@ def learner(steps: int = 20, **layout: Any) -> Iterator[tuple[MegatronPolicy, St
     try:
         policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=steps)
         stein = config.algorithm.stein
-        yield policy, SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer) if stein.enabled else None
+        on = stein.enabled or stein.monitor
+        yield policy, SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer) if on else None
     finally:
         world.stop()
 
@@ -129,6 +130,8 @@ def test_off_is_bit_identical(layout: dict[str, Any]) -> None:
     other, other_losses = weights(layout)
     assert losses == other_losses and losses[-1] < losses[0]
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    watched, watched_losses = weights({"stein": {"enabled": False, "monitor": True}})
+    assert watched_losses == losses and all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     moved, _ = weights({"stein": {}})
     assert not all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
 

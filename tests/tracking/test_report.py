@@ -189,7 +189,8 @@ def test_metrics_of_the_future_are_drawn(tmp_path):
 
 def test_charts_are_of_registered_metrics_and_registered_metrics_have_charts(tmp_path):
     registered = set().union(*(schema_for(algorithm, PASS_AT) for algorithm in Algorithm))
-    learning, warm_up = [*charts.TRAINING, *charts.DIVERSITY, *charts.SPEED], [*charts.WARM_UP, *charts.SPEED]
+    learning = [*charts.TRAINING, *charts.EXPERTS, *charts.DIVERSITY, *charts.SPEED]
+    warm_up = [*charts.WARM_UP, *charts.SPEED]
     assert {spec.key for spec in learning + warm_up} <= registered
     for algorithm in Algorithm:
         keys = schema_for(algorithm, PASS_AT)

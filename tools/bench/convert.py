@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(folder: Path, gigabytes: float, workers: int) -> int:
+    """Two sizes with the same tensors: what a tensor costs, and what a byte costs."""
+    status = 0
+    found: dict[str, list[dict[str, Any]]] = {"to_megatron": [], "to_hf": []}
+    for size in sorted({LEAST_GB, gigabytes}):
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            status |= _both_ways(Path(name), size, workers, found)
+    for direction, reports in found.items():
+        small, large = reports[0], reports[-1]
+        if small is large:
+            continue
+        for kind in ("seconds", "cpu_seconds"):
+            slope = (large[kind] - small[kind]) / (large["size"] - small["size"])
+            fixed = small[kind] - slope * small["size"]
+            total = fixed + slope * LARGE_GB * 1e9
+            print(
+                f"{direction}: {kind} = {fixed * 1000 / small['tensors']:.2f} ms a tensor + {slope * 1e9:.2f} s/GB; "
+                f"33B in bfloat16: {total / 60:.1f} min"
+            )
+    return status
+
+
+def _both_ways(folder: Path, gigabytes: float, workers: int, found: dict[str, list[dict[str, Any]]]) -> int:
     hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
-    start = time.monotonic()
     size = make_checkpoint(hf, gigabytes)
-    print(f"made {size / 1e9:.2f} GB in {time.monotonic() - start:.0f} s", flush=True)
     for direction, source, target in (("to_megatron", hf, megatron), ("to_hf", megatron, back)):
         command = [sys.executable, "-m", "tools.bench.convert", "--workers", str(workers)]
         output = subprocess.run(
             [*command, "--child", direction, str(source), str(target)], check=True, stdout=subprocess.PIPE
         ).stdout
         report: dict[str, Any] = json.loads(output.splitlines()[-1])
-        rate = report["seconds"] / (size / 1e9)
+        found[direction].append(report)
         print(
-            f"{direction}: {report['tensors']} tensors, {report['seconds']:.1f} s ({rate:.2f} s/GB, {workers} workers); "
-            f"memory {(report['peak_bytes'] - report['start_bytes']) / 2**20:.0f} MiB on top of "
-            f"{report['start_bytes'] / 2**20:.0f} MiB of Python and torch; 33B in bfloat16: {rate * LARGE_GB / 60:.1f} min",
+            f"{size / 1e9:.2f} GB {direction}: {report['tensors']} tensors, {report['seconds']:.1f} s with {workers} "
+            f"workers, {report['cpu_seconds']:.1f} CPU s; memory {(report['peak_bytes'] - report['start_bytes']) / 2**20:.0f} "
+            f"MiB on top of {report['start_bytes'] / 2**20:.0f} MiB of Python and torch",
             flush=True,
         )
     names = [path.name for path in hf.iterdir()]

@@ -1,0 +1,118 @@
+"""Between a run's model settings and Hugging Face's: what a converted checkpoint is trained with, and the config.json of a
+model that was trained from scratch. Plain data; no Megatron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_vp2o.config.schema import ModelConfig, Precision, RouterScore
+from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.mapping import Architecture
+
+# Settings of the model that a checkpoint's manifest compares with a run's; they are TransformerConfig's names, too.
+_DEFAULTS = {
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+}
+_SHARED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "qk_layernorm",
+    "layernorm_epsilon",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+)
+
+
+def manifest_model(model: Architecture) -> dict[str, Any]:
+    """What the manifest of a training checkpoint says of its model."""
+    return {
+        **{name: model.settings[name] for name in _SHARED},
+        **{name: model.settings.get(name, value) for name, value in _DEFAULTS.items()},
+        "rotary_base": model.embedding["rotary_base"],
+        "share_embeddings_and_output_weights": model.tied,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def run_settings(model: Architecture) -> dict[str, Any]:
+    """The `model.*` settings of a run that starts from this checkpoint.
+
+    Raises:
+        CheckpointError: runs here cannot train the family; converting and verifying it is all there is.
+    """
+    if model.family not in ("qwen3_moe", "mixtral") or not all(model.moe_layers):
+        raise CheckpointError(
+            f"runs train models of the Qwen3-MoE and Mixtral shapes with experts in every layer; this {model.family} "
+            "checkpoint can be converted and verified, and loaded by a Megatron program of yours"
+        )
+    settings = manifest_model(model)
+    settings.pop("vocab_size")
+    return settings
+
+
+def hf_config(model: ModelConfig, vocab_size: int, *, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
+    """config.json of a model that was trained from scratch: a Qwen3-MoE with a norm on queries and keys, else a Mixtral.
+
+    Raises:
+        CheckpointError: neither family has such a model.
+    """
+    other = {
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size is not None,
+        "moe_router_score_function": model.moe_router_score_function is not RouterScore.softmax,
+        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        "moe_router_pre_softmax (without qk_layernorm)": model.moe_router_pre_softmax and not model.qk_layernorm,
+    }
+    if any(other.values()):
+        names = ", ".join(f"model.{name}" for name, wrong in other.items() if wrong)
+        raise CheckpointError(f"no Hugging Face family has this model ({names}): train a Qwen3-MoE or Mixtral shape")
+    shared = {
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "dtype": "bfloat16" if model.precision is Precision.bf16 else "float32",
+        "eos_token_id": eos_id,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_method_std,
+        "max_position_embeddings": model.max_sequence_length,
+        "num_attention_heads": model.num_attention_heads,
+        "num_experts_per_tok": model.moe_router_topk,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "output_router_logits": False,
+        "pad_token_id": pad_id,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "rope_theta": model.rotary_base,  # the name before transformers 5
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "sliding_window": None,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }
+    if model.qk_layernorm:
+        return shared | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "intermediate_size": model.moe_ffn_hidden_size,  # of dense layers, which there are none of
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": model.moe_ffn_hidden_size,
+            "norm_topk_prob": not model.moe_router_pre_softmax,
+            "num_experts": model.num_moe_experts,
+            "use_sliding_window": False,
+        }
+    return shared | {
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "model_type": "mixtral",
+        "num_local_experts": model.num_moe_experts,
+    }
