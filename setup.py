@@ -39,7 +39,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # a formatter changes its mind between minor releases
         "mypy>=1.15,<3",
-    "pyro-ppl>=1.9,<2",  # its SVGD is the independent reference of the Stein field
+        "pyro-ppl>=1.9,<2",  # its SVGD is the independent reference of the Stein field
         "transformers>=5.17,<6",  # Qwen3-MoE as an independent reference in tests
         "setuptools>=77",  # tests/test_packaging.py builds a real wheel with the environment's own; bound as in pyproject
     ],
