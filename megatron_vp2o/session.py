@@ -31,9 +31,11 @@ from megatron_vp2o.config.validate import optimizer_steps, validate, validate_pr
 from megatron_vp2o.core.objective import GRPOObjective, PolicyObjective, VP2OObjective  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
+from megatron_vp2o.hf.settings import hf_config  # noqa: E402
 from megatron_vp2o.megatron import checkpoint, world  # noqa: E402
 from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.megatron.hf_export import export_hf  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.trust_region import TrustRegion  # noqa: E402
@@ -101,9 +103,21 @@ def train(config: TrainConfig) -> int:
         if groups.rank == 0:
             save_config(config, config.run_dir)
         with run.sink:
-            return trainer.run()
+            status = trainer.run()
+            if status == 0 and config.checkpoint.export_hf:
+                _export(run)
+            return status
     finally:
         world.stop()
+
+
+def _export(run: Run) -> None:
+    tokenizer, policy = run.tokenizer, run.policy
+    policy.gather_parameters()
+    settings = hf_config(run.config.model, policy.valid_vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    target = Path(run.config.run_dir) / "hf"
+    with run.sink.phase(f"exporting to {target}"):
+        export_hf(policy.model, settings, run.groups, target, save_tokenizer=tokenizer.save, overwrite=True)
 
 
 def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:

@@ -143,6 +143,7 @@ def test_stale_actors_minibatches_nucleus_and_reference(warm_up, tmp_path):
         "algorithm.kl_coef=0.1",
         "algorithm.kl_reference=initial",
         "optimizer.lr=1e-2",
+        "checkpoint.export_hf=true",
     ]
     run_dir = tmp_path / "run"
     train("countdown_tiny_grpo", run_dir, *REINFORCE, f"init_from={warm_up}", *settings)
@@ -151,6 +152,7 @@ def test_stale_actors_minibatches_nucleus_and_reference(warm_up, tmp_path):
     assert measured(run_dir, "actor/version") == [0, 0, 8]
     assert max(measured(run_dir, "policy/logprob_mismatch")) <= 1e-5
     assert measured(run_dir, "policy/kl_reference")[-1] > 0
+    assert (run_dir / "hf" / "model.safetensors").is_file() and (run_dir / "hf" / "tokenizer.json").is_file()
 
 
 def test_report_from_both_runs(warm_up, reinforced, tmp_path):

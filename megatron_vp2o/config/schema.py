@@ -479,6 +479,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     save_at_end: bool = True
     """Save when the run ends."""
+    export_hf: bool = False
+    """Write the final weights to `hf` in the run folder, too, as a Hugging Face checkpoint."""
 
 
 @dataclass

@@ -346,19 +346,31 @@ def _check_lengths(folder: Path, ends: Mapping[str, int]) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes of {end}: copy the checkpoint again")
 
 
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},  # from Python 3.13 on
+}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the classes that torch and Megatron put into .metadata, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = (
-            module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."))
-            or (module, name)
-            in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-            or (module == "torch._utils" and name == "_get_layout")
-            or (module.startswith("pathlib") and name in {"PosixPath", "PurePosixPath", "Path"})
-        )
-        if not known:
+        if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
         return super().find_class(module, name)
 

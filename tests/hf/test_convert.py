@@ -278,6 +278,13 @@ MEGATRON_DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / ".metadata").write_bytes(pickle.dumps(_Evil())),
         ["does not belong there"],
     ),
+    "a pickle that reaches for code": (
+        # GLOBAL with a dotted name: what the module imported, not what it defines
+        lambda f: (f / ".metadata").write_bytes(
+            b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\tos.system\x93\x8c\x0btouch owned\x85R."
+        ),
+        ["os.system, which does not belong there"],
+    ),
     "a flipped bit": (_flip, [_FC2]),
 }
 

@@ -126,7 +126,9 @@ def test_transformers_reproduces_the_evaluation_of_an_exported_run(tmp_path: Pat
 def test_a_run_starts_from_a_converted_model_and_exports(tmp_path: Path) -> None:
     """The first evaluation is that of the converted weights: no step, and the way back is the same to the byte."""
     reference = models.save("qwen3_moe", tmp_path / "hf")
-    assert main(["to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--tp", "2"]) == 0
+    hf, megatron = str(tmp_path / "hf"), str(tmp_path / "megatron")
+    assert main(["to-megatron", hf, megatron, "--tp", "2"]) == 0
+    assert main(["verify", hf, megatron, "--logits"]) == 0
     run = tmp_path / "run"
     settings = [
         "model.num_layers=4",
@@ -146,7 +148,7 @@ def test_a_run_starts_from_a_converted_model_and_exports(tmp_path: Path) -> None
         "algorithm.steps=1",
         "algorithm.global_batch_size=4",
     ]
-    train("countdown_tiny_supervised", run, *settings, f"init_from={tmp_path / 'megatron'}")
+    train("countdown_tiny_supervised", run, *settings, f"init_from={megatron}")
     back = tmp_path / "back"
     assert main(["to-hf", str(run), str(back), "--like", str(tmp_path / "hf")]) == 0
     exported = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
