@@ -12,6 +12,8 @@ RUNARGS ?=
 BENCHARGS ?=
 # Processes of the training runs of `make run`. Two with one thread each are faster than one with two.
 RANKS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 > 1 ? 2 : 1)}')
+# Test files that run side by side.
+WORKERS ?= $(RANKS)
 # Folder of wheels for a CUDA machine without a package index (make gpu-check).
 WHEELS ?= wheels
 
@@ -64,10 +66,10 @@ verify: install ## Compare a Hugging Face and a Megatron checkpoint: HF=folder M
 	$(PY) -m tools.convert verify '$(HF)' '$(MEGATRON)' $(CONVERTARGS)
 
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
-	$(PY) -m pytest $(TESTARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(TESTARGS)
 
 smoke: install-dev ## The short set of tests, for a second Python
-	$(PY) -m pytest -m smoke $(TESTARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m smoke $(TESTARGS)
 
 lint: install-dev ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PORT_TAKEN = ("EADDRINUSE", "address already in use")
 TAIL = 6000  # characters of each rank's output that an error quotes
 
 
@@ -59,8 +60,12 @@ def run_distributed(
         else:
             what = [str(Path(target).resolve())] if target.endswith(".py") else ["-m", target]
             command = [sys.executable, *what, *map(str, args)]
-        processes = _start(command, world_size, work, env or {})
-        failure = _wait(processes, timeout)
+        for _ in range(3):
+            processes = _start(command, world_size, work, env or {})
+            failure = _wait(processes, timeout)
+            # Between finding a free port and listening on it, another test may have taken it.
+            if failure is None or not any(taken in _outputs(work, world_size) for taken in PORT_TAKEN):
+                break
         if failure is not None:
             raise RanksFailed(f"{target} on {world_size} ranks: {failure}\n{_outputs(work, world_size)}")
         files = [work / f"result-{rank}.json" for rank in range(world_size)]
