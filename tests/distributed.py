@@ -3,12 +3,19 @@
     results = run_distributed("tests.megatron.training_job:train", 2, tensor_parallel=2)
 
 starts what torchrun would start. Ranks find each other through the usual environment variables; gloo, one thread each.
+
+Importing Megatron takes a rank 7 s of CPU time, more than most tests do with it. So the ranks of a function are forked from
+a server that has imported its module (and done nothing else), except where there is CUDA, which does not outlive a fork.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,12 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT_TAKEN = ("EADDRINUSE", "address already in use")
 TAIL = 6000  # characters of each rank's output that an error quotes
+CUDA = Path("/dev/nvidiactl").exists()
 
 
 class RanksFailed(AssertionError):
@@ -60,9 +69,14 @@ def run_distributed(
         else:
             what = [str(Path(target).resolve())] if target.endswith(".py") else ["-m", target]
             command = [sys.executable, *what, *map(str, args)]
+        attempt: Callable[[], str | None]
+        if ":" in target and not CUDA:
+            server = _server(target.split(":")[0], tuple(sorted((env or {}).items())))
+            attempt = functools.partial(server.run, folder, world_size, timeout)
+        else:
+            attempt = functools.partial(_run_fresh, command, world_size, work, env or {}, timeout)
         for _ in range(3):
-            processes = _start(command, world_size, work, env or {})
-            failure = _wait(processes, timeout)
+            failure = attempt()
             # Between finding a free port and listening on it, another test may have taken it.
             if failure is None or not any(taken in _outputs(work, world_size) for taken in PORT_TAKEN):
                 break
@@ -72,39 +86,94 @@ def run_distributed(
         return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
-def _start(command: list[str], world_size: int, work: Path, env: dict[str, str]) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    shared = {
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set for a rank."""
+    return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
     }
-    processes = []
-    for rank in range(world_size):
+
+
+def _interpreter() -> dict[str, str]:
+    """What has to be set before Python starts."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class _Fresh:
+    """A rank in a Python of its own."""
+
+    def __init__(self, command: list[str], work: Path, rank: int, env: dict[str, str]) -> None:
         with (work / f"output-{rank}.txt").open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    cwd=work,
-                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **env},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a rank's own children (checkpoint writers) end with it
-                )
+            self._process = subprocess.Popen(
+                command,
+                cwd=work,
+                env={**os.environ, **_interpreter(), **env},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a rank's own children (checkpoint writers) end with it
             )
-    return processes
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self) -> None:
+        self._process.wait()
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> str | None:
+class _Forked:
+    """A rank forked from this process."""
+
+    def __init__(self, work: Path, rank: int, env: dict[str, str]) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=_forked, args=(work, rank, env))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _forked(work: Path, rank: int, env: dict[str, str]) -> None:
+    """What a forked rank does."""
+    os.setsid()
+    os.chdir(work)
+    with (work / f"output-{rank}.txt").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(env)
+    _call(str(work))
+
+
+def _run_fresh(command: list[str], world_size: int, work: Path, env: dict[str, str], timeout: float) -> str | None:
+    port = _free_port()
+    return _wait(
+        [_Fresh(command, work, rank, {**_environment(rank, world_size, port), **env}) for rank in range(world_size)],
+        timeout,
+    )
+
+
+def _run_forked(world_size: int, work: Path, timeout: float) -> str | None:
+    port = _free_port()
+    return _wait([_Forked(work, rank, _environment(rank, world_size, port)) for rank in range(world_size)], timeout)
+
+
+def _wait(processes: list[_Fresh] | list[_Forked], timeout: float) -> str | None:
     """None when all ranks ended well; else what went wrong, with the other ranks killed."""
     deadline = time.monotonic() + timeout
     try:
@@ -122,8 +191,67 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> str | Non
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for kill in (os.killpg, os.kill):  # a rank that was forked just now leads no group yet
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+class _Server:
+    """A process that has imported `module`, and forks ranks."""
+
+    def __init__(self, module: str, env: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed", "--serve", module],
+            cwd=ROOT,
+            env={**os.environ, **_interpreter(), **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, folder: str, world_size: int, timeout: float) -> str | None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps([folder, world_size, timeout]), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RanksFailed(f"the server of ranks ended with status {self._process.wait()}; its message is above")
+        failure = json.loads(answer)["failure"]
+        return None if failure is None else str(failure)
+
+    def stop(self) -> None:
+        """Ends with its standard input."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+_servers: dict[tuple[str, tuple[tuple[str, str], ...]], _Server] = {}
+
+
+def _server(module: str, env: tuple[tuple[str, str], ...]) -> _Server:
+    """The server of a module. Only the one used last is kept: each holds what it has imported in memory."""
+    if (module, env) not in _servers:
+        _stop_servers()
+        _servers[module, env] = _Server(module, dict(env))
+    return _servers[module, env]
+
+
+@atexit.register
+def _stop_servers() -> None:
+    while _servers:
+        _servers.popitem()[1].stop()
+
+
+def _serve(module: str) -> None:
+    """What a server does, until its standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an import prints is not an answer
+    importlib.import_module(module)
+    while line := sys.stdin.readline():
+        folder, world_size, timeout = json.loads(line)
+        print(json.dumps({"failure": _run_forked(world_size, Path(folder), timeout)}), file=answers, flush=True)
 
 
 def _outputs(work: Path, world_size: int) -> str:
@@ -145,4 +273,7 @@ def _call(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _call(sys.argv[1])
+    if sys.argv[1] == "--serve":
+        _serve(sys.argv[2])
+    else:
+        _call(sys.argv[1])
