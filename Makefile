@@ -14,6 +14,9 @@ BENCHARGS ?=
 RANKS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 > 1 ? 2 : 1)}')
 # Test files that run side by side.
 WORKERS ?= $(RANKS)
+# Where `make launch` starts a run, and with what further arguments.
+EXECUTOR ?= local
+LAUNCHARGS ?=
 # Folder of wheels for a CUDA machine without a package index (make gpu-check).
 WHEELS ?= wheels
 
@@ -28,7 +31,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run demo-trust-region test smoke lint docs bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python install install-dev run demo-trust-region test install-launch launch test-slurm smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -68,6 +71,15 @@ verify: install ## Compare a Hugging Face and a Megatron checkpoint: HF=folder M
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(TESTARGS)
 
+install-launch: python ## Make the environment with what tests and `make launch` need (NeMo-Run)
+	@$(INSTALL) --extras dev,nemo
+
+launch: install-launch ## Launch a run: RECIPE=name [EXECUTOR=local|torchrun|slurm LAUNCHARGS='--dryrun executor.nodes=2 key=value']
+	@$(PY) -m megatron_vp2o.launch --config-name '$(RECIPE)' executor=$(EXECUTOR) $(LAUNCHARGS)
+
+test-slurm: install-launch ## Against a real Slurm: the one that answers here, else one is installed (root) and started, two emulated nodes
+	bash tools/slurm_local.sh run $(PY) -m pytest -m slurm tests/slurm --durations=0 $(TESTARGS)
+
 smoke: install-dev ## The short set of tests, for a second Python
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m smoke $(TESTARGS)
 
@@ -80,6 +92,12 @@ docs: install ## Renew docs/configuration.md and docs/metrics.md from the code
 	@mkdir -p build
 	$(PY) -m megatron_vp2o.config.reference > build/configuration.md && mv build/configuration.md docs/configuration.md
 	$(PY) -m megatron_vp2o.tracking.reference > build/metrics.md && mv build/metrics.md docs/metrics.md
+
+plan: install ## What a recipe needs of each GPU: RECIPE=name [PLANARGS='--gpus 64 --device h100 --suggest --json key=value']
+	@$(PY) -m tools.plan '$(RECIPE)' $(PLANARGS)
+
+simulate: install ## An optimizer step of single ranks without their processes: RECIPE=name [RANK='0 63'] [PLANARGS=...]
+	@$(PY) -m tools.simulate '$(RECIPE)' $(foreach rank,$(RANK),--rank $(rank)) $(PLANARGS)
 
 bench: install ## Tokens/s, seconds of each phase of a step, start-up time (BENCHARGS)
 	$(PY) -m tools.bench all $(BENCHARGS)

@@ -54,6 +54,9 @@ EXTRAS = {
         "nemo-run>=0.11.1,<0.12",
         "leptonai<0.47",  # nemo-run 0.11.1 imports a module that 0.47 moved
     ],
+    # For exp_manager blocks and hydra_runner. It holds hydra-core at 1.3.2 and omegaconf at 2.3.0; [core] does not declare
+    # the last three, which importing its exp_manager takes.
+    "nemo-toolkit": ["nemo-toolkit[core]>=3,<4", "einops>=0.7", "sentencepiece>=0.2", "pandas>=2"],
     "eval": [
         "lm-eval[ifeval,api]>=0.4.13,<0.5",  # never its [math] extra: that pins antlr 4.11 and hydra needs 4.9
         "math-verify[antlr4_9_3]>=0.9,<0.10",  # the antlr that hydra uses

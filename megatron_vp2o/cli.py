@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,13 +31,13 @@ _TRACEBACKS = "HYDRA_FULL_ERROR"  # Hydra's own switch
 _FIRST_WORD_SECONDS = 10.0
 
 
-def main_with_config(run: Callable[[TrainConfig], int]) -> None:
+def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[..., Any] | None = None) -> None:
     """Compose and validate the configuration that the command line asks for, and call `run` with it.
 
     `run` returns the exit status; it should import what is heavy itself, so that `--help` and errors stay instant.
     Hydra's options work as ever (`--config-name`, `--config-dir`, `--cfg job`, `--multirun`, `--help`, ...). Under
     `--multirun` every job gets a folder of its own below run_dir, and the sweep ends at the first job whose status is
-    not 0.
+    not 0. `hydra_main` takes the place of `hydra.main` (NeMo's `hydra_runner` does, see nemo_train.py).
 
     A UserError, from here or from `run`, and whatever is wrong with the composition end the process with status 2 and
     its message after "error: ", without traceback (with one where the environment has HYDRA_FULL_ERROR=1). Any other
@@ -73,7 +73,8 @@ def main_with_config(run: Callable[[TrainConfig], int]) -> None:
                 # Hydra writes a sweep's multirun.yaml from every process; rank 0's is the one to keep.
                 scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
                 sys.argv.append(f"hydra.sweep.dir={scratch}")
-            hydra.main(version_base="1.3", config_path=_first_folder(), config_name="train")(job)()
+            decorate = hydra_main or functools.partial(hydra.main, version_base="1.3")
+            decorate(config_path=_first_folder(), config_name="train")(job)()
     except COMPOSITION_ERRORS as error:
         if wants_tracebacks or started:
             raise

@@ -27,7 +27,12 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     VP2OConfig,
 )
 from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
-from megatron_vp2o.config.validate import optimizer_steps, validate, validate_prompts  # noqa: E402
+from megatron_vp2o.config.validate import (  # noqa: E402
+    optimizer_steps,
+    validate,
+    validate_prompts,
+    validate_vocabulary,
+)
 from megatron_vp2o.core.objective import GRPOObjective, PolicyObjective, VP2OObjective  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
@@ -89,6 +94,7 @@ def train(config: TrainConfig) -> int:
     world.set_threads(config.threads)
     task = make_task(config.task, progress=world.environment_rank() == 0)
     validate_prompts(config, task.max_prompt_tokens)
+    validate_vocabulary(config, _tokenizer(config, task).vocab_size)
     groups = world.start(config.parallel, config.seed)
     try:
         validate(
@@ -114,7 +120,7 @@ def train(config: TrainConfig) -> int:
 def _export(run: Run) -> None:
     tokenizer, policy = run.tokenizer, run.policy
     policy.gather_parameters()
-    settings = hf_config(run.config.model, policy.valid_vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    settings = hf_config(run.config.model, policy.model_vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     target = Path(run.config.run_dir) / "hf"
     with run.sink.phase(f"exporting to {target}"):
         export_hf(policy.model, settings, run.groups, target, save_tokenizer=tokenizer.save, overwrite=True)

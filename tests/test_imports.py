@@ -29,8 +29,9 @@ BELOW: dict[str, set[str]] = {
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "plugins": {"rl", "rollout", "hf", "megatron", "parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors"},
+    "planning": {"rl", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
 }
-COMPOSITION = {"session", "train", "__init__"}  # may import everything, and nothing imports them
+COMPOSITION = {"session", "train", "nemo_train", "__init__"}  # may import everything, and nothing imports them
 STANDARD = set(sys.stdlib_module_names)
 WITHOUT_TORCH = {"errors", "config", "cli"}  # what `--help` imports
 

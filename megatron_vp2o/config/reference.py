@@ -21,7 +21,7 @@ from megatron_vp2o.config.register import GROUPS, recipe_names, resource_dir
 INTRODUCTION = """\
 # Configuration
 
-Made from `megatron_vp2o/config/schema.py`; edit that, then run
+Made from `megatron_vp2o/config/schema.py` and `model.py` beside it; edit those, then run
 `python -m megatron_vp2o.config.reference > docs/configuration.md`.
 
 A run is a recipe plus overrides:
@@ -64,6 +64,8 @@ def type_name(hint: Any) -> str:
         return ", ".join(f"`{member.name}`" for member in hint)
     if get_origin(hint) is list:
         return f"list of {type_name(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return " to ".join(type_name(part) for part in get_args(hint))
     return {int: "integer", float: "number", bool: "true or false", str: "text", Any: "anything"}[hint]
 
 

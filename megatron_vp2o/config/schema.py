@@ -13,6 +13,15 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from megatron_vp2o.config.model import Activation as Activation
+from megatron_vp2o.config.model import Dispatcher as Dispatcher
+from megatron_vp2o.config.model import Implementation as Implementation
+from megatron_vp2o.config.model import LoadBalancing as LoadBalancing
+from megatron_vp2o.config.model import ModelConfig as ModelConfig
+from megatron_vp2o.config.model import PositionEmbedding as PositionEmbedding
+from megatron_vp2o.config.model import Precision as Precision
+from megatron_vp2o.config.model import RouterScore as RouterScore
+from megatron_vp2o.config.model import SoftmaxType as SoftmaxType
 from megatron_vp2o.core.choices import (
     Kernel,
     Normalisation,
@@ -21,36 +30,6 @@ from megatron_vp2o.core.choices import (
     RepulsionScale,
     TemperatureScaling,
 )
-
-
-class Precision(enum.Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Implementation(enum.Enum):
-    """Which Megatron layer specs to build from."""
-
-    auto = "auto"  # transformer_engine where CUDA and transformer-engine are there, else local
-    local = "local"
-    transformer_engine = "transformer_engine"
-
-
-class Dispatcher(enum.Enum):
-    alltoall = "alltoall"
-    allgather = "allgather"
-
-
-class RouterScore(enum.Enum):
-    softmax = "softmax"
-    sigmoid = "sigmoid"
-
-
-class LoadBalancing(enum.Enum):
-    aux_loss = "aux_loss"
-    seq_aux_loss = "seq_aux_loss"
-    global_aux_loss = "global_aux_loss"
-    none = "none"
 
 
 class LRDecay(enum.Enum):
@@ -98,63 +77,6 @@ class DataSource(enum.Enum):
     task = "task"  # demonstrations of the run's task
     jsonl = "jsonl"  # one JSON object a line with a text field
     indexed = "indexed"  # Megatron IndexedDataset (.bin/.idx), already tokenised
-
-
-@dataclass
-class ModelConfig:
-    """A decoder-only sparse MoE transformer: RMSNorm, SwiGLU, GQA, qk-norm, RoPE, no bias (the Qwen3-MoE shape)."""
-
-    num_layers: int = 4
-    """Transformer layers; every one has a MoE feed-forward block."""
-    hidden_size: int = 128
-    """D, the width of the residual stream."""
-    num_attention_heads: int = 4
-    """Query heads."""
-    num_query_groups: int = 2
-    """Key/value heads (grouped-query attention)."""
-    kv_channels: int = 32
-    """Width of one attention head."""
-    qk_layernorm: bool = True
-    """RMSNorm on queries and keys of each head."""
-    rotary_base: float = 10000.0
-    """RoPE base."""
-    layernorm_epsilon: float = 1e-6
-    """Epsilon of every RMSNorm."""
-    max_sequence_length: int = 64
-    """Longest sequence, prompt and response together, in tokens."""
-    share_embeddings_and_output_weights: bool = False
-    """Tie the input embedding and the output projection."""
-    init_method_std: float = 0.02
-    """Standard deviation of the normal initialisation."""
-    num_moe_experts: int = 16
-    """E, routed experts in a layer."""
-    moe_router_topk: int = 4
-    """k, experts a token is routed to."""
-    moe_ffn_hidden_size: int = 64
-    """F, intermediate width of one expert."""
-    moe_shared_expert_intermediate_size: Optional[int] = None
-    """Width of a shared expert that sees every token; null for none."""
-    moe_router_score_function: RouterScore = RouterScore.softmax
-    """How router logits become gates."""
-    moe_router_pre_softmax: bool = False
-    """Softmax over all experts before the top-k (true) or over the selected ones after it (false, as Qwen3 with
-    norm_topk_prob)."""
-    moe_router_enable_expert_bias: bool = False
-    """Auxiliary-loss-free balancing by an expert bias (needs the sigmoid score)."""
-    moe_router_load_balancing_type: LoadBalancing = LoadBalancing.aux_loss
-    """Which load-balancing loss."""
-    moe_aux_loss_coeff: float = 1e-3
-    """Its coefficient."""
-    moe_z_loss_coeff: float = 0.0
-    """Coefficient of the router z-loss; 0 turns it off."""
-    moe_token_dispatcher_type: Dispatcher = Dispatcher.alltoall
-    """How tokens reach their experts."""
-    precision: Precision = Precision.fp32
-    """Parameters and activations; the router and the log-probabilities are always float32."""
-    implementation: Implementation = Implementation.auto
-    """Layer specs: Megatron's local ones (any device) or transformer-engine (CUDA)."""
-    recompute: bool = False
-    """Full activation recomputation, layer by layer."""
 
 
 @dataclass
@@ -238,6 +160,8 @@ class TaskConfig:
     """shortest_path: grid width."""
     blocked_probability: float = 0.3
     """shortest_path: chance that a cell is blocked."""
+    tokenizer: Optional[str] = None
+    """Folder of a Hugging Face tokenizer, for a model that was trained with it; null for the tasks' own, of characters."""
 
 
 @dataclass
@@ -532,5 +456,7 @@ class TrainConfig:
     run_dir that holds no run yet (never)."""
     threads: Optional[int] = None
     """CPU threads per process; null divides the cores among the processes of this node."""
+    exp_manager: Any = None
+    """Settings of NeMo's experiment manager (folder, loggers), as in NeMo's recipes; needs nemo-toolkit; null: not used."""
     notes: Any = None
     """Free text kept with the run."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vp2o.config.exp_manager import exp_manager_problems
 from megatron_vp2o.config.ranges import RANGES
 from megatron_vp2o.config.register import recipe_names
 from megatron_vp2o.config.schema import (
@@ -37,7 +38,12 @@ CHECKPOINTS = "checkpoints"
 
 
 def validate(
-    config: TrainConfig, world_size: int = 1, *, cuda_devices: int | None = None, local_world_size: int = 1
+    config: TrainConfig,
+    world_size: int = 1,
+    *,
+    cuda_devices: int | None = None,
+    local_world_size: int = 1,
+    elsewhere: bool = False,
 ) -> None:
     """Refuse a configuration that cannot work.
 
@@ -47,6 +53,7 @@ def validate(
         world_size: processes of the run.
         cuda_devices: GPUs of this node, 0 for none; None where that is not known yet: what needs them is not checked.
         local_world_size: processes of the run on this node.
+        elsewhere: the run is to start on another machine or in a container; what is installed here is not looked at.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -56,6 +63,9 @@ def validate(
         for rule in (_model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, _folders):
             problems.extend(rule(config))
         problems.extend(_world(config, world_size))
+        if not elsewhere:
+            problems.extend(_packages(config))
+        problems.extend(exp_manager_problems(config.exp_manager, elsewhere=elsewhere))
         if cuda_devices is not None:
             problems.extend(_devices(config, cuda_devices, local_world_size))
     if problems:
@@ -77,6 +87,20 @@ def validate_prompts(config: TrainConfig, max_prompt_tokens: int) -> None:
             f"prompts of task.name={config.task.name} have up to {max_prompt_tokens} tokens, and with "
             f"rollout.sampling.max_new_tokens={response} that exceeds model.max_sequence_length={context}: "
             f"raise model.max_sequence_length to {max_prompt_tokens + response} or shorten the responses"
+        )
+
+
+def validate_vocabulary(config: TrainConfig, tokenizer_size: int) -> None:
+    """Refuse a model that does not know all of its tokenizer's ids. Call once the tokenizer is there.
+
+    Raises:
+        ConfigError: with the value, the bound and the fix.
+    """
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size={size} is less than the {tokenizer_size} ids of the tokenizer: choose at least "
+            f"{tokenizer_size}, null for just that, or the tokenizer that the model was made with"
         )
 
 
@@ -124,6 +148,11 @@ def _model(config: TrainConfig) -> Iterator[str]:
             "model.moe_router_topk=1 with moe_router_pre_softmax=false makes every gate 1 and the router's gradient 0: "
             "set model.moe_router_pre_softmax=true or choose a larger top-k"
         )
+    if model.window_attn_skip_freq is not None and model.window_size is None:
+        yield (
+            f"model.window_attn_skip_freq={model.window_attn_skip_freq} with model.window_size=null has no window to leave "
+            "out: set model.window_size, or model.window_attn_skip_freq=null"
+        )
     if model.moe_router_enable_expert_bias and softmax:
         yield (
             "model.moe_router_enable_expert_bias=true needs model.moe_router_score_function=sigmoid, but it is "
@@ -145,6 +174,11 @@ def _layout(config: TrainConfig) -> Iterator[str]:
     yield from _divides(
         "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "parallel.expert_tensor_parallel", expert_tensor
     )
+    if model.add_bias_linear and expert_tensor > 1:
+        yield (
+            f"parallel.expert_tensor_parallel={expert_tensor}: Megatron has no expert tensor parallelism for experts with "
+            "biases (model.add_bias_linear=true): choose 1, and parallel.expert_parallel to split them"
+        )
     if tensor > 1 and parallel.sequence_parallel is False:
         yield (
             f"parallel.sequence_parallel=false with parallel.tensor_parallel={tensor}: Megatron trains experts under "
@@ -173,6 +207,9 @@ def _layout(config: TrainConfig) -> Iterator[str]:
             f"parallel.context_parallel={parallel.context_parallel} is not supported yet (responses are scored and generated as "
             "whole sequences): choose 1, and tensor or pipeline parallelism for long sequences"
         )
+
+
+def _packages(config: TrainConfig) -> Iterator[str]:
     for setting in _needs_transformer_engine(config):
         if importlib.util.find_spec("transformer_engine") is None:
             yield (
@@ -287,7 +324,7 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
             f"algorithm={algorithm.name.name} (override /algorithm in a recipe), not the name"
         )
     if isinstance(algorithm, SupervisedConfig):
-        yield from _data(algorithm)
+        yield from _data(config, algorithm)
     if isinstance(algorithm, GRPOConfig):
         if algorithm.group_size < 2:
             yield (
@@ -337,8 +374,13 @@ def _control(algorithm: VP2OConfig) -> Iterator[str]:
         )
 
 
-def _data(algorithm: SupervisedConfig) -> Iterator[str]:
+def _data(config: TrainConfig, algorithm: SupervisedConfig) -> Iterator[str]:
     data = algorithm.data
+    if data.pack and config.model.window_size is not None:
+        yield (
+            f"algorithm.data.pack=true with model.window_size={config.model.window_size}: Megatron's sliding window sees "
+            "over the borders of documents; use algorithm.data.pack=false"
+        )
     if data.source is not DataSource.task:
         suffixes = ("",) if data.source is DataSource.jsonl else (".bin", ".idx")
         if data.path is None:
@@ -352,12 +394,6 @@ def _data(algorithm: SupervisedConfig) -> Iterator[str]:
                         "or use "
                         "algorithm.data.source=task"
                     )
-    if data.tokenizer is not None and not Path(data.tokenizer).is_dir():
-        yield (
-            f"algorithm.data.tokenizer={data.tokenizer} is not a folder: name one with a Hugging Face tokenizer in "
-            "it, or null "
-            "for the task's own"
-        )
 
 
 def _sequence(config: TrainConfig) -> Iterator[str]:
@@ -405,6 +441,14 @@ def _folders(config: TrainConfig) -> Iterator[str]:
         yield (
             f"init_from={config.init_from} does not exist: run what makes it first{hint}, correct the path, or set null"
         )
+    data = getattr(config.algorithm, "data", None)
+    tokenizers = {"task": config.task.tokenizer, "algorithm.data": None if data is None else data.tokenizer}
+    for section, folder in tokenizers.items():
+        if folder is not None and not Path(folder).is_dir():
+            yield (
+                f"{section}.tokenizer={folder} is not a folder: name one with a Hugging Face tokenizer in it, or null "
+                "for the task's own"
+            )
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir={config.run_dir} is a file: choose another run_dir or name"
         return

@@ -3,6 +3,7 @@ model that was trained from scratch. Plain data; no Megatron."""
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 from megatron_vp2o.config.schema import ModelConfig, Precision, RouterScore
@@ -15,6 +16,15 @@ _DEFAULTS = {
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
 }
+LATER: dict[str, Any] = {
+    "add_bias_linear": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "position_embedding_type": "rope",
+}
+"""Settings that manifests of older checkpoints lack, with the values that these have."""
 _SHARED = (
     "num_layers",
     "hidden_size",
@@ -34,7 +44,9 @@ def manifest_model(model: Architecture) -> dict[str, Any]:
     """What the manifest of a training checkpoint says of its model."""
     return {
         **{name: model.settings[name] for name in _SHARED},
-        **{name: model.settings.get(name, value) for name, value in _DEFAULTS.items()},
+        **{name: model.settings.get(name, value) for name, value in {**_DEFAULTS, **LATER}.items()},
+        "window_size": list(model.settings["window_size"]) if "window_size" in model.settings else None,
+        "position_embedding_type": model.embedding["position_embedding_type"],
         "rotary_base": model.embedding["rotary_base"],
         "share_embeddings_and_output_weights": model.tied,
         "vocab_size": model.vocab_size,
@@ -47,14 +59,35 @@ def run_settings(model: Architecture) -> dict[str, Any]:
     Raises:
         CheckpointError: runs here cannot train the family; converting and verifying it is all there is.
     """
-    if model.family not in ("qwen3_moe", "mixtral") or not all(model.moe_layers):
+    skip = _every(model.settings.get("window_attn_skip_freq"))
+    if model.family not in ("qwen3_moe", "mixtral", "gpt_oss") or not all(model.moe_layers) or skip == 1:
         raise CheckpointError(
-            f"runs train models of the Qwen3-MoE and Mixtral shapes with experts in every layer; this {model.family} "
+            f"runs train models of the Qwen3-MoE, Mixtral and GPT-OSS shapes with experts in every layer; this {model.family} "
             "checkpoint can be converted and verified, and loaded by a Megatron program of yours"
         )
     settings = manifest_model(model)
-    settings.pop("vocab_size")
-    return settings
+    if settings["window_size"] is not None:
+        settings["window_size"] = settings["window_size"][0]
+    if skip is not None:
+        settings["window_attn_skip_freq"] = skip
+    if model.settings["activation_func"] != "silu":
+        settings["activation_func"] = model.settings["activation_func"]
+    yarn = {name: value for name, value in model.embedding.items() if name.startswith("yarn_") and value is not None}
+    return settings | yarn
+
+
+def _every(windowed: list[int] | None) -> int | None:
+    """Every so manieth layer has no window, as a run says it: None where all have one, 1 where that is not the pattern."""
+    if windowed is None or all(windowed):
+        return None
+    every = windowed.index(0) + 1
+    pattern = [int((layer + 1) % every != 0) for layer in range(len(windowed))]
+    return every if pattern == windowed else 1
+
+
+def plain(value: Any) -> Any:
+    """A setting as it stands in a manifest."""
+    return value.value if isinstance(value, enum.Enum) else list(value) if isinstance(value, tuple) else value
 
 
 def hf_config(model: ModelConfig, vocab_size: int, *, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
@@ -67,6 +100,7 @@ def hf_config(model: ModelConfig, vocab_size: int, *, eos_id: int | None, pad_id
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size is not None,
         "moe_router_score_function": model.moe_router_score_function is not RouterScore.softmax,
         "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        **{name: plain(getattr(model, name)) != value for name, value in LATER.items()},
         "moe_router_pre_softmax (without qk_layernorm)": model.moe_router_pre_softmax and not model.qk_layernorm,
     }
     if any(other.values()):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -79,6 +81,7 @@ class KVCache(StaticInferenceContext):
         self.max_length = max_length
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._window: tuple[int, Tensor] | None = None
         self._rows_B: Tensor | None = None
 
     def start(self, position_BS: Tensor, end: int, *, prefill: bool) -> None:
@@ -92,17 +95,18 @@ class KVCache(StaticInferenceContext):
         self._position_BS = position_BS
         self._end = end
         self._prefill = prefill
+        self._window = None
         self._rope_at: tuple[Tensor, Tensor] | None = None
         if not self._prefill:
             key_T = torch.arange(self._end, device=position_BS.device)
             self._mask_B1ST = (key_T <= position_BS[..., None])[:, None]
             self._rows_B = torch.arange(position_BS.shape[0], device=position_BS.device)[:, None]
 
-    def rotary(self, freqs_T11d: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin at the coming positions, [B, 1, S, d / 2], computed once per forward."""
+    def rotary(self, freqs_T11d: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """cos and sin at the coming positions times `scale` (YaRN's), [B, 1, S, d / 2], computed once per forward."""
         if self._rope is None:
             half = freqs_T11d[:, 0, 0, : freqs_T11d.shape[-1] // 2]  # Megatron repeats it for the second halves
-            self._rope = half.cos(), half.sin()
+            self._rope = (half.cos() * scale, half.sin() * scale) if scale != 1.0 else (half.cos(), half.sin())
         if self._rope_at is None:
             cos, sin = self._rope
             self._rope_at = cos[self._position_BS][:, None], sin[self._position_BS][:, None]
@@ -122,6 +126,14 @@ class KVCache(StaticInferenceContext):
         keys[self._rows_B, :, self._position_BS] = key_BGSd.transpose(1, 2)
         values[self._rows_B, :, self._position_BS] = value_BGSd.transpose(1, 2)
         return keys[:, :, : self._end], values[:, :, : self._end], self._mask_B1ST
+
+    def within(self, before: int) -> Tensor:
+        """The mask of a sliding window, [B, 1, S, T]: each position sees itself and `before` ones before it."""
+        if self._window is None or self._window[0] != before:
+            key_T = torch.arange(self._end, device=self._position_BS.device)
+            back_B1ST = (self._position_BS[..., None] - key_T)[:, None]
+            self._window = before, (back_B1ST >= 0) & (back_B1ST <= before)
+        return self._window[1]
 
     def select(self, rows: Tensor) -> None:
         """Keep (and repeat) rows, in the order given. Shape [new batch]."""
@@ -172,11 +184,14 @@ class CachedSelfAttention(SelfAttention):
         freqs = kwargs["rotary_pos_emb"]
         freqs_T11d = freqs[0] if isinstance(freqs, tuple) else freqs
         if isinstance(cache, KVCache):
-            cos, sin = cache.rotary(freqs_T11d)
+            cos, sin = cache.rotary(freqs_T11d, _yarn_get_concentration_factor_from_config(self.config))
             query_BNSd = _turn(query.permute(1, 2, 0, 3), cos.to(query.dtype), sin.to(query.dtype))
             key_BGSd = _turn(key.permute(1, 2, 0, 3), cos.to(key.dtype), sin.to(key.dtype))
             keys, values, mask = cache.append(self.layer_number, key_BGSd, value.permute(1, 2, 0, 3))
-            out = _attend(query_BNSd, keys, values, mask)
+            window = self.config.window_size
+            if window and is_layer_window_attention(window, self.config.window_attn_skip_freq, self.layer_number):
+                mask = cache.within(window[0])
+            out = _attend(query_BNSd, keys, values, mask, getattr(self.core_attention, "softmax_offset", None))
         else:
             half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
             cos, sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
@@ -185,8 +200,12 @@ class CachedSelfAttention(SelfAttention):
         return self.linear_proj(out)
 
 
-def _attend(query_bnsd: Tensor, key_bgtd: Tensor, value_bgtd: Tensor, allowed: Tensor | None) -> Tensor:
-    """Attention over what `allowed` marks (None: causal). Returns [s, b, n * d]."""
+def _attend(
+    query_bnsd: Tensor, key_bgtd: Tensor, value_bgtd: Tensor, allowed: Tensor | None, sink_n: Tensor | None = None
+) -> Tensor:
+    """Attention over what `allowed` marks (None: causal), each head with a sink if there are any. Returns [s, b, n * d]."""
+    if sink_n is not None:
+        return _attend_with_sinks(query_bnsd, key_bgtd, value_bgtd, allowed, sink_n)
     out_bnsd = F.scaled_dot_product_attention(
         query_bnsd,
         key_bgtd,
@@ -195,4 +214,20 @@ def _attend(query_bnsd: Tensor, key_bgtd: Tensor, value_bgtd: Tensor, allowed: T
         is_causal=allowed is None,
         enable_gqa=query_bnsd.shape[1] != key_bgtd.shape[1],
     )
+    return out_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend_with_sinks(
+    query_bnsd: Tensor, key_bgtd: Tensor, value_bgtd: Tensor, allowed: Tensor | None, sink_n: Tensor
+) -> Tensor:
+    """The softmax of each head has one more logit, which takes its share and gives nothing (gpt-oss). Float32 inside."""
+    (b, n, s, d), (_, g, t, _) = query_bnsd.shape, key_bgtd.shape
+    query_bgsd = query_bnsd.reshape(b, g, n // g * s, d)  # the heads of a group side by side
+    scores_bnst = (query_bgsd @ key_bgtd.transpose(2, 3)).view(b, n, s, t).float() * d**-0.5
+    if allowed is None:
+        allowed = torch.ones(s, t, dtype=torch.bool, device=query_bnsd.device).tril_()
+    scores_bnst = scores_bnst.masked_fill(~allowed, float("-inf"))
+    sinks_bns1 = sink_n.float().view(1, n, 1, 1).expand(b, n, s, 1)
+    shares_bnst = torch.cat([scores_bnst, sinks_bns1], dim=-1).softmax(dim=-1)[..., :-1].to(value_bgtd.dtype)
+    out_bnsd = (shares_bnst.reshape(b, g, n // g * s, t) @ value_bgtd).view(b, n, s, d)
     return out_bnsd.permute(2, 0, 1, 3).flatten(2)

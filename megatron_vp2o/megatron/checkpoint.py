@@ -34,6 +34,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.settings import LATER, plain
 from megatron_vp2o.megatron import checkpoint_folder as files
 from megatron_vp2o.megatron.checkpoint_folder import latest, resolve
 from megatron_vp2o.megatron.compat import megatron_version
@@ -408,6 +409,7 @@ def _check(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
 
 
 def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    there = LATER | there if what == "model" else there
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:
         values = ", ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
@@ -417,11 +419,17 @@ def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any]) ->
 
 def _architecture(policy: MegatronPolicy) -> dict[str, Any]:
     gpt = policy.model
-    return {name: getattr(gpt.config, name) for name in _ARCHITECTURE} | {
-        "rotary_base": gpt.rotary_base,
-        "share_embeddings_and_output_weights": gpt.share_embeddings_and_output_weights,
-        "vocab_size": policy.valid_vocab,
-    }
+    later = {name: plain(getattr(gpt.config, name, None)) for name in LATER}
+    return (
+        {name: getattr(gpt.config, name) for name in _ARCHITECTURE}
+        | later
+        | {
+            "position_embedding_type": gpt.position_embedding_type,
+            "rotary_base": gpt.rotary_base,
+            "share_embeddings_and_output_weights": gpt.share_embeddings_and_output_weights,
+            "vocab_size": policy.model_vocab,
+        }
+    )
 
 
 def _optimizer_kind(policy: MegatronPolicy) -> dict[str, Any]:

@@ -274,6 +274,17 @@ def auxiliary_losses(micro_batches: int) -> dict[str, float]:
     return result
 
 
+def forget_auxiliary_losses() -> None:
+    """Drop what has been tracked, and for how many layers: before a model of another depth in the same process."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        get_moe_metrics_tracker().metrics.clear()
+    except ModuleNotFoundError:
+        _tracked_losses().clear()
+    forget_loss_scales()
+
+
 def _tracked_losses() -> dict[str, dict[str, Any]]:
     """Tracked values per layer, [L]: a dictionary in 0.16.1 (moe_utils.py:1103), an object from 0.19.2 on."""
     try:

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.expert_weights import ExpertWeights, Row
 from megatron_vp2o.parallel.exchange import ExpertExchange, Interval, Members, Unit
-from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.parallel.groups import Groups, gather_places
 
 
 class ExpertGradients:
@@ -126,7 +126,6 @@ def _places(chunks: Sequence[Any]) -> dict[Parameter, tuple[Any, int, int]]:
 
 def _members(groups: Groups, shards: int) -> Members:
     """The group that exchanges: the expert-parallel ranks, and their replicas where these share the gradients."""
-    mine = (groups.ep.rank(), groups.expert_dp.rank() if shards > 1 else 0)
     if shards == 1:
         group = groups.ep
     elif groups.ep.size() == 1:
@@ -135,20 +134,14 @@ def _members(groups: Groups, shards: int) -> Members:
         group = groups.stage
     else:
         group = _same_part(groups)
-    everyone: list[Any] = [None] * group.size()
-    if group.size() > 1:
-        dist.all_gather_object(everyone, mine, group=group)
-    else:
-        everyone = [mine]
-    return Members(group, [place[0] for place in everyone], [place[1] for place in everyone])
+    places = gather_places(groups, group)
+    return Members(group, [place.ep for place in places], [place.expert_dp if shards > 1 else 0 for place in places])
 
 
 def _same_part(groups: Groups) -> dist.ProcessGroup:
     """All ranks of the stage that hold the same part of each expert's width; made here, since Megatron has no such group."""
-    size = groups.stage.size()
-    places: list[Any] = [None] * size
-    dist.all_gather_object(places, (groups.etp.rank(), groups.world.rank()), group=groups.stage)
-    ranks = sorted(rank for part, rank in places if part == groups.etp.rank())
+    places = gather_places(groups, groups.stage)
+    ranks = sorted(place.rank for place in places if place.etp == groups.etp.rank())
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -83,9 +83,15 @@ class GroupedSequentialMLP(SequentialMLP):
         self, hidden_TD: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens sorted by expert, [T, D], and their gates, [T] -> (expert outputs times gates [T, D], None)."""
+        for expert in self.local_experts:
+            for linear in (expert.linear_fc1, expert.linear_fc2):
+                for (
+                    hook
+                ) in linear._forward_pre_hooks.values():  # these modules are not called: waits for their parameters
+                    hook(linear, ())
         fc1 = [expert.linear_fc1.weight for expert in self.local_experts]
         fc2 = [expert.linear_fc2.weight for expert in self.local_experts]
-        if hidden_TD.device.type == "cpu":
+        if not hidden_TD.is_cuda:
             sizes_E = tokens_per_expert_E.tolist()
             return _SwiGLUExperts.apply(hidden_TD, probs_T.to(hidden_TD.dtype), sizes_E, *fc1, *fc2), None
         ends_E = tokens_per_expert_E.to(hidden_TD.device, non_blocking=True).cumsum(0).to(torch.int32)

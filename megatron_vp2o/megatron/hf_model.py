@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -38,10 +36,9 @@ from megatron_vp2o.errors import CheckpointError, ConfigError
 from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.attention import FusedCoreAttention
 from megatron_vp2o.megatron.compat import mark_expert_parameters, megatron_version, replace_in_spec
+from megatron_vp2o.megatron.model import ACTIVATIONS, set_yarn
 from megatron_vp2o.megatron.norm import RMSNorm
 from megatron_vp2o.parallel.groups import Groups
-
-ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 
 
 def transformer_config(model: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -70,9 +67,7 @@ def transformer_config(model: Architecture, parallel: ParallelConfig, dtype: tor
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
-    for name, value in model.embedding.items():
-        if name.startswith("yarn_"):  # GPTModel looks for these, which are no fields
-            setattr(config, name, value)
+    set_yarn(config, {name: value for name, value in model.embedding.items() if name.startswith("yarn_")})
     return config
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vp2o.config.schema import LoadBalancing, ModelConfig, ParallelConfig, Precision
+from megatron_vp2o.config.schema import LoadBalancing, ModelConfig, ParallelConfig, PositionEmbedding, Precision
 from megatron_vp2o.megatron.compat import mark_expert_parameters
 from megatron_vp2o.megatron.specs import layer_specs, use_transformer_engine
 from megatron_vp2o.parallel.groups import Groups
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 
 
 def sequence_parallel(parallel: ParallelConfig) -> bool:
@@ -32,7 +35,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inferenc
     balancing = model.moe_router_load_balancing_type
     if model.moe_aux_loss_coeff == 0 or inference:
         balancing = LoadBalancing.none
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -43,8 +46,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inferenc
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        activation_func=ACTIVATIONS[model.activation_func.value],
+        glu_linear_offset=model.glu_linear_offset,
+        activation_func_clamp_value=model.activation_func_clamp_value,
+        add_bias_linear=model.add_bias_linear,
+        softmax_type=model.softmax_type.value,
+        window_size=None if model.window_size is None else (model.window_size, 0),
+        window_attn_skip_freq=model.window_attn_skip_freq,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_method_std,
@@ -85,6 +93,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inferenc
         bias_dropout_fusion=te,
         apply_rope_fusion=False,
     )
+    if model.position_embedding_type is PositionEmbedding.yarn:
+        set_yarn(config, {name: getattr(model, name) for name in vars(model) if name.startswith("yarn_")})
+    return config
+
+
+def set_yarn(config: TransformerConfig, settings: dict[str, Any]) -> None:
+    """What GPTModel and attention look for on the configuration, where they are no fields (gpt_model.py:172)."""
+    for name, value in {"yarn_mscale": None, "yarn_mscale_all_dim": None, **settings}.items():
+        setattr(config, name, value)
 
 
 def build_model(
@@ -105,8 +122,8 @@ def build_model(
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
+        position_embedding_type=model.position_embedding_type.value,
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]  # declared an int, used as a number
     )
     mark_expert_parameters(gpt)
     if inference:
@@ -127,7 +144,7 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
 
 @torch.no_grad()
 def initialise(gpt: GPTModel, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Normal weights (output projections scaled by 1/sqrt(2 layers), as Megatron does) and unit norms.
+    """Normal weights (output projections scaled by 1/sqrt(2 layers), as Megatron does), unit norms, no biases and sinks.
 
     Each tensor is drawn whole from a generator seeded by its global name, then cut to this rank's part. That costs one
     full tensor of memory at a time, and makes every layout start from the same model, expert by expert.

@@ -30,7 +30,7 @@ _TINY = 1e-6
 
 
 class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """The all-to-all dispatcher, without its second permutation where that is the identity.
+    """The all-to-all dispatcher, without its second permutation where that is the identity, and without its last gates.
 
     With one rank in the expert group, tokens leave the first permutation sorted by expert. The base class still cuts them
     into one chunk an expert and concatenates these in the same order (token_dispatcher.py, sort_chunks_by_idxs), four full
@@ -55,6 +55,14 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """See the base class."""
         return hidden_states if self._sorted_already() else super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """See the base class."""
+        combined = super().combine_postprocess(permutated_local_input_tokens)
+        # They hold the step's graph, that holds the module by its hooks, and no collector sees a cycle through autograd: a
+        # model that is dropped would stay in memory, with its process groups and their threads.
+        self.probs: Tensor | None = None
+        return combined
 
 
 class ObservedRouter(TopKRouter):

@@ -30,14 +30,16 @@ class MegatronPolicy:
 
     Args:
         config: the run.
-        vocab_size: ids of the tokenizer (the model's vocabulary is padded beyond it).
+        vocab_size: ids of the tokenizer (the model's vocabulary may be larger, and is padded).
         optimizer_steps: optimizer steps of the whole run, for the learning-rate schedule.
     """
 
     def __init__(self, config: TrainConfig, groups: Groups, *, vocab_size: int, optimizer_steps: int) -> None:
         self.groups = groups
         self.valid_vocab = vocab_size
-        self.padded_vocab = padded_vocab_size(vocab_size, config.parallel)
+        self.model_vocab = config.model.vocab_size or vocab_size
+        """Ids that a checkpoint of the model speaks of; those beyond `valid_vocab` have probability zero."""
+        self.padded_vocab = padded_vocab_size(self.model_vocab, config.parallel)
         self.model: GPTModel = build_model(
             config.model, config.parallel, groups, vocab_size=self.padded_vocab, seed=config.seed
         )

@@ -7,7 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -42,13 +44,26 @@ def layer_specs(config: TransformerConfig, implementation: Implementation) -> An
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
         return replace_in_spec(spec, {SelfAttention: CachedSelfAttention, MoELayer: VP2OMoELayer})
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    return replace_in_spec(
-        spec,
-        {
-            WrappedTorchNorm: RMSNorm,
-            DotProductAttention: FusedCoreAttention,
-            SelfAttention: CachedSelfAttention,
-            MoELayer: VP2OMoELayer,
-            SequentialMLP: GroupedSequentialMLP,
-        },
-    )
+    replacements: dict[type, type] = {
+        WrappedTorchNorm: RMSNorm,
+        SelfAttention: CachedSelfAttention,
+        MoELayer: VP2OMoELayer,
+    }
+    if config.softmax_type == "vanilla" and config.window_size is None:
+        replacements[DotProductAttention] = FusedCoreAttention
+    plain = config.glu_linear_offset == 0 and config.activation_func_clamp_value is None
+    if plain and not config.add_bias_linear and config.activation_func is F.silu:
+        replacements[SequentialMLP] = GroupedSequentialMLP
+    if config.add_bias_linear:
+        replacements[RowParallelLinear] = OwnOutputLinear
+    return replace_in_spec(spec, replacements)
+
+
+class OwnOutputLinear(RowParallelLinear):
+    """RowParallelLinear whose output may be changed in place: an expert's bias is added so (transformer/mlp.py), and without
+    transformer-engine the output is a view made by an autograd function, for which torch refuses it."""
+
+    def forward(self, input_: Any) -> Any:
+        """See the base class."""
+        output, bias = super().forward(input_)
+        return (output.clone() if self.is_expert and bias is not None else output), bias

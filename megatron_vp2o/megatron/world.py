@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from datetime import timedelta
@@ -80,9 +81,18 @@ def current_groups() -> Groups:
 
 
 def stop_model_parallel() -> None:
-    """Give up Megatron's groups, so that `start` can build others in the same world."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Give up all groups but the world, so that `start` can build others in it. A collective.
+
+    Megatron forgets its groups without closing them, and each of gloo's keeps threads that wake a hundred times a second.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    dist.barrier()  # nobody closes what another rank still reads from
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # models that are no longer used hold groups, and themselves by cycles
 
 
 def stop() -> None:

@@ -205,20 +205,28 @@ class ExpertExchange:
             raise ValueError(f"chunk_bytes={chunk_bytes} is less than one column of {self.experts} experts ({least})")
         rounds = max(1, -(-least * columns // (self.members.size * chunk_bytes)))
         while True:
-            chunks = [self._chunk(k, rounds) for k in range(rounds)]
-            largest = max(chunk.elements for chunk in chunks) * self._element_bytes
-            largest = self._agree(largest)
+            largest = max(self._most_elements(k, rounds) for k in range(rounds)) * self._element_bytes
             if largest <= chunk_bytes or rounds >= columns:
-                return chunks
+                return [self._chunk(k, rounds) for k in range(rounds)]
             # Pieces of rows that the distributed optimizer cut are not all equally large.
             rounds = min(columns, max(rounds + 1, -(-rounds * largest // chunk_bytes)))
 
-    def _agree(self, value: int) -> int:
-        if self.members.size == 1:
-            return value
-        box = torch.tensor([value], device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.members.group)
-        return int(box.item())
+    def _most_elements(self, k: int, rounds: int) -> int:
+        """`_Chunk.elements` of the rank that has most in chunk k: the same on all ranks, since their units are alike."""
+        bounds = self._bounds(k, rounds)
+        total, size = sum(stop - start for start, stop in bounds), self.members.size
+        widest = max((turn + 1) * total // size - turn * total // size for turn in range(size))
+        owned = [0] * (max(self.members.shard) + 1)
+        for unit, (start, stop) in zip(self.units, bounds, strict=True):
+            for intervals in unit.owned:
+                for shard in range(len(owned)):
+                    low, high = intervals[shard]
+                    owned[shard] += max(0, min(high, stop) - max(low, start))
+        return max(self.experts * widest, *owned)
+
+    def _bounds(self, k: int, rounds: int) -> list[Interval]:
+        """Which columns of each unit chunk k takes."""
+        return [(k * unit.columns // rounds, (k + 1) * unit.columns // rounds) for unit in self.units]
 
     def _chunk(self, k: int, rounds: int) -> _Chunk:
         members, me = self.members, self.members.rank
@@ -267,7 +275,7 @@ class ExpertExchange:
         Ranks come in the order of their shards. Where units come in the order of the sharded buffer, a rank then mixes columns
         of which it owns its own experts' rows, and these stay where they are.
         """
-        bounds = [(k * unit.columns // rounds, (k + 1) * unit.columns // rounds) for unit in self.units]
+        bounds = self._bounds(k, rounds)
         total = sum(stop - start for start, stop in bounds)
         turn = self._turns[rank]
         first, last = turn * total // self.members.size, (turn + 1) * total // self.members.size

@@ -6,6 +6,7 @@ Nothing here knows Megatron: `megatron/world.py` fills the bundle in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,26 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(group.size())]
     dist.all_gather(parts, rows.contiguous(), group=group)
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: its rank in the world, and in its groups of experts."""
+
+    rank: int
+    ep: int
+    etp: int
+    expert_dp: int
+
+
+def gather_places(groups: Groups, group: dist.ProcessGroup) -> list[Place]:
+    """Of all ranks of a group, in its order. A collective over the group."""
+    own = Place(groups.rank, groups.ep.rank(), groups.etp.rank(), groups.expert_dp.rank())
+    if group.size() == 1:
+        return [own]
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, own, group=group)
+    return everyone
 
 
 def _collective_device(group: dist.ProcessGroup) -> torch.device:

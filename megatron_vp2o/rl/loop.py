@@ -11,14 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.config.status import PREEMPTED
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
-
-PREEMPTED = 75
-"""Exit status after SIGTERM or SIGUSR1: the run was saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+from megatron_vp2o.rl import stop
 
 
 class Sink(Protocol):
@@ -68,7 +66,6 @@ class TrainingLoop(ABC):
     def __init__(self, config: TrainConfig, groups: Groups, sink: Sink, saver: Saver) -> None:
         self.config, self.groups, self.sink, self.saver = config, groups, sink, saver
         self.progress = Progress()
-        self._asked_to_stop = False
         self._saving_s: float | None = None
 
     @abstractmethod
@@ -87,7 +84,7 @@ class TrainingLoop(ABC):
         """Train to the end. Returns 0, or PREEMPTED when a signal asked for an early, saved end."""
         settings, progress = self.config, self.progress
         total = settings.algorithm.steps
-        self._listen()
+        stop.listen(signal.SIGTERM, signal.SIGUSR1)
         if progress.step == 0:
             watch = Stopwatch()
             self._write(self._evaluate(watch, final=total == 0), watch)
@@ -99,7 +96,7 @@ class TrainingLoop(ABC):
             last = progress.step == total
             if last or _due(progress.step, settings.evaluation.interval):
                 metrics.update(self._evaluate(watch, final=last))
-            stopping = any_rank(self._asked_to_stop, self.groups.world)
+            stopping = any_rank(stop.asked(), self.groups.world)
             progress.elapsed_s += watch.seconds["step"] + watch.seconds.get("eval", 0.0)
             # The record is written before the checkpoint: after a kill in between, resuming repeats the step and its line.
             self._write(metrics, watch)
@@ -129,13 +126,6 @@ class TrainingLoop(ABC):
             metrics["time/checkpoint_s"], self._saving_s = self._saving_s, None
         metrics.update(samples=progress.samples, tokens=progress.tokens)
         self.sink.write(progress.step, metrics)
-
-    def _listen(self) -> None:
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._asked_to_stop = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, ask)
 
 
 def _due(step: int, interval: int) -> bool:

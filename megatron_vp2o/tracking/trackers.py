@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from megatron_vp2o.config.schema import LoggingConfig, WandbMode
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.tracking.nemo import ExpManager
 
 WANDB_ID_FILE = "wandb_id"
 
@@ -143,6 +144,8 @@ def make_trackers(
         chosen.append(WeightsAndBiases(logging.wandb, logging.wandb_project, folder, config))
     if logging.tensorboard:
         chosen.append(TensorBoard(folder, resumed_after=resumed_after))
+    if config.get("exp_manager") is not None:
+        chosen.append(ExpManager(config["exp_manager"]))
     return Trackers(chosen)
 
 

@@ -196,7 +196,7 @@ def test_cfg_job_prints_the_composed_configuration(command):
 def test_help_lists_recipes_groups_and_settings(command):
     result = command("--help")
     assert result.status == 0
-    for part in ("countdown_tiny_grpo", "model: micro", "max_sequence_length: 64", "docs/configuration.md"):
+    for part in ("countdown_tiny_grpo", "model: ", "micro, ", "max_sequence_length: 64", "docs/configuration.md"):
         assert part in result.output
 
 

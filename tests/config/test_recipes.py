@@ -1,6 +1,8 @@
 """Shipped YAML: every recipe is complete and valid, and nothing repeats a default."""
 
 import dataclasses
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -38,22 +40,60 @@ def test_there_are_recipes():
     assert {"countdown_tiny_supervised", "countdown_tiny_grpo"} <= set(recipe_names())
 
 
+def world_size(name: str) -> int:
+    """Processes that a recipe's name asks for (`..._64xh100`); one where it names no hardware."""
+    hardware = re.search(r"_(\d+)x[a-z]+\d+$", name)
+    return int(hardware[1]) if hardware else 1
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_is_valid(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if world_size(name) > 1:  # the hardware that it names has transformer-engine, which this machine may lack
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda module: module if module == "transformer_engine" else find_spec(module)
+        )
     config = compose(name)
-    if config.init_from is not None:
+    if config.init_from is not None and config.task.tokenizer is not None:  # somebody else's model, converted
+        assert Path(config.init_from).parent == Path(config.task.tokenizer).parent
+        Path(config.init_from).mkdir(parents=True)
+    elif config.init_from is not None:
         made_by = Path(config.init_from).name
         assert made_by in recipe_names()
         first = compose(made_by)
         assert first.run_dir == config.init_from
         assert (first.task, first.model) == (config.task, config.model)  # what was learnt there is of use here
         Path(config.init_from).mkdir(parents=True)
-    if isinstance(config.algorithm, SupervisedConfig) and config.algorithm.data.source is DataSource.jsonl:
-        Path("text.jsonl").write_text('{"text": "a"}\n')
-        config.algorithm.data.path = "text.jsonl"
-    validate(config)
+    if isinstance(config.algorithm, SupervisedConfig) and config.algorithm.data.source is not DataSource.task:
+        for name_of_file in ("text", "text.bin", "text.idx"):
+            Path(name_of_file).touch()
+        config.algorithm.data.path = "text"
+    if config.task.tokenizer is not None:
+        Path(config.task.tokenizer).mkdir(parents=True)
+    validate(config, world_size(name))
     assert (config.name, config.run_dir) == (name, f"runs/{name}")
+
+
+LARGE_TWINS = [name for name in recipe_names() if re.match(r"vp2o_.*k_\d+xh100$", name)]
+
+
+def test_large_twins_are_there():
+    matches = [re.fullmatch(r"vp2o_(.*)_countdown4_(\d+k)_\d+xh100", name) for name in LARGE_TWINS]
+    sizes = {match.groups() for match in matches if match}
+    models = ("33b_a4b", "qwen3_30b_a3b", "gpt_oss_20b", "mixtral_8x7b")
+    assert sizes == {(model, length) for model in models for length in ("8k", "16k")}
+
+
+@pytest.mark.parametrize("name", LARGE_TWINS)
+def test_large_twins_differ_in_the_algorithm_only(name):
+    ours, twin = compose(name), compose(name.replace("vp2o", "grpo", 1))
+    shared = {field.name: getattr(twin.algorithm, field.name) for field in dataclasses.fields(twin.algorithm)}
+    for setting in ("name", "stein"):
+        del shared[setting]
+    assert {key: getattr(ours.algorithm, key) for key in shared} == shared
+    assert dataclasses.replace(ours, algorithm=twin.algorithm, name=twin.name, run_dir=twin.run_dir) == twin
+    assert ours.checkpoint.interval == 80
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -57,7 +57,7 @@ def run(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         case = Case(**settings)
         groups = world.start(ParallelConfig(**case.layout), seed=1)
         results[case.name] = _train(case, groups)
-        parallel_state.destroy_model_parallel()
+        world.stop_model_parallel()
     world.stop()
     return results
 

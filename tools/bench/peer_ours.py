@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def main() -> None:
                 f"algorithm.steps={steps}",
                 f"algorithm.prompts_per_step={work.prompts}",
                 f"algorithm.group_size={work.group_size}",
-                f"algorithm.micro_batch_size={work.prompts * work.group_size}",
+                f"algorithm.micro_batch_size={work.prompts * work.group_size // int(os.environ.get('WORLD_SIZE', '1'))}",
                 "algorithm.filter_uniform_groups=false",
                 f"rollout.sampling.max_new_tokens={work.new_tokens}",
                 "rollout.sampling.temperature=1.0",
@@ -146,8 +147,11 @@ def main() -> None:
                 refresh=EveryBatches(1),
             ).run()
             parameters = sum(p.numel() for p in policy.model.parameters())
+            first = groups.rank == 0
         finally:
             world.stop()
+    if not first:
+        return
     version = megatron_vp2o.__version__
     peer_work.write_result(
         arguments.out, name="ours", version=version, marks=marks, warmup=arguments.warmup, parameters=parameters

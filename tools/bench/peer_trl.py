@@ -64,6 +64,7 @@ def main() -> None:
         )
     )
     steps = arguments.warmup + arguments.steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     marks: list[float] = []
 
     class Clock(transformers.TrainerCallback):
@@ -84,7 +85,8 @@ def main() -> None:
             output_dir=folder,
             use_cpu=True,
             bf16=False,
-            per_device_train_batch_size=work.prompts * work.group_size,
+            per_device_train_batch_size=work.prompts * work.group_size // processes,
+            ddp_find_unused_parameters=False,
             gradient_accumulation_steps=1,
             num_generations=work.group_size,
             max_completion_length=work.new_tokens,
@@ -116,6 +118,8 @@ def main() -> None:
         trainer.train()
     if lengths != {work.new_tokens}:
         raise RuntimeError(f"responses of {sorted(lengths)} tokens; every one should have {work.new_tokens}")
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     parameters = sum(p.numel() for p in model.parameters())
     peer_work.write_result(
         arguments.out,

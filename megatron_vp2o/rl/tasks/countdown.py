@@ -34,7 +34,7 @@ class CountdownTask(PooledTask):
 
     def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
         _check(config)
-        super().__init__("countdown", collect(_draws(config), config, progress=progress))
+        super().__init__("countdown", collect(_draws(config), config, progress=progress), config.tokenizer)
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Exact, in bounded time, for any text."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.tasks.tokenizer import CharTokenizer
+from megatron_vp2o.rl.tasks.tokenizer import CharTokenizer, load_tokenizer
 from megatron_vp2o.rl.types import Problem, Split, Tokenizer, Verdict
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,9 @@ class PooledTask(ABC):
     tokenizer: Tokenizer
     max_prompt_tokens: int
 
-    def __init__(self, name: str, pool: dict[Split, tuple[Draw, ...]]) -> None:
+    def __init__(self, name: str, pool: dict[Split, tuple[Draw, ...]], tokenizer: str | None = None) -> None:
         self.name = name
-        self.tokenizer = CharTokenizer()
+        self.tokenizer = CharTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         self.max_prompt_tokens = max(
             len(self.tokenizer.encode(draw.prompt)) for draws in pool.values() for draw in draws
         )

@@ -28,7 +28,7 @@ class ShortestPathTask(PooledTask):
 
     def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
         _check(config)
-        super().__init__("shortest_path", collect(_draws(config), config, progress=progress))
+        super().__init__("shortest_path", collect(_draws(config), config, progress=progress), config.tokenizer)
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Exact, in bounded time, for any text."""

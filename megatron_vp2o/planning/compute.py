@@ -1,0 +1,107 @@
+"""Floating-point operations, counted as torch.utils.flop_counter counts them: 2 m n k a matrix product, attention in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vp2o.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from megatron_vp2o.planning.hardware import Assumptions
+from megatron_vp2o.planning.workload import Workload
+
+RECOMPUTED_ATTENTION = 2.5
+"""A fused attention's backward over its forward: five products against two."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one training step of all ranks together."""
+
+    decoding: float
+    scoring: float
+    training: float
+    recomputing: float
+    stein: float
+
+    @property
+    def total(self) -> float:
+        return self.decoding + self.scoring + self.training + self.recomputing + self.stein
+
+
+def layers_flops(model: ModelConfig) -> float:
+    """Products of one token's forward pass through all layers, attention's core apart."""
+    width, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    experts = model.moe_router_topk * model.moe_ffn_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
+    weights = model.hidden_size * (2 * width + 2 * kv + model.num_moe_experts + 3 * experts)
+    return 2.0 * model.num_layers * weights
+
+
+def output_flops(model: ModelConfig, vocab_size: int) -> float:
+    """Products of one token's logits."""
+    return 2.0 * model.hidden_size * vocab_size
+
+
+def attention_flops(model: ModelConfig, queries: float, keys: float) -> float:
+    """Scores and weighted sums of all heads and layers, every query with every key."""
+    return 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * queries * keys
+
+
+def forward_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
+    """Of a pass over whole rows."""
+    products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
+    return products + rows * attention_flops(model, tokens, tokens)
+
+
+def training_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
+    """Of forward and backward, without recomputation."""
+    products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
+    return 3.0 * products + (1.0 + RECOMPUTED_ATTENTION) * rows * attention_flops(model, tokens, tokens)
+
+
+def recomputing_flops(model: ModelConfig, rows: float, tokens: float) -> float:
+    """Of the second forward pass through the layers."""
+    if not model.recompute:
+        return 0.0
+    return rows * (tokens * layers_flops(model) + attention_flops(model, tokens, tokens))
+
+
+def stein_flops(config: TrainConfig) -> float:
+    """Of one optimizer step: mixing, power iterations, the repulsion's derivative; every expert once."""
+    model, stein = config.model, config.algorithm.stein
+    if not stein.enabled:
+        return 0.0
+    experts, layers = model.num_moe_experts, model.num_layers
+    matrix = model.hidden_size * model.moe_ffn_hidden_size
+    mixing = 2.0 * experts**2 * 3 * matrix if stein.attraction else 0.0
+    iterations = 4.0 * stein.power_iterations * experts * matrix / stein.prototype_interval
+    repulsion = 4.0 * (stein.power_iterations + 1) * experts * matrix if stein.eta else 0.0
+    return layers * (mixing + iterations + repulsion)
+
+
+def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: int) -> Flops:
+    """Of a training step; `replicas` data-parallel ranks do `work` each."""
+    model, rows, tokens = config.model, work.rows * replicas, work.tokens
+    decoded = work.decoded * replicas
+    once = rows / max(1, getattr(config.algorithm, "epochs", 1))
+    return Flops(
+        decoding=decoded * tokens * (layers_flops(model) + output_flops(model, vocab_size))
+        + decoded * attention_flops(model, tokens, tokens) / 2,
+        scoring=work.scored * forward_flops(model, once, tokens, vocab_size),
+        training=training_flops(model, rows, tokens, vocab_size),
+        recomputing=recomputing_flops(model, rows, tokens),
+        stein=work.updates * stein_flops(config),
+    )
+
+
+def mfu_flops(flops: Flops) -> float:
+    """Of the passes whose speed `Assumptions.mfu` speaks of."""
+    return flops.training + flops.recomputing + flops.scoring
+
+
+def ranks_of_model(parallel: ParallelConfig) -> int:
+    """Ranks that share one replica of what is not experts."""
+    return parallel.tensor_parallel * parallel.pipeline_parallel
+
+
+def seconds_at(flops: float, gpus: int, tflops: float, assumed: Assumptions) -> float:
+    """On all devices together."""
+    return flops / (gpus * tflops * 1e12 * max(assumed.mfu, 1e-9))

@@ -1,0 +1,99 @@
+"""How much one rank has to do in a training step: rows, lengths, passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vp2o.config.schema import (
+    DataSource,
+    GRPOConfig,
+    KLReference,
+    SupervisedConfig,
+    TrainConfig,
+)
+from megatron_vp2o.config.validate import data_parallel_size
+from megatron_vp2o.planning.hardware import Assumptions
+
+CHARACTERS = 104
+"""Ids of the tasks' own tokenizer (`rl.tasks.tokenizer`, which a test compares)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of one data-parallel rank and one training step (for RL, a rollout batch).
+
+    Attributes:
+        rows: sequences trained on.
+        tokens: of a row, on average.
+        longest: of a row.
+        updates: optimizer steps.
+        micro_batches: forward and backward passes, in all updates together.
+        micro_rows: sequences in one of them.
+        scored: further forward passes over all rows, without gradient.
+        decoded: rows that are generated; 0 without rollouts.
+        decoded_at_once: of these, at most.
+        evaluated: whether the engine generates at all, if only for evaluation.
+    """
+
+    rows: int
+    tokens: float
+    longest: int
+    updates: int
+    micro_batches: int
+    micro_rows: int
+    scored: float
+    decoded: int
+    decoded_at_once: int
+    evaluated: bool
+
+
+def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
+    """Of a recipe that `validate` accepts on so many processes."""
+    algorithm, ranks = config.algorithm, data_parallel_size(config, gpus)
+    multiple = config.parallel.tensor_parallel
+    limit = config.rollout.sampling.max_new_tokens + int(assumed.prompt_tokens)
+    if isinstance(algorithm, SupervisedConfig):
+        length = algorithm.sequence_length or config.model.max_sequence_length
+        rows = algorithm.global_batch_size // ranks
+        micro = min(algorithm.micro_batch_size, rows)
+        task = algorithm.data.source is DataSource.task
+        return Workload(
+            rows,
+            length,
+            _round(length, multiple),
+            1,
+            -(-rows // micro),
+            micro,
+            0.0,
+            0,
+            config.rollout.max_batch_size,
+            task,
+        )
+    assert isinstance(algorithm, GRPOConfig)
+    rollouts = algorithm.prompts_per_step // ranks * algorithm.group_size
+    updates = algorithm.minibatches * algorithm.epochs
+    rows = rollouts // algorithm.minibatches  # of one update
+    micro = min(algorithm.micro_batch_size, rows)
+    mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
+    return Workload(
+        rows=rollouts * algorithm.epochs,
+        tokens=mean,
+        longest=_round(limit, multiple),
+        updates=updates,
+        micro_batches=updates * -(-rows // micro),
+        micro_rows=micro,
+        scored=float(algorithm.kl_reference is KLReference.initial),
+        decoded=rollouts,
+        decoded_at_once=min(config.rollout.max_batch_size, rollouts),
+        evaluated=True,
+    )
+
+
+def padded_vocabulary(config: TrainConfig, tokenizer_size: int | None = None) -> int:
+    """Rows of the embedding: `megatron.model.padded_vocab_size` of the model's ids, without importing it."""
+    size = config.model.vocab_size or tokenizer_size or CHARACTERS
+    return _round(size, max(64, 8 * config.parallel.tensor_parallel))
+
+
+def _round(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
