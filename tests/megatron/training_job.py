@@ -35,6 +35,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
 from megatron_vp2o.config.schema import Implementation, ModelConfig, ParallelConfig, Precision  # noqa: E402
@@ -190,6 +191,10 @@ def _train(case: Case, groups: Groups) -> dict[str, Any]:
         ddp.disable_forward_pre_hook()
     if case.save is not None:
         _save(case.save, gpt, optimizer, first + case.steps)
+    for module in gpt.modules():
+        if isinstance(module, MoELayer):
+            # Megatron's dispatcher keeps the last graph, and with it this model and its groups.
+            module.token_dispatcher.probs = None
     return {"losses": losses, "norms": norms, "auxiliary": auxiliary, "seconds": time.monotonic() - began}
 
 

@@ -116,6 +116,8 @@ def main() -> None:
             callbacks=[Clock()],
         )
         trainer.train()
+    if processes > 1:
+        torch.distributed.destroy_process_group()  # else one process may abort the other at exit
     if lengths != {work.new_tokens}:
         raise RuntimeError(f"responses of {sorted(lengths)} tokens; every one should have {work.new_tokens}")
     if int(os.environ.get("RANK", "0")) > 0:
