@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ from megatron_vp2o.hf.output import (
     write_companions,
     write_manifest,
 )
-from megatron_vp2o.hf.plan import Layout, Piece, Plan, Step, check_hf, check_stored, make_plan
+from megatron_vp2o.hf.plan import Batch, Layout, Piece, Plan, Step, check_hf, check_stored, make_plan
 from megatron_vp2o.hf.tensor_files import Entry, TensorFiles, config_of, listed, open_folder, raw, write_from
 from megatron_vp2o.hf.workspace import Workspace, check_target, working
 
 NOT_WEIGHTS = ("optimizer.", "actor.", "rng", "chained_", "rerun_state", "iteration")
 """Beginnings of the keys of a training checkpoint that are not the model's."""
 _BATCH = (32 * 2**20, 2**30)
-_BATCH_STEPS = 1000
+_BATCH_STEPS = 400
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and in all."""
@@ -110,7 +110,7 @@ def to_megatron(
     plan = make_plan(model, layout=layout, padded_vocab=padded_vocab(model.vocab_size, layout.tensor))
     check_hf(plan, files.entries, str(source))
     dtypes = _stored_dtypes(plan, files.entries, options.dtype)
-    batches = _batches(plan.steps, options.workers)
+    batches = _batches(plan, options.workers)
     fingerprint = {
         "format": FORMAT,
         "source": _identity(source, files.headers),
@@ -120,14 +120,14 @@ def to_megatron(
     }
     needed = sum(math.prod(shape) * dtypes[key].itemsize for key, shape in plan.shapes.items())
     with working(target, fingerprint, overwrite=options.overwrite, needed=needed) as workspace:
-        run = _Run(workspace, options, sum(step_bytes(step) for step in plan.steps))
+        run = _Run(workspace, options, sum(batch.size for batch in batches))
 
-        def convert(number: int, steps: Sequence[Step]) -> Any:
+        def convert(number: int, batch: Batch) -> Any:
             name = f"__{number}_0.distcp"
             records: list[Any] = []
             written: list[tuple[Item, int]] = []
             with (workspace.folder / name).open("wb") as stream:
-                for step in steps:
+                for step in plan.steps.batch(batch):
                     parts = [read_piece(files, piece) for piece in step.pieces]
                     for piece, part in zip(step.pieces, parts, strict=True):
                         run.inspect(str(piece), part)
@@ -136,7 +136,7 @@ def to_megatron(
                         chunk = _chunk(step, tensor, region, start)
                         written.append(distributed_files.write_item(stream, chunk, region, name))
                     records.append(_record(step, parts, tensor[: step.shape[0]]))
-                    run.advance(step_bytes(step))
+                    run.advance(step.size)
                 stream.flush()
                 os.fsync(stream.fileno())
             if options.read_back:
@@ -147,16 +147,16 @@ def to_megatron(
             return {"records": records, "items": [_packed(item) for item, _ in written]}
 
         run.batches(batches, convert)
-        count = len(batches)
-        batches.clear()
-        plan = replace(plan, steps=())  # what is left to do needs memory of its own for every tensor
+        count, tensors, size = len(batches), len(files.entries), files.size
+        carry(source, files, workspace.folder / CARRIED)
+        files.entries.clear()  # what is left to do needs memory of its own for every tensor
+        files.headers.clear()
         items = (_unpacked(packed) for number in range(count) for packed in workspace.recorded(number)["items"])
         distributed_files.write_rest(workspace.folder, items, plan.shapes, plan.aliases, plan.nothings())
-        carry(source, files, workspace.folder / CARRIED)
         write_manifest(workspace, "to_megatron", source, model, count, {"layout": asdict(layout)})
         if finish is not None:
             finish(workspace.folder, model)
-    return begin.report(target, len(files.entries), files.size, run.resumed)
+    return begin.report(target, tensors, size, run.resumed)
 
 
 def to_hf(
@@ -198,7 +198,7 @@ def to_hf(
     headers = file_headers(plan, stored, template, shard_bytes, options.dtype)
     entries = tensor_files.entries_of(headers)
     check_hf(plan, entries, "the output")
-    batches = _batches(plan.steps, options.workers)
+    batches = _batches(plan, options.workers)
     fingerprint = {
         "format": FORMAT,
         "source": _identity(source, {path.name: b"" for path in source.glob("*.distcp")}),
@@ -208,13 +208,13 @@ def to_hf(
     }
     needed = sum(entry.size for entry in entries.values())
     with working(target, fingerprint, overwrite=options.overwrite, needed=needed) as workspace:
-        run = _Run(workspace, options, sum(step_bytes(step) for step in plan.steps))
+        run = _Run(workspace, options, sum(batch.size for batch in batches))
         descriptors = create_files(workspace.folder, headers, entries, keep=bool(workspace.done))
 
-        def convert(number: int, steps: Sequence[Step]) -> Any:
+        def convert(number: int, batch: Batch) -> Any:
             records = []
             touched = set()
-            for step in steps:
+            for step in plan.steps.batch(batch):
                 if not step.pieces:
                     continue
                 tensor = stored.read(step.region).reshape(step.shape)
@@ -229,10 +229,10 @@ def to_hf(
                     touched.add(entry.file)
                     kept.append(part)
                 records.append(_record(step, kept, tensor))
-                recorded = sums.get((step.region.key, step.region.offsets, step.region.sizes))
-                if recorded not in (None, records[-1]["megatron"]["sha256"]):
+                recorded = sums.get(step.region)
+                if recorded not in (None, bytes.fromhex(records[-1]["megatron"]["sha256"])):
                     run.problem(f"{step.region.key} {list(step.region.offsets)} has changed since it was converted")
-                run.advance(step_bytes(step))
+                run.advance(step.size)
             for name in touched:
                 os.fsync(descriptors[name])
             if options.read_back:
@@ -246,8 +246,11 @@ def to_hf(
                 os.close(descriptor)
         write_companions(workspace.folder, source, template, config, headers, entries)
         write_manifest(workspace, "to_hf", source, model, len(batches), {})
+        count = len(entries)
+        entries.clear()  # before the same are read from what was written
+        sums.clear()
         check_hf(plan, open_folder(workspace.folder).entries, str(workspace.folder))
-    return begin.report(target, len(entries), needed, run.resumed)
+    return begin.report(target, count, needed, run.resumed)
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:
@@ -352,7 +355,7 @@ class _Run:
             self.done += size
             self.options.progress(self.done, self.total)
 
-    def batches(self, batches: Sequence[Sequence[Step]], convert: Callable[[int, Sequence[Step]], Any]) -> None:
+    def batches(self, batches: Sequence[Batch], convert: Callable[[int, Batch], Any]) -> None:
         """Do what is not done yet. Raises CheckpointError listing all suspect tensors."""
 
         def one(number: int) -> None:
@@ -361,7 +364,7 @@ class _Run:
                 self.workspace.record(number, result)
 
         for number in self.workspace.done:
-            self.resumed += sum(step_bytes(step) for step in batches[number])
+            self.resumed += batches[number].size
         self.advance(self.resumed)
         left = [number for number in range(len(batches)) if number not in self.workspace.done]
         with ThreadPoolExecutor(self.options.workers) as pool:
@@ -397,24 +400,10 @@ def peak_memory() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def step_bytes(step: Step) -> int:
-    """A measure of a step's work: its bytes, if they were bfloat16."""
-    return math.prod(step.shape) * 2 if step.pieces else 0
-
-
-def _batches(steps: Sequence[Step], workers: int) -> list[list[Step]]:
-    """Consecutive steps of about equal size, enough of them for all workers."""
-    total = sum(map(step_bytes, steps))
-    most = min(_BATCH[1], max(_BATCH[0], total // (4 * workers)))
-    batches: list[list[Step]] = [[]]
-    filled = 0
-    for step in steps:
-        if filled and (filled + step_bytes(step) > most or len(batches[-1]) == _BATCH_STEPS):
-            batches.append([])
-            filled = 0
-        batches[-1].append(step)
-        filled += step_bytes(step)
-    return batches
+def _batches(plan: Plan, workers: int) -> list[Batch]:
+    """The steps in batches of about equal size, enough of them for all workers."""
+    total = sum(step.size for step in plan.steps)
+    return plan.steps.batches(min(_BATCH[1], max(_BATCH[0], total // (4 * workers))), _BATCH_STEPS)
 
 
 def _check_apart(source: Path, target: Path, options: Options) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import numpy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -145,7 +146,7 @@ def write_rest(
             described[name] = BytesStorageMetadata()
             stored[MetadataIndex(name)] = _StorageInfo(file, 0, len(blob.getvalue()))
     with (folder / METADATA).open("wb") as stream:
-        pickle.dump(Metadata(state_dict_metadata=described, storage_data=stored), stream)
+        _MetadataPickler(stream).dump(Metadata(state_dict_metadata=described, storage_data=stored))
         stream.flush()
         os.fsync(stream.fileno())
     common = io.BytesIO()
@@ -159,6 +160,20 @@ def write_rest(
         "common_backend_version": 1,
     }
     _write(folder / "metadata.json", json.dumps(config).encode())
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Writes the many small records as calls of their classes: with a dictionary for each, as pickle would, reading them
+    takes twice the memory."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is ChunkStorageMetadata:
+            return ChunkStorageMetadata, (value.offsets, value.sizes)
+        if type(value) is MetadataIndex:
+            return MetadataIndex, (value.fqn, value.offset, value.index)
+        if type(value) is _StorageInfo:
+            return _StorageInfo, (value.relative_path, value.offset, value.length)
+        return NotImplemented
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -199,32 +214,30 @@ class StoredTensors:
         for _, info in (metadata.storage_data or {}).items():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         _check_lengths(folder, ends)
+        files = {name: number for number, name in enumerate(ends)}
         for key, value in metadata.state_dict_metadata.items():
             if isinstance(value, TensorStorageMetadata):
-                self._chunks[key] = Chunks([self._item(key, chunk, metadata) for chunk in value.chunks])
+                self._chunks[key] = self._found(key, value, metadata, files)
 
-    def _item(self, key: str, chunk: ChunkStorageMetadata, metadata: Metadata) -> Item:
-        info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
-        if info is None or getattr(info, "transform_descriptors", None):
-            raise CheckpointError(
-                f"{self.folder}: a chunk of {key} is not stored as plain bytes; save it without transforms"
-            )
-        region = Region(key, tuple(chunk.offsets), tuple(chunk.sizes))
-        return Item(region, self.dtypes[key], info.relative_path, info.offset, info.length)
+    def _found(self, key: str, value: TensorStorageMetadata, metadata: Metadata, files: dict[str, int]) -> Chunks:
+        boxes, places = [], []
+        for chunk in value.chunks:
+            info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if info is None or getattr(info, "transform_descriptors", None):
+                raise CheckpointError(
+                    f"{self.folder}: a chunk of {key} is not stored as plain bytes; save it without transforms"
+                )
+            boxes.append((*chunk.offsets, *chunk.sizes))
+            places.append((files[info.relative_path], info.offset, info.length))
+        table = numpy.array(boxes, dtype=numpy.int64).reshape(len(boxes), 2 * len(value.size))
+        return Chunks(key, self.dtypes[key], tuple(files), table, numpy.array(places))
 
     def items(self, key: str) -> list[Item]:
-        return self._chunks[key].items
+        return self._chunks[key].items()
 
     def untiled(self, key: str) -> bool:
         """Whether the chunks of a tensor don't cover it exactly once."""
-        regions = [item.region for item in self._chunks[key].items]
-        inside = all(
-            o + s <= n
-            for region in regions
-            for o, s, n in zip(region.offsets, region.sizes, self.shapes[key], strict=True)
-        )
-        disjoint = len({region.offsets for region in regions}) == len(regions)
-        return not (inside and disjoint and sum(math.prod(r.sizes) for r in regions) == math.prod(self.shapes[key]))
+        return not tiled(self._chunks[key].items(), self.shapes[key])
 
     def read(self, region: Region) -> Tensor:
         """A box of a tensor. Raises CheckpointError where the file holds something else or parts of it are missing."""
@@ -241,30 +254,44 @@ def tiled(items: Sequence[Item], shape: Sequence[int]) -> bool:
 
 
 class Chunks:
-    """The chunks of one tensor, found by their indices in the dimensions that only stack others (layers, experts)."""
+    """The chunks of one tensor. Kept as tables of numbers: as objects they would be most of a conversion's memory."""
 
-    def __init__(self, items: list[Item]) -> None:
-        self.items = items
-        sizes = [item.region.sizes for item in items]
-        self._stacked = 0
-        for lengths in zip(*sizes, strict=True):
-            if set(lengths) != {1} or self._stacked == 2:
-                break
-            self._stacked += 1
-        self._at: dict[tuple[int, ...], list[Item]] = {}
-        for item in items:
-            self._at.setdefault(item.region.offsets[: self._stacked], []).append(item)
+    def __init__(self, key: str, dtype: torch.dtype, files: tuple[str, ...], boxes: Any, places: Any) -> None:
+        """Args:
+        boxes: int64 [chunks, 2 * dimensions], offsets and sizes.
+        places: int64 [chunks, 3], the number of the file, and first byte and length there.
+        """
+        self.dtype = dtype
+        self._key, self._files, self._places = key, files, places
+        self._offsets, self._sizes = numpy.split(boxes, 2, axis=1)
+        single = (self._sizes == 1).all(axis=0)[:2].tolist()  # dimensions that only stack others: layers, experts
+        self._stacked = [*single, False].index(False)
+        self._span = int(self._offsets[:, 1].max(initial=0)) + 1 if self._stacked == 2 else 1
+        self._place = self._number(self._offsets.T) if self._stacked else None
+
+    def _number(self, offsets: Any) -> Any:
+        """One for each place in the stacking dimensions."""
+        return offsets[0] if self._stacked == 1 else offsets[0] * self._span + offsets[1]
+
+    def _item(self, chunk: int) -> Item:
+        file, start, length = self._places[chunk].tolist()
+        region = Region(self._key, tuple(self._offsets[chunk].tolist()), tuple(self._sizes[chunk].tolist()))
+        return Item(region, self.dtype, self._files[file], start, length)
+
+    def items(self) -> list[Item]:
+        return [self._item(chunk) for chunk in range(len(self._places))]
 
     def near(self, region: Region) -> list[Item]:
         """Those that may overlap a box."""
-        if any(size != 1 for size in region.sizes[: self._stacked]):
-            return self.items
-        return self._at.get(region.offsets[: self._stacked], [])
+        if self._place is None or any(size != 1 for size in region.sizes[: self._stacked]):
+            return self.items()
+        found = numpy.flatnonzero(self._place == self._number(region.offsets))
+        return [self._item(chunk) for chunk in found.tolist()]
 
 
 def read_region(folder: Path, chunks: Chunks, region: Region) -> Tensor:
     """A box of a tensor that has these chunks. Raises CheckpointError as `StoredTensors.read`."""
-    found = torch.empty(region.sizes, dtype=chunks.items[0].dtype)
+    found = torch.empty(region.sizes, dtype=chunks.dtype)
     elements = 0
     for item in chunks.near(region):
         part = region.overlap(item.region.offsets, item.region.sizes)

@@ -21,9 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
+
 
 class Operation(Protocol):
     """A bijection between the tensors of a rule's parts and one Megatron tensor."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        """Of the Megatron tensor. (Meta tensors would tell, at the price of the 200 modules that torch imports for them.)"""
+        ...
 
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor: ...
 
@@ -33,6 +39,9 @@ class Operation(Protocol):
 @dataclass(frozen=True)
 class Copy:
     """One tensor, as it is."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return parts[0]
 
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
@@ -45,6 +54,9 @@ class Copy:
 class Transpose:
     """One matrix, transposed."""
 
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return parts[0][::-1]
+
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0].t()
 
@@ -56,6 +68,9 @@ class Transpose:
 class GateUp:
     """Gate [F, D] and up [F, D] -> [2F, D], gate first (megatron/core/transformer/mlp.py, `glu`)."""
 
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return _stacked(parts)
+
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))
 
@@ -66,6 +81,9 @@ class GateUp:
 @dataclass(frozen=True)
 class InterleavedGateUp:
     """Columns g0 u0 g1 u1 ... ([D, 2F], or [2F] for a bias) -> [2F, D] (or [2F]), gate rows first."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return parts[0][::-1]
 
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor:
         rows = parts[0].t() if parts[0].dim() == 2 else parts[0]
@@ -85,6 +103,9 @@ class QKV:
     width: int
     """d."""
 
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return _stacked(parts)
+
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor:
         split = [part.reshape(self.groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(split, dim=1).flatten(0, 1)
@@ -93,6 +114,10 @@ class QKV:
         grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
         parts = grouped.split([grouped.shape[1] - 2 * self.width, self.width, self.width], dim=1)
         return [part.flatten(0, 1) for part in parts]
+
+
+def _stacked(parts: Sequence[Shape]) -> Shape:
+    return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 class Layers(enum.Enum):
@@ -144,10 +169,9 @@ class Rule:
         return isinstance(self.operation, (GateUp, InterleavedGateUp))
 
     @cached_property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Of the Megatron tensor, without padding."""
-        empty = [torch.empty(part.shape, device="meta") for part in self.parts]
-        return tuple(self.operation.to_megatron(empty).shape)
+        return self.operation.shape([part.shape for part in self.parts])
 
 
 @dataclass(frozen=True)

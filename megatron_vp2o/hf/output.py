@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf import tensor_files
-from megatron_vp2o.hf.distributed_files import StoredTensors
+from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 from megatron_vp2o.hf.mapping import Architecture, Rule
 from megatron_vp2o.hf.plan import Plan
 from megatron_vp2o.hf.tensor_files import Entry, TensorFiles, open_folder
@@ -36,19 +37,18 @@ def file_headers(
     plan: Plan, stored: StoredTensors, template: Path | None, shard_bytes: int, dtype: torch.dtype | None
 ) -> dict[str, bytes]:
     """The files to write: those of the template if its dtypes fit, else a division of our own."""
-    tensors: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
-    shapes = plan.architecture.hf_tensors()
-    for step in plan.steps:
-        for piece in step.pieces:
-            kind = cast_dtype(step.rule, stored.dtypes[step.region.key], dtype)
-            tensors[piece.name] = (piece.name, kind, shapes[piece.name])
     known = {} if template is None else _template_headers(template)
     entries = tensor_files.entries_of(known)
-    if entries.keys() == tensors.keys() and all(
-        (entry.dtype, entry.shape) == tensors[name][1:] for name, entry in entries.items()
+    kinds: dict[str, torch.dtype] = {}
+    for step in plan.steps:
+        for piece in step.pieces:
+            kinds[piece.name] = cast_dtype(step.rule, stored.dtypes[step.region.key], dtype)
+    shapes = plan.architecture.hf_tensors()
+    if entries.keys() == kinds.keys() and all(
+        (entry.dtype, entry.shape) == (kinds[name], shapes[name]) for name, entry in entries.items()
     ):
         return known
-    return tensor_files.shard(list(tensors.values()), shard_bytes)
+    return tensor_files.shard([(name, kind, shapes[name]) for name, kind in kinds.items()], shard_bytes)
 
 
 def _template_headers(template: Path) -> dict[str, bytes]:
@@ -146,14 +146,25 @@ def write_manifest(
         stream.write("\n]}\n")
 
 
-def recorded_sums(folder: Path) -> dict[Any, str]:
-    """(key, offsets, sizes) -> checksum, from the manifest of the conversion that made a Megatron checkpoint; empty where
-    there is none. Raises CheckpointError for a manifest that cannot be read."""
+def recorded_sums(folder: Path) -> dict[Region, bytes]:
+    """The SHA-256 of every region, from the manifest of the conversion that made a Megatron checkpoint; empty where there is
+    none. Raises CheckpointError for a manifest that cannot be read."""
     path = folder / MANIFEST
+    found: dict[Region, bytes] = {}
     if not path.is_file():
-        return {}
+        return found
+    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shared: experts are many and alike
     try:
-        found = [record["megatron"] for record in json.loads(path.read_text(encoding="utf-8"))["tensors"]]
-        return {(item["name"], tuple(item["offsets"]), tuple(item["sizes"])): item["sha256"] for item in found}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it to go without its checksums") from error
+        with path.open(encoding="utf-8") as lines:  # one by one, as `write_manifest` wrote them
+            line = next(lines)
+            while not line.startswith("]"):
+                line = next(lines)
+                if line.startswith("{"):
+                    item = json.loads(line.rstrip(",\n"))["megatron"]
+                    size = tuple(item["sizes"])
+                    region = Region(sys.intern(item["name"]), tuple(item["offsets"]), sizes.setdefault(size, size))
+                    found[region] = bytes.fromhex(item["sha256"])
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read ({why}): remove it to go without its checksums") from error
+    return found

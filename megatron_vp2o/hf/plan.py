@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice, starmap
 
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.distributed_files import Region, StoredTensors
@@ -52,6 +52,11 @@ class Step:
     padding: int = 0
     chunks: tuple[int, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """A measure of its work: its bytes, if they were bfloat16."""
+        return math.prod(self.shape) * 2 if self.pieces else 0
+
     def written(self) -> list[tuple[Region, int]]:
         """The chunks to write, each with where it begins in the dimension that is cut."""
         lead = len(self.region.sizes) - len(self.shape)
@@ -78,12 +83,55 @@ class Layout:
     expert_tensor: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive steps: those of the instances from number `first` on, without `skip` at the beginning, `count` in all."""
+
+    first: int
+    skip: int
+    count: int
+    size: int
+    """What `Step.size` of them adds up to."""
+
+
+class Steps:
+    """The steps of a plan in the order of a forward pass, made whenever they are asked for: to keep those of a model with
+    many experts would take more memory than to carry them out."""
+
+    def __init__(
+        self,
+        instances: Sequence[tuple[Rule, int | None, int | None]],
+        make: Callable[[Rule, int | None, int | None], Iterable[Step]],
+    ) -> None:
+        self._instances, self._make = instances, make
+
+    def __iter__(self) -> Iterator[Step]:
+        return chain.from_iterable(starmap(self._make, self._instances))
+
+    def batch(self, batch: Batch) -> Iterator[Step]:
+        from_there = chain.from_iterable(starmap(self._make, islice(self._instances, batch.first, None)))
+        return islice(from_there, batch.skip, batch.skip + batch.count)
+
+    def batches(self, size: int, count: int) -> list[Batch]:
+        """All steps, in batches of at most `size` (or one step) and `count`."""
+        found: list[Batch] = []
+        start, filled, held = (0, 0), 0, 0
+        for number, instance in enumerate(self._instances):
+            for skip, step in enumerate(self._make(*instance)):
+                if filled and (filled + step.size > size or held == count):
+                    found.append(Batch(*start, held, filled))
+                    start, filled, held = (number, skip), 0, 0
+                filled += step.size
+                held += 1
+        return [*found, Batch(*start, held, filled)]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a conversion, in the order of a forward pass, and the shapes of the stored tensors."""
+    """The steps of a conversion and the shapes of the stored tensors."""
 
     architecture: Architecture
-    steps: tuple[Step, ...]
+    steps: Steps
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
 
@@ -149,36 +197,42 @@ def make_plan(
             f"the Megatron embedding has {padded_vocab} rows, and config.json has vocab_size={architecture.vocab_size}: "
             "they are of different vocabularies; name the config.json that belongs to the checkpoint"
         )
-    steps: list[Step] = []
+    known = frozenset() if stored is None else stored.shapes.keys()
+
+    def names_of(rule: Rule, layer: int | None, expert: int | None) -> tuple[str, list[str]]:
+        names = [stored_key(architecture, name, layer, expert)[0] for name in rule.stored or (rule.megatron,)]
+        return next((name for name in names if name in known), names[0]), names
+
+    def make(rule: Rule, layer: int | None, expert: int | None) -> Iterable[Step]:
+        key, _ = names_of(rule, layer, expert)
+        lead = stored_key(architecture, rule.megatron, layer, expert)[1]
+        shape, rows = rule.shape, _rows(rule, padded_vocab)
+        parts, _ = _cut_like(rule, rows, layout)
+        pieces = tuple(_piece(part.name, part.shape, part.stacked, layer, expert) for part in rule.parts)
+        if isinstance(rule.operation, Copy) and not rule.parts[0].stacked and math.prod(shape) > SLAB:
+            return _slabs(rule, pieces[0], key, lead, shape, rows, parts)
+        region = Region(key, (*lead, *(0 for _ in shape)), _box(len(lead), shape))
+        return (Step(rule, pieces, region, shape, rows - shape[0], parts),)
+
+    instances = list(architecture.instances())
     shapes: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
     problems: dict[str, None] = {}
-    for rule, layer, expert in architecture.instances():
-        names = [stored_key(architecture, name, layer, expert)[0] for name in rule.stored or (rule.megatron,)]
-        chosen = next((name for name in names if stored is not None and name in stored.shapes), names[0])
-        lead = stored_key(architecture, rule.megatron, layer, expert)[1]
+    for rule, layer, expert in instances:
+        chosen, names = names_of(rule, layer, expert)
         aliases.update({name: chosen for name in names if name != chosen})
-        shape = rule.shape
-        rows = shape[0] if not rule.vocabulary or padded_vocab is None else padded_vocab
-        shapes[chosen] = (*_lead_lengths(architecture, rule), rows, *shape[1:])
-        parts, problem = _cut_like(rule, rows, layout)
-        if problem:
+        rows = _rows(rule, padded_vocab)
+        shapes[chosen] = (*_lead_lengths(architecture, rule), rows, *rule.shape[1:])
+        if problem := _cut_like(rule, rows, layout)[1]:
             problems[problem] = None
-            continue
-        pieces = tuple(_piece(part.name, part.shape, part.stacked, layer, expert) for part in rule.parts)
-        if (
-            isinstance(rule.operation, Copy)
-            and not rule.parts[0].stacked
-            and math.prod(shape) > SLAB
-            and lead is not None
-        ):
-            steps += _slabs(rule, pieces[0], chosen, lead, shape, rows, parts)
-        else:
-            region = Region(chosen, (*lead, *(0 for _ in shape)), _box(len(lead), shape))
-            steps.append(Step(rule, pieces, region, shape, rows - shape[0], parts))
     if problems:
         raise CheckpointError(listed("this layout does not divide the model", list(problems)))
-    return Plan(architecture, tuple(steps), shapes, aliases)
+    return Plan(architecture, Steps(instances, make), shapes, aliases)
+
+
+def _rows(rule: Rule, padded_vocab: int | None) -> int:
+    """Of the Megatron tensor, with padding."""
+    return rule.shape[0] if not rule.vocabulary or padded_vocab is None else padded_vocab
 
 
 @cache
@@ -246,13 +300,11 @@ def check_hf(plan: Plan, entries: Mapping[str, Entry], where: str) -> None:
         for name, shape in expected.items()
         if name in entries and entries[name].shape != shape
     ]
-    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    used = dict.fromkeys(expected, 0)  # rows so far; the steps take them in order
     for step in plan.steps:
         for piece in step.pieces:
-            used[piece.name].append((piece.first, piece.count))
-    for name, shape in expected.items():
-        if not _tiles(used[name], shape[0]):
-            problems.append(f"not used exactly once: {name}")
+            used[piece.name] = used[piece.name] + piece.count if used.get(piece.name) == piece.first else -1
+    problems += [f"not used exactly once: {name}" for name, rows in used.items() if rows != expected[name][0]]
     for entry in entries.values():
         if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
             problems.append(f"not a weight: {entry.name} is {entry.dtype}; dequantise the checkpoint first")
@@ -294,12 +346,3 @@ def check_stored(plan: Plan, stored: StoredTensors, where: str, *, prefixes: tup
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...], key: str) -> bool:
     padded = key in ("embedding.word_embeddings.weight", "output_layer.weight")
     return found[1:] == wanted[1:] and (found[:1] >= wanted[:1] if padded else found[:1] == wanted[:1])
-
-
-def _tiles(ranges: list[tuple[int, int]], length: int) -> bool:
-    end = 0
-    for first, count in sorted(ranges):
-        if first != end:
-            return False
-        end += count
-    return end == length

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,25 +138,24 @@ def open_folder(folder: Path) -> TensorFiles:
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     headers: dict[str, bytes] = {}
-    where: list[tuple[str, str]] = []
+    files: dict[str, list[str]] = {}  # of the tensors that are in several
     for name in names:
         try:
             headers[name], found = read_header(folder / name)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        where += [(entry.name, name) for entry in found]
-        entries.update({entry.name: entry for entry in found})
-    times = Counter(tensor for tensor, _ in where)
-    for tensor, count in times.items():
-        if count > 1:
-            problems.append(f"{tensor} is in {', '.join(file for other, file in where if other == tensor)}")
-    if weight_map is not None:
-        present = set(where)
-        for tensor, file in weight_map.items():
-            if file in headers and (tensor, file) not in present:
-                problems.append(f"{tensor} is not in {file}, where {INDEX} has it")
-        problems += [f"{tensor} of {file} is not in {INDEX}" for tensor, file in where if tensor not in weight_map]
+        for entry in found:
+            if entry.name in entries:
+                files.setdefault(entry.name, [entries[entry.name].file]).append(name)
+            elif weight_map is not None and entry.name not in weight_map:
+                problems.append(f"{entry.name} of {name} is not in {INDEX}")
+            entries[entry.name] = entry
+    problems += [f"{tensor} is in {', '.join(where)}" for tensor, where in files.items()]
+    for tensor, file in (weight_map or {}).items():
+        where = files.get(tensor) or ([entries[tensor].file] if tensor in entries else [])
+        if file in headers and file not in where:
+            problems.append(f"{tensor} is not in {file}, where {INDEX} has it")
     if problems:
         raise CheckpointError(listed(f"{folder} is not a whole checkpoint; copy or download it again", problems))
     return TensorFiles(folder, entries, headers, weight_map is not None)
@@ -213,6 +211,7 @@ def read_header(path: Path) -> tuple[bytes, list[Entry]]:
 def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry]:
     """Tensors in the order of the data. Raises ValueError where the data would overlap or have holes."""
     ranges = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shared: experts are many and alike
     for name, value in header.items():
         if name == "__metadata__":
             continue
@@ -220,9 +219,9 @@ def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry
             raise ValueError(f"{name} has dtype {value['dtype']}")
         first, last = value["data_offsets"]
         shape = tuple(int(length) for length in value["shape"])
-        ranges.append(
-            (int(first), int(last), Entry(sys.intern(name), file, DTYPES[value["dtype"]], shape, start + int(first)))
-        )
+        shape = shapes.setdefault(shape, shape)
+        entry = Entry(sys.intern(name), file, DTYPES[value["dtype"]], shape, start + int(first))
+        ranges.append((int(first), int(last), entry))
     ranges.sort(key=lambda item: item[:2])
     end = 0
     for first, last, entry in ranges:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ from megatron_vp2o.hf.convert import (
     checksum,
     padded_rows,
     read_piece,
-    step_bytes,
     suspicion,
 )
-from megatron_vp2o.hf.distributed_files import StoredTensors
+from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.output import recorded_sums
 from megatron_vp2o.hf.plan import Step, check_hf, check_stored, make_plan
@@ -53,19 +52,19 @@ def verify(hf: Path, megatron: Path, *, workers: int = 2, progress: Progress = l
         raise CheckpointError("\n".join(problems))
     sums = recorded_sums(megatron)
     steps = [step for step in plan.steps if step.pieces]
-    total, done = sum(map(step_bytes, steps)), 0
+    total, done = sum(step.size for step in steps), 0
     with ThreadPoolExecutor(workers) as pool:
         # A bounded number of steps is in memory: those of the workers.
         for step, found in zip(steps, pool.map(lambda step: _compare(step, files, stored, sums), steps), strict=True):
             problems += found
-            done += step_bytes(step)
+            done += step.size
             progress(done, total)
     if problems:
         raise CheckpointError(listed(f"{hf} and {megatron} differ", problems))
     return len(files.entries)
 
 
-def _compare(step: Step, files: TensorFiles, stored: StoredTensors, sums: dict[Any, str]) -> list[str]:
+def _compare(step: Step, files: TensorFiles, stored: StoredTensors, sums: Mapping[Region, bytes]) -> list[str]:
     names = ", ".join(map(str, step.pieces))
     parts, problems = [], []
     try:
@@ -89,9 +88,9 @@ def _difference(expected: Tensor, found: Tensor) -> str:
     return f"{different} of {found.numel()} numbers, by up to {largest:.3g}"
 
 
-def _blame(step: Step, found: Tensor, sums: dict[Any, str]) -> str:
-    recorded = sums.get((step.region.key, step.region.offsets, step.region.sizes))
+def _blame(step: Step, found: Tensor, sums: Mapping[Region, bytes]) -> str:
+    recorded = sums.get(step.region)
     if recorded is None:
         return ""
-    side = "the Hugging Face" if checksum(found) == recorded else "the Megatron"
+    side = "the Hugging Face" if bytes.fromhex(checksum(found)) == recorded else "the Megatron"
     return f" ({side} side has changed since the conversion)"

@@ -52,6 +52,7 @@ def _numbered(*shape: int) -> Tensor:
 def test_operations_are_bijections(operation: Operation, shapes: list[tuple[int, ...]]) -> None:
     parts = [_numbered(*shape) + 1000 * i for i, shape in enumerate(shapes)]
     merged = operation.to_megatron(parts)
+    assert merged.shape == operation.shape(shapes)
     assert merged.numel() == sum(part.numel() for part in parts)
     assert sorted(merged.flatten().tolist()) == sorted(n for part in parts for n in part.flatten().tolist())
     for part, back in zip(parts, operation.to_hf(merged), strict=True):
