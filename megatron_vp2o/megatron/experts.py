@@ -19,24 +19,17 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_IN_CACHE = 2**20
+"""Bytes of inner activations up to which all experts go through each operation together: when decoding, the calls of one
+expert at a time cost more than the arithmetic. The numbers are the same to the bit."""
+
 
 class _SwiGLUExperts(torch.autograd.Function):
     """y = (silu(x W_gate^T) * (x W_up^T) * p) W_down^T for each expert's slice of tokens."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, probs_T: Tensor, sizes_E: Sequence[int], *weights: Tensor) -> Tensor:
-        experts = len(sizes_E)
-        fc1, fc2 = weights[:experts], weights[experts:]
-        inner_T2F = x_TD.new_empty(x_TD.shape[0], fc1[0].shape[0])
-        out_TD = torch.empty_like(x_TD)
-        slices = zip(
-            x_TD.split(sizes_E), inner_T2F.split(sizes_E), out_TD.split(sizes_E), probs_T.split(sizes_E), strict=True
-        )
-        for e, (x_tD, inner_t2F, out_tD, probs_t) in enumerate(slices):
-            torch.mm(x_tD, fc1[e].t(), out=inner_t2F)
-            gate_tF, up_tF = inner_t2F.chunk(2, dim=-1)
-            act_tF = F.silu(gate_tF).mul_(up_tF).mul_(probs_t[:, None])
-            torch.mm(act_tF, fc2[e].t(), out=out_tD)
+        out_TD, inner_T2F = _swiglu_experts(x_TD, probs_T, sizes_E, weights)
         ctx.sizes_E = sizes_E
         ctx.save_for_backward(x_TD, probs_T, inner_T2F, *weights)
         return out_TD
@@ -71,6 +64,30 @@ class _SwiGLUExperts(torch.autograd.Function):
         return dx_TD, dprobs_T, None, *dfc1, *dfc2
 
 
+def _swiglu_experts(
+    x_TD: Tensor, probs_T: Tensor, sizes_E: Sequence[int], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Their outputs, [T, D], and gate and up before the activation, [T, 2F]."""
+    fc1, fc2 = weights[: len(sizes_E)], weights[len(sizes_E) :]
+    inner_T2F = x_TD.new_empty(x_TD.shape[0], fc1[0].shape[0])
+    out_TD = torch.empty_like(x_TD)
+    if inner_T2F.nbytes <= _IN_CACHE:
+        for x_tD, inner_t2F, weight_2FD in zip(x_TD.split(sizes_E), inner_T2F.split(sizes_E), fc1, strict=True):
+            torch.mm(x_tD, weight_2FD.t(), out=inner_t2F)
+        gate_TF, up_TF = inner_T2F.chunk(2, dim=-1)
+        act_TF = F.silu(gate_TF).mul_(up_TF).mul_(probs_T[:, None])
+        for act_tF, out_tD, weight_DF in zip(act_TF.split(sizes_E), out_TD.split(sizes_E), fc2, strict=True):
+            torch.mm(act_tF, weight_DF.t(), out=out_tD)
+        return out_TD, inner_T2F
+    slices = zip(*(tensor.split(sizes_E) for tensor in (x_TD, inner_T2F, out_TD, probs_T)), fc1, fc2, strict=True)
+    for x_tD, inner_t2F, out_tD, probs_t, weight_2FD, weight_DF in slices:
+        torch.mm(x_tD, weight_2FD.t(), out=inner_t2F)
+        gate_tF, up_tF = inner_t2F.chunk(2, dim=-1)
+        act_tF = F.silu(gate_tF).mul_(up_tF).mul_(probs_t[:, None])
+        torch.mm(act_tF, weight_DF.t(), out=out_tD)
+    return out_TD, inner_T2F
+
+
 class GroupedSequentialMLP(SequentialMLP):
     """SequentialMLP (same parameters, names and checkpoints) without one module call an expert. SwiGLU without bias only."""
 
@@ -83,17 +100,18 @@ class GroupedSequentialMLP(SequentialMLP):
         self, hidden_TD: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens sorted by expert, [T, D], and their gates, [T] -> (expert outputs times gates [T, D], None)."""
-        for expert in self.local_experts:
-            for linear in (expert.linear_fc1, expert.linear_fc2):
-                for (
-                    hook
-                ) in linear._forward_pre_hooks.values():  # these modules are not called: waits for their parameters
-                    hook(linear, ())
-        fc1 = [expert.linear_fc1.weight for expert in self.local_experts]
-        fc2 = [expert.linear_fc2.weight for expert in self.local_experts]
+        linears = [expert.linear_fc1 for expert in self.local_experts]
+        linears += [expert.linear_fc2 for expert in self.local_experts]
+        for linear in linears:
+            for hook in linear._forward_pre_hooks.values():  # the modules are not called: waits for their parameters
+                hook(linear, ())
+        weights = [linear.weight for linear in linears]
         if not hidden_TD.is_cuda:
-            sizes_E = tokens_per_expert_E.tolist()
-            return _SwiGLUExperts.apply(hidden_TD, probs_T.to(hidden_TD.dtype), sizes_E, *fc1, *fc2), None
+            inputs = hidden_TD, probs_T.to(hidden_TD.dtype), tokens_per_expert_E.tolist()
+            if not torch.is_grad_enabled():
+                return _swiglu_experts(*inputs, weights)[0], None
+            return _SwiGLUExperts.apply(*inputs, *weights), None
+        fc1, fc2 = weights[: len(linears) // 2], weights[len(linears) // 2 :]
         ends_E = tokens_per_expert_E.to(hidden_TD.device, non_blocking=True).cumsum(0).to(torch.int32)
         inner_T2F = F.grouped_mm(hidden_TD, torch.stack(fc1).transpose(1, 2), offs=ends_E)
         gate_TF, up_TF = inner_T2F.chunk(2, dim=-1)

@@ -18,8 +18,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x_D, eps)
         unit_D = x_D * scale
         ctx.save_for_backward(unit_D, scale, weight_D)
         return unit_D * weight_D
@@ -33,6 +32,12 @@ class _RMSNorm(torch.autograd.Function):
         along = (product_D @ weight_D)[..., None] / weight_D.shape[0]
         dx_D = (grad_D * weight_D).sub_(unit_D * along).mul_(scale)
         return dx_D, dweight_D, None
+
+
+def _scale(x_D: Tensor, eps: float) -> Tensor:
+    """1 / rms(x), [..., 1]."""
+    norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True)
+    return norm.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
 
 
 class RMSNorm(torch.nn.Module):
@@ -51,5 +56,7 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x_D: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if x_D.device.type == "cpu" and x_D.dtype is torch.float32:
+            if not torch.is_grad_enabled():
+                return (x_D * _scale(x_D, self.eps)).mul_(self.weight)
             return _RMSNorm.apply(x_D, self.weight, self.eps)
         return F.rms_norm(x_D, self.weight.shape, self.weight, self.eps)
