@@ -1,8 +1,8 @@
 """Routed experts for the local specs: the parameters of Megatron's SequentialMLP, computed without its overhead.
 
-On CUDA the products of all experts are one grouped call. On the CPU, where torch's grouped product was measured slower than
-separate ones, one autograd node walks over the experts, so that an expert's intermediate activations stay in cache and
-autograd sees one operation a layer (`python -m tools.bench experts`).
+On CUDA the products of all experts are one grouped call. On the CPU one autograd node walks over the experts, which is one
+operation a layer for autograd; while all experts' activations fit the cache, they go through each operation together. torch's
+grouped product takes about as long there, weights stacked for it (`python -m tools.bench experts`, 2 cores, 2026-11-21).
 
 Shape legend: T tokens dispatched to this rank, sorted by expert; t tokens of one expert; E local experts; D hidden size;
 F expert intermediate size (this rank's shard).
