@@ -78,6 +78,7 @@ launch: install-launch ## Launch a run: RECIPE=name [EXECUTOR=local|torchrun|slu
 	@$(PY) -m megatron_vp2o.launch --config-name '$(RECIPE)' executor=$(EXECUTOR) $(LAUNCHARGS)
 
 test-slurm: install-launch ## Against a real Slurm: the one that answers here, else one is installed (root) and started, two emulated nodes
+	$(PY) -m pytest tests/launch/test_scripts.py # two of them need NeMo-Run, which `make test` does not install
 	bash tools/slurm_local.sh run $(PY) -m pytest -m slurm tests/slurm --durations=0 $(TESTARGS)
 
 smoke: install-dev ## The short set of tests, for a second Python

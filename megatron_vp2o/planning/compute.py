@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vp2o.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from megatron_vp2o.config.schema import ModelConfig, TrainConfig
 from megatron_vp2o.planning.hardware import Assumptions
 from megatron_vp2o.planning.workload import Workload
 
@@ -95,11 +95,6 @@ def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: i
 def mfu_flops(flops: Flops) -> float:
     """Of the passes whose speed `Assumptions.mfu` speaks of."""
     return flops.training + flops.recomputing + flops.scoring
-
-
-def ranks_of_model(parallel: ParallelConfig) -> int:
-    """Ranks that share one replica of what is not experts."""
-    return parallel.tensor_parallel * parallel.pipeline_parallel
 
 
 def seconds_at(flops: float, gpus: int, tflops: float, assumed: Assumptions) -> float:

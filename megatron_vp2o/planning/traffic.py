@@ -69,11 +69,8 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     if stages > 1:
         found["pipeline"] = Stream(int(2 * tokens / tensor * model.hidden_size * element), gpus)
     if (stein := stein_traffic(config, gpus)) is not None:
-        found["Stein exchange"] = Stream(
-            work.updates * stein.most_bytes, stein.span, exact=stein.exact_bytes is not None
-        )
-        if stein.exact_bytes is not None:
-            found["Stein exchange"] = Stream(work.updates * stein.exact_bytes, stein.span)
+        sent = stein.exact_bytes if stein.exact_bytes is not None else stein.most_bytes
+        found["Stein exchange"] = Stream(work.updates * sent, stein.span, exact=stein.exact_bytes is not None)
     return {name: stream for name, stream in found.items() if stream.bytes}
 
 
