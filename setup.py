@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 INSTALL = [
     "torch>=2.11,<2.14",  # 2.11 (CUDA) and 2.13 (CPU) are what the suite runs on; Megatron patches follow its internals
     "numpy>=1.26,<3",  # 1.26 is the first with Python 3.12 wheels
-    # megatron-core 0.17 and later ask for Python 3.12; megatron/compat.py knows these two lines and no others.
+    # megatron-core 0.17 and later ask for Python 3.12; megatron/platform/compat.py knows these two lines and no others.
     'megatron-core>=0.16.1,<0.17; python_version < "3.12"',
     'megatron-core>=0.19.2,<0.20; python_version >= "3.12"',
     "psutil>=5.9",  # megatron-core saves checkpoints with it but does not declare it (0.16.1 hangs without)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()  # before anything else imports megatron.core; does nothing where there is CUDA
 
@@ -37,13 +37,14 @@ from megatron_vp2o.core.objective import GRPOObjective, PolicyObjective, VP2OObj
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.hf.settings import hf_config  # noqa: E402
-from megatron_vp2o.megatron import checkpoint, world  # noqa: E402
-from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
-from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.megatron.hf_export import export_hf  # noqa: E402
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint  # noqa: E402
+from megatron_vp2o.megatron.control.trust_region import TrustRegion  # noqa: E402
+from megatron_vp2o.megatron.hf.export import export_hf  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
-from megatron_vp2o.megatron.trust_region import TrustRegion  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
@@ -51,10 +52,10 @@ from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa:
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
-from megatron_vp2o.rl.tasks import make_task  # noqa: E402
-from megatron_vp2o.rl.tasks.tokenizer import load_tokenizer  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
 from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
+from megatron_vp2o.tasks import make_task  # noqa: E402
+from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
 from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
 
 LOGGED_PER_CONTEXT = 4

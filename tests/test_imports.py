@@ -23,13 +23,26 @@ BELOW: dict[str, set[str]] = {
     "parallel": {"core", "config", "errors"},
     "data": {"core", "config", "errors", "rl.types"},
     "tracking": {"core", "config", "errors", "rl.types"},
+    "report": {"tracking", "config", "errors"},
     "megatron": {"hf", "parallel", "core", "config", "errors", "data", "rl.types"},  # of hf: names and shapes
     "rollout": {"parallel", "core", "config", "errors", "rl.types"},
     "hf": {"parallel", "core", "config", "errors", "rl.types"},
+    "tasks": {"core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
-    "plugins": {"rl", "rollout", "hf", "megatron", "parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors"},
-    "planning": {"rl", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
+    "planning": {"rl", "tasks", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
+}
+# The rooms inside `megatron/`, and which of the others each may use.
+ROOMS: dict[str, set[str]] = {
+    "platform": set(),
+    "model": {"platform"},
+    "stein": {"model", "platform"},
+    "learner": {"model", "platform"},
+    "actor": {"learner", "model", "platform"},
+    "control": {"learner", "stein", "model", "platform"},
+    "checkpoint": {"control", "actor", "learner", "stein", "model", "platform"},
+    "hf": {"checkpoint", "control", "actor", "learner", "stein", "model", "platform"},
+    "indexed": set(),
 }
 COMPOSITION = {"session", "train", "nemo_train", "__init__"}  # may import everything, and nothing imports them
 STANDARD = set(sys.stdlib_module_names)
@@ -112,6 +125,28 @@ def test_imports_go_down_only() -> None:
 
     internal = [found for found in IMPORTS if found.name.startswith(f"{PACKAGE}.")]
     _report([found for found in internal if found.part not in COMPOSITION and not allowed(found)])
+
+
+def test_every_room_has_a_rule() -> None:
+    folder = ROOT / PACKAGE / "megatron"
+    rooms = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__"} == ROOMS.keys()
+
+
+def test_imports_between_rooms_go_down_only() -> None:
+    prefix = f"{PACKAGE}.megatron."
+
+    def allowed(found: Import) -> bool:
+        room = Path(found.file).relative_to(f"{PACKAGE}/megatron").parts[0].removesuffix(".py")
+        return found.name.removeprefix(prefix).split(".")[0] in ROOMS[room] | {room}
+
+    _report(
+        [
+            found
+            for found in IMPORTS
+            if found.part == "megatron" and found.name.startswith(prefix) and not allowed(found)
+        ]
+    )
 
 
 def test_nothing_imports_the_composition_root() -> None:

@@ -98,7 +98,7 @@ def _to_megatron(options: argparse.Namespace) -> int:
     from megatron_vp2o.hf.plan import Layout
     from megatron_vp2o.hf.settings import run_settings
     from megatron_vp2o.hf.tensor_files import config_of
-    from megatron_vp2o.megatron.hf_checkpoint import make_training_checkpoint
+    from megatron_vp2o.megatron.hf.training_checkpoint import make_training_checkpoint
 
     layout = Layout(options.tp, options.pp, options.ep, options.etp)
     report = to_megatron(
@@ -136,7 +136,7 @@ def _checkpoint(path: Path, *, wanted: bool) -> tuple[Path, dict[str, Any] | Non
     from megatron_vp2o.config.store import CONFIG_FILE, load_config
     from megatron_vp2o.hf.distributed_files import METADATA
     from megatron_vp2o.hf.settings import hf_config
-    from megatron_vp2o.megatron import checkpoint_folder
+    from megatron_vp2o.megatron.checkpoint import folder as checkpoint_folder
 
     source = path if (path / METADATA).is_file() else checkpoint_folder.resolve(path)
     if (source / checkpoint_folder.MANIFEST).is_file():
@@ -175,10 +175,10 @@ def _verify(options: argparse.Namespace) -> int:
     count = verify(options.source, source, workers=max(1, options.workers), progress=Bar())
     print(f"{count} tensors are the same")
     if options.logits:
-        from megatron_vp2o.megatron.cpu import enable_cpu
+        from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
         enable_cpu()
-        from megatron_vp2o.megatron.hf_compare import compare_logits
+        from megatron_vp2o.megatron.hf.compare import compare_logits
 
         print(compare_logits(options.source, source))
     return 0

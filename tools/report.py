@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from megatron_vp2o.errors import UserError
+from megatron_vp2o.report.report import write_report
 from megatron_vp2o.tracking.console import comparison_table
-from megatron_vp2o.tracking.report import write_report
 from megatron_vp2o.tracking.runs import load_runs
 
 

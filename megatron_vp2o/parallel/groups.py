@@ -1,6 +1,6 @@
 """The process groups of a run, as one frozen value, and the small reductions that the loop needs.
 
-Nothing here knows Megatron: `megatron/world.py` fills the bundle in.
+Nothing here knows Megatron: `megatron/platform/world.py` fills the bundle in.
 """
 
 from __future__ import annotations

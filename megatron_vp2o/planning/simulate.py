@@ -12,19 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
 import torch  # noqa: E402
 
 from megatron_vp2o.config.schema import Implementation, ParallelConfig, TrainConfig  # noqa: E402
-from megatron_vp2o.megatron import expert_gradients, world  # noqa: E402
-from megatron_vp2o.megatron.compat import forget_auxiliary_losses  # noqa: E402
-from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.megatron.model import build_model  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
-from megatron_vp2o.megatron.specs import use_transformer_engine  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.model.build import build_model  # noqa: E402
+from megatron_vp2o.megatron.model.specs import use_transformer_engine  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.platform.compat import forget_auxiliary_losses  # noqa: E402
+from megatron_vp2o.megatron.stein import expert_gradients  # noqa: E402
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, Place  # noqa: E402
 from megatron_vp2o.planning.meta_world import Collective, MetaWorld, meta_world  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402

@@ -15,7 +15,7 @@ from megatron_vp2o.config.validate import data_parallel_size
 from megatron_vp2o.planning.hardware import Assumptions
 
 CHARACTERS = 104
-"""Ids of the tasks' own tokenizer (`rl.tasks.tokenizer`, which a test compares)."""
+"""Ids of the tasks' own tokenizer (`tasks.tokenizer`, which a test compares)."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.parameters import count_on_rank, count_parameters
 from megatron_vp2o.config.schema import Implementation, ModelConfig, ParallelConfig, SoftmaxType
-from megatron_vp2o.megatron import cpu, world
-from megatron_vp2o.megatron.model import build_model
+from megatron_vp2o.megatron.model.build import build_model
+from megatron_vp2o.megatron.platform import cpu, world
 from megatron_vp2o.parallel.groups import Groups
 
 QWEN_VOCABULARY = 151_936

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 from megatron_vp2o.tracking.record import read
 from tests.distributed import ROOT
 
@@ -24,7 +24,7 @@ def test_no_cpu_patch_is_applied():
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.25)])
 def test_generation_scoring_and_training(precision, bound):
     from megatron_vp2o.config.schema import Implementation, Precision
-    from megatron_vp2o.megatron import world
+    from megatron_vp2o.megatron.platform import world
     from tests.megatron import policy_job
 
     config = policy_job.small_config()

@@ -14,13 +14,14 @@ from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.schema import Implementation, ParallelConfig
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.settings import run_settings
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
 from megatron.core.transformer.utils import is_layer_window_attention  # noqa: E402
 
-from megatron_vp2o.megatron import hf_model, model  # noqa: E402
+from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
+from megatron_vp2o.megatron.model import build as model  # noqa: E402
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_30b_a3b": {

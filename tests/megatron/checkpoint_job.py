@@ -26,8 +26,8 @@ from megatron_vp2o.rl.objectives import OnRollouts
 from megatron_vp2o.rl.types import Rollouts
 
 from tests.megatron.policy_job import MegatronEngine, MegatronPolicy, fixed_batch, world  # isort: skip  (enables the CPU)
-from megatron_vp2o.megatron import checkpoint_folder  # isort: skip
-from megatron_vp2o.megatron.checkpoint import Checkpointer, latest, load_weights  # isort: skip
+from megatron_vp2o.megatron.checkpoint import folder as checkpoint_folder  # isort: skip
+from megatron_vp2o.megatron.checkpoint.checkpointer import Checkpointer, latest, load_weights  # isort: skip
 
 VOCAB, ROWS = 24, 8
 OBJECTIVE = OnRollouts(GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.01))

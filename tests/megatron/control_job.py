@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from megatron_vp2o.config.schema import ControlMode, Precision, TrustRegionConfig
 from megatron_vp2o.errors import ControlError
-from megatron_vp2o.megatron import world
-from megatron_vp2o.megatron.generation import MegatronEngine
-from megatron_vp2o.megatron.gradient_hook import SteinHook
-from megatron_vp2o.megatron.policy import MegatronPolicy
-from megatron_vp2o.megatron.trust_region import TrustRegion
+from megatron_vp2o.megatron.actor.generation import MegatronEngine
+from megatron_vp2o.megatron.control.trust_region import TrustRegion
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.platform import world
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
 from megatron_vp2o.rl.batching import policy_batch, split
 from megatron_vp2o.rl.objectives import next_token
 from megatron_vp2o.rl.types import SamplingParams, StepStats

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
@@ -17,7 +17,10 @@ from megatron_vp2o.hf.convert import padded_vocab  # noqa: E402
 from megatron_vp2o.hf.families import architecture  # noqa: E402
 from megatron_vp2o.hf.output import CARRIED  # noqa: E402
 from megatron_vp2o.hf.tensor_files import config_of, open_folder  # noqa: E402
-from megatron_vp2o.megatron import hf_export, hf_model, hf_weights, world  # noqa: E402
+from megatron_vp2o.megatron.hf import export as hf_export  # noqa: E402
+from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
+from megatron_vp2o.megatron.hf import weights as hf_weights  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
 
 
 def computed(

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
 from megatron_vp2o.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig  # noqa: E402
 from megatron_vp2o.core.objective import GRPOObjective  # noqa: E402
-from megatron_vp2o.megatron import world  # noqa: E402
-from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.parallel.groups import gather_rows  # noqa: E402
 from megatron_vp2o.rl.batching import policy_batch  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402

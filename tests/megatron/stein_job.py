@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
@@ -26,9 +26,9 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     TrainConfig,
 )
 from megatron_vp2o.core.choices import Orthogonality, RepulsionScale  # noqa: E402
-from megatron_vp2o.megatron import world  # noqa: E402
-from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vp2o.errors import CheckpointError
-from megatron_vp2o.megatron import checkpoint_folder as folder
+from megatron_vp2o.megatron.checkpoint import folder
 
 
 def write(checkpoints: Path, step: int, keep: int = 2, content: str = "data") -> Path:

@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.megatron import compat, cpu
+from megatron_vp2o.megatron.platform import compat, cpu
 
 cpu.enable_cpu()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vp2o.megatron import compat, cpu
+from megatron_vp2o.megatron.platform import compat, cpu
 from tests.distributed import ROOT, run_distributed
 
 pytestmark = pytest.mark.smoke  # they are about the installed megatron-core
@@ -50,7 +50,8 @@ def test_where_there_is_cuda_nothing_is_patched() -> None:
     """As it was before the call: all that megatron.core's modules and classes hold, their code, and torch itself."""
     code = """
 import importlib, inspect, sys, types, torch
-from megatron_vp2o.megatron import compat, cpu
+from megatron_vp2o.megatron.platform import compat
+from megatron_vp2o.megatron.platform import cpu
 compat.prepare()
 torch.cuda.is_available = lambda: True
 for target in [target for patch in cpu.PATCHES for target in patch.targets]:
@@ -76,7 +77,8 @@ print(cpu.enable_cpu(), everything() == before)
 def test_it_works_on_modules_that_are_loaded_and_on_those_that_come_later_in_silence() -> None:
     code = """
 import sys, torch
-from megatron_vp2o.megatron import compat, cpu
+from megatron_vp2o.megatron.platform import compat
+from megatron_vp2o.megatron.platform import cpu
 compat.quieten()
 import megatron.core.models.gpt.gpt_layer_specs
 assert "megatron.core.energy_monitor" not in sys.modules

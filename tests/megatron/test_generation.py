@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
 from megatron_vp2o.config.schema import ModelConfig, TrainConfig  # noqa: E402
-from megatron_vp2o.megatron import world  # noqa: E402
-from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
 
 pytestmark = pytest.mark.smoke

@@ -12,13 +12,15 @@ from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.schema import ParallelConfig, TrainConfig
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.settings import run_settings
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
-from megatron_vp2o.megatron import hf_model, model, world  # noqa: E402
-from megatron_vp2o.megatron.generation import MegatronEngine  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.model import build as model  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402

@@ -16,9 +16,9 @@ from megatron_vp2o.config.store import load_config
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.evaluate import evaluate
-from megatron_vp2o.rl.tasks import make_task
-from megatron_vp2o.rl.tasks.tokenizer import load_tokenizer
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split
+from megatron_vp2o.tasks import make_task
+from megatron_vp2o.tasks.tokenizer import load_tokenizer
 from tests.hf import models
 from tests.test_end_to_end import measured, train
 from tools.convert import main

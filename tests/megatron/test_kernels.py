@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
-from megatron_vp2o.megatron import attention, experts, norm  # noqa: E402
+from megatron_vp2o.megatron.model import attention, experts, norm  # noqa: E402
 
 SIZES_E = [3, 0, 5, 1]  # one expert has no row
 D, HIDDEN_F = 6, 4

@@ -11,10 +11,10 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.megatron import world
-from megatron_vp2o.megatron.gradient_hook import SteinHook, install
-from megatron_vp2o.megatron.moe_layer import moe_layers
-from megatron_vp2o.megatron.policy import MegatronPolicy
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.moe_layer import moe_layers
+from megatron_vp2o.megatron.platform import world
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook, install
 from megatron_vp2o.rl.objectives import next_token
 from tests.megatron import stein_job
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config

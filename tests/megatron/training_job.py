@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
@@ -39,11 +39,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
 from megatron_vp2o.config.schema import Implementation, ModelConfig, ParallelConfig, Precision  # noqa: E402
-from megatron_vp2o.megatron import world  # noqa: E402
-from megatron_vp2o.megatron.compat import auxiliary_losses, mark_expert_parameters, replace_in_spec  # noqa: E402
-from megatron_vp2o.megatron.model import DTYPES, initialise, transformer_config  # noqa: E402
-from megatron_vp2o.megatron.norm import RMSNorm  # noqa: E402
-from megatron_vp2o.megatron.specs import layer_specs  # noqa: E402
+from megatron_vp2o.megatron.model.build import DTYPES, initialise, transformer_config  # noqa: E402
+from megatron_vp2o.megatron.model.norm import RMSNorm  # noqa: E402
+from megatron_vp2o.megatron.model.specs import layer_specs  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.platform.compat import auxiliary_losses, mark_expert_parameters, replace_in_spec  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from tests.megatron.cases import Case  # noqa: E402
 

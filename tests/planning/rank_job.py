@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vp2o.megatron.cpu import enable_cpu
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
@@ -12,9 +12,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megatron_vp2o.config.compose import compose  # noqa: E402
-from megatron_vp2o.megatron import world  # noqa: E402
-from megatron_vp2o.megatron.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.megatron.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.planning.simulate import static_memory  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402

@@ -18,8 +18,8 @@ from megatron_vp2o.planning.memory import static_memory as planned_memory
 from megatron_vp2o.planning.simulate import static_memory
 from megatron_vp2o.planning.workload import padded_vocabulary
 
-from megatron_vp2o.megatron import world  # isort: skip
-from megatron_vp2o.megatron.policy import MegatronPolicy  # isort: skip
+from megatron_vp2o.megatron.platform import world  # isort: skip
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.parallel.groups import Groups  # isort: skip
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
 from megatron_vp2o.rl.types import TrainBatch  # isort: skip

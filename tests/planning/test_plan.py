@@ -22,7 +22,7 @@ from megatron_vp2o.planning.memory import memory, static_memory
 from megatron_vp2o.planning.report import describe, layouts
 from megatron_vp2o.planning.traffic import SteinTraffic, stein_traffic, traffic
 from megatron_vp2o.planning.workload import CHARACTERS, workload
-from megatron_vp2o.rl.tasks.tokenizer import CharTokenizer
+from megatron_vp2o.tasks.tokenizer import CharTokenizer
 from tools import plan as command
 from tools import simulate as simulate_command
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_vp2o.errors import SyncError
-from megatron_vp2o.megatron import world
-from megatron_vp2o.megatron.generation import MegatronEngine
-from megatron_vp2o.megatron.policy import MegatronPolicy
+from megatron_vp2o.megatron.actor.generation import MegatronEngine
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.rl.sync import verify_sync
 from tests.megatron.policy_job import VOCAB, small_config

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatron_vp2o.config.schema import Algorithm
-from megatron_vp2o.tracking.health import Level, findings
+from megatron_vp2o.report.health import Level, findings
 from megatron_vp2o.tracking.record import RecordError
 from megatron_vp2o.tracking.runs import load_run, load_runs, measures, short_names
 from tests.tracking.synthetic import reinforcement_rows, supervised_rows, write_run

@@ -16,16 +16,16 @@ GOALS = {"tiny": 3.0, "33b": 1.0}  # per cent of a step
 def main(argv: list[str]) -> int:
     """Measure and print. Takes the options of `tools.bench stein` (one process)."""
     arguments = parse(argv)
-    from megatron_vp2o.megatron.cpu import enable_cpu
+    from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()
     import torch
 
     from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
-    from megatron_vp2o.megatron import world
-    from megatron_vp2o.megatron.gradient_hook import SteinHook
-    from megatron_vp2o.megatron.policy import MegatronPolicy
-    from megatron_vp2o.megatron.trust_region import TrustRegion
+    from megatron_vp2o.megatron.control.trust_region import TrustRegion
+    from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+    from megatron_vp2o.megatron.platform import world
+    from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
     from megatron_vp2o.rl.objectives import next_token
     from megatron_vp2o.rl.types import TrainBatch
 

@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import torch
 
-    from megatron_vp2o.megatron.cpu import enable_cpu
+    from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()
-    from megatron_vp2o.megatron import experts
+    from megatron_vp2o.megatron.model import experts
 
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)

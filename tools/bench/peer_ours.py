@@ -35,15 +35,15 @@ class CharacterIds:
 
 def main() -> None:
     arguments = peer_work.parser(__doc__ or "").parse_args()
-    from megatron_vp2o.megatron.cpu import enable_cpu
+    from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()  # before megatron.core is imported; does nothing where there is CUDA
     import megatron_vp2o
     from megatron_vp2o.config.compose import compose
     from megatron_vp2o.core.objective import GRPOObjective
-    from megatron_vp2o.megatron import world
-    from megatron_vp2o.megatron.generation import MegatronEngine
-    from megatron_vp2o.megatron.policy import MegatronPolicy
+    from megatron_vp2o.megatron.actor.generation import MegatronEngine
+    from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+    from megatron_vp2o.megatron.platform import world
     from megatron_vp2o.rl.objectives import OnRollouts
     from megatron_vp2o.rl.refresh import EveryBatches
     from megatron_vp2o.rl.trainer import RLTrainer

@@ -90,15 +90,15 @@ def settings(arguments: argparse.Namespace) -> tuple[Any, int, int, int]:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Train in turns with and without the hook."""
-    from megatron_vp2o.megatron.cpu import enable_cpu
+    from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()
     import torch
     import torch.distributed as dist
 
-    from megatron_vp2o.megatron import world
-    from megatron_vp2o.megatron.gradient_hook import SteinHook
-    from megatron_vp2o.megatron.policy import MegatronPolicy
+    from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+    from megatron_vp2o.megatron.platform import world
+    from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
     from megatron_vp2o.rl.objectives import next_token
     from megatron_vp2o.rl.types import TrainBatch
 

@@ -1,0 +1,265 @@
+"""The embedded rollout engine: an actor with its own snapshot of the weights, decoding with a KV cache on the learner's ranks.
+
+Shape legend: P prompts of this data-parallel rank, N = P * group_size sequences, R sequences still in the batch, S padded
+sequence length, V vocabulary.
+
+Prompts that form a group share one prefill; finished sequences leave the batch; random numbers belong to a sequence and a
+position, so that neither the layout nor the batch order changes what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.core.sampling import sample, uniform_N
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.learner.scoring import score
+from megatron_vp2o.megatron.model.attention import KVCache
+from megatron_vp2o.megatron.model.build import build_model
+from megatron_vp2o.megatron.model.moe_layer import moe_layers
+from megatron_vp2o.megatron.platform.compat import leave_inference_mode
+from megatron_vp2o.parallel.checksum import weights_checksum
+from megatron_vp2o.parallel.groups import any_rank, max_scalars
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams, TrainBatch
+
+COMPACT_BELOW = 0.75
+"""Finished sequences are dropped from the batch once fewer than this fraction of it is still active."""
+
+
+class MegatronEngine:
+    """Implements `rl.types.RolloutEngine` in the learner's processes.
+
+    The actor has the learner's layout, so a refresh is a local copy of each rank's shard.
+    """
+
+    def __init__(self, config: TrainConfig, policy: MegatronPolicy, *, eos_id: int, pad_id: int) -> None:
+        self.policy, self.groups = policy, policy.groups
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.max_batch_size = config.rollout.max_batch_size
+        self.micro_batch_size = config.algorithm.micro_batch_size
+        self.actor = build_model(
+            config.model,
+            config.parallel,
+            policy.groups,
+            vocab_size=policy.padded_vocab,
+            seed=config.seed,
+            inference=True,
+        )
+        self.version = -1
+        # Ranks whose sequences meet in an expert all-to-all must decode in lockstep.
+        self._lockstep = self.groups.ep.size() > 1 and self.groups.dp_size > 1
+        self._layers = moe_layers(self.actor)
+        self._logged_contexts = 0
+        # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.
+        self._ask_every = 8 if self.groups.device.type == "cuda" else 1
+
+    def log_gates(self, contexts: int) -> None:
+        """From now on rollouts carry the actor's gates, at up to about this many contexts of this rank."""
+        self._logged_contexts = contexts
+
+    @torch.no_grad()
+    def refresh(self, version: int) -> None:
+        """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
+        self.policy.gather_parameters()
+        for mine, learned in zip(self.actor.parameters(), self.policy.model.parameters(), strict=True):
+            mine.copy_(learned)
+        for mine, learned in zip(self.actor.buffers(), self.policy.model.buffers(), strict=True):
+            mine.copy_(learned)
+        self.version = version
+
+    def checksum(self) -> int:
+        """Of the weights that this rank's actor holds (`MegatronPolicy.checksum` of those it should)."""
+        return weights_checksum(self._tensors())
+
+    @contextmanager
+    def at_learner_weights(self) -> Iterator[None]:
+        """Generate with the learner's weights inside; a stale snapshot is put aside and restored."""
+        version = self.version
+        kept = [tensor.clone() for tensor in self._tensors()]
+        self.refresh(version)
+        try:
+            yield
+        finally:
+            for mine, old in zip(self._tensors(), kept, strict=True):
+                mine.data.copy_(old)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.actor.parameters(), *self.actor.buffers()]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Rollouts:
+        """See `rl.types.RolloutEngine.generate`. Raises ValueError for an empty prompt."""
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
+        longest = int(max_scalars({"n": max((len(p) for p in prompts), default=1)}, self.groups.dp)["n"])
+        per_batch = max(1, self.max_batch_size // group_size)
+        batches = -(-len(prompts) // per_batch)
+        if self._lockstep:
+            batches = int(max_scalars({"n": batches}, self.groups.dp)["n"])
+        width = longest + sampling.max_new_tokens
+        drawn = len(prompts) * group_size * sampling.max_new_tokens
+        stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
+        parts, logged = [], []
+        for b in range(batches):
+            chosen = slice(b * per_batch, (b + 1) * per_batch)
+            part, part_gates = self._generate_batch(prompts[chosen], uids[chosen], sampling, group_size, width, stride)
+            if prompts[chosen]:
+                parts.append(part)
+                logged.append(part_gates)
+        leave_inference_mode()
+        if not parts:
+            empty = torch.zeros(0, dtype=torch.int64)
+            none = torch.zeros(0, width)
+            return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version)
+        tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N = (
+            torch.cat(part).cpu() for part in zip(*parts, strict=True)
+        )
+        gates = LoggedGates(torch.cat(logged, dim=1), torch.arange(len(length_N)), stride) if stride else None
+        return Rollouts(
+            tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version, gates
+        )
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        width: int,
+        stride: int,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks.
+
+        Returns the columns of `Rollouts`, and the gates at every `stride`-th context, [L, N, J, E] (empty for stride 0).
+        """
+        device = self.groups.device
+        dummy = not prompts
+        prompts, uids = (prompts, uids) if not dummy else ([[self.pad_id]], [0])
+        length_P = torch.tensor([len(prompt) for prompt in prompts])
+        prompt_PS = torch.full((len(prompts), width), self.pad_id)
+        for row, prompt in zip(prompt_PS, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache = KVCache(len(prompts), width)
+        # Everything but each prompt's last token: that one is the first to be decoded from, at its own position.
+        # Rows shorter than the longest leave keys of padding behind, which decoding overwrites before it can see them.
+        prefill = self._widest(length_P) - 1
+        if prefill > 0:
+            position_PS = torch.arange(prefill, device=device).expand(len(prompts), -1)
+            cache.start(position_PS, prefill, prefill=True)
+            self._forward(prompt_PS[:, :prefill].to(device), position_PS, cache)
+        expand_N = torch.arange(len(prompts)).repeat_interleave(group_size)
+        cache.select(expand_N.to(device))
+
+        tokens_NS = prompt_PS[expand_N].to(device)
+        logprobs_NS = torch.zeros(tokens_NS.shape, device=device)
+        model_logprobs_NS = torch.zeros_like(logprobs_NS) if 0 < sampling.top_p < 1 else logprobs_NS
+        length_N = length_P[expand_N].to(device)
+        prompt_len_N = length_N.clone()
+        finished_N = torch.full((len(expand_N),), dummy, device=device)
+        group_N = torch.arange(group_size).repeat(len(prompts))
+        uid_N = (torch.tensor(uids)[expand_N] * group_size + group_N).to(device)
+
+        experts = self.actor.config.num_moe_experts if stride else 0
+        contexts = -(-sampling.max_new_tokens // stride) if stride else 0
+        gates_LNJE = torch.zeros(len(self._layers), len(expand_N), contexts, experts, device=device)
+
+        u_NS = uniform_N(sampling.seed, uid_N[:, None], torch.arange(sampling.max_new_tokens, device=device))
+        row_R = torch.arange(len(expand_N), device=device)  # which sequence each batch row is
+        for step in range(sampling.max_new_tokens):
+            at_R = prompt_len_N[row_R] + step
+            cache.start((at_R - 1)[:, None], prefill + 1 + step, prefill=False)
+            log = bool(stride) and step % stride == 0
+            with self._gates(log) as logs:
+                logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
+            for gates_NJE, seen in zip(gates_LNJE, logs, strict=False):  # no logs at steps in between
+                gates_NJE[row_R, step // stride] = seen[0].float()
+            token_R, logprob_R, model_logprob_R = self._sample(logits_RV, u_NS[row_R, step], sampling)
+            live_R = ~finished_N[row_R]
+            tokens_NS[row_R, at_R] = torch.where(live_R, token_R, self.pad_id)
+            logprobs_NS[row_R, at_R] = torch.where(live_R, logprob_R, 0.0)
+            if model_logprobs_NS is not logprobs_NS:
+                model_logprobs_NS[row_R, at_R] = torch.where(live_R, model_logprob_R, 0.0)
+            length_N[row_R] += live_R
+            finished_N[row_R] |= live_R & (token_R == self.eos_id)
+            if (step + 1) % self._ask_every == 0:
+                keep_R = ~finished_N[row_R]
+                live = int(keep_R.sum())
+                if not (any_rank(live > 0, self.groups.dp) if self._lockstep else live):
+                    break
+                if 0 < live < COMPACT_BELOW * len(row_R):
+                    kept_R = keep_R.nonzero().squeeze(1)
+                    row_R = row_R[kept_R]
+                    cache.select(kept_R)
+        return (tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N), gates_LNJE
+
+    @contextmanager
+    def _gates(self, log: bool) -> Iterator[list[list[Tensor]]]:
+        """What each layer's gates are inside, if they are to be logged; else nothing."""
+        layers = self._layers if log else []
+        logs: list[list[Tensor]] = [[] for _ in layers]
+        for layer, seen in zip(layers, logs, strict=True):
+            layer.gate_log = seen
+        try:
+            yield logs
+        finally:
+            for layer in layers:
+                layer.gate_log = None
+
+    def _widest(self, length_P: Tensor) -> int:
+        """Longest prompt of the batches decoded in lockstep: all of them prefill, or none does."""
+        widest = int(length_P.max())
+        return int(max_scalars({"n": widest}, self.groups.dp)["n"]) if self._lockstep else widest
+
+    def _sample(self, logits_RV: Tensor | None, u_R: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Next tokens with their log-probabilities as sampled and without the nucleus, drawn on the last pipeline stage."""
+        if logits_RV is not None:
+            valid = self.policy.valid_vocab
+            token_R, logprob_R = sample(
+                logits_RV,
+                u_R,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                valid_vocab=valid,
+            )
+            model_logprob_R = logprob_R
+            if sampling.top_p < 1 and sampling.temperature > 0:
+                logp_RV = (logits_RV[:, :valid].float() / sampling.temperature).log_softmax(dim=-1)
+                model_logprob_R = logp_RV.gather(-1, token_R[:, None]).squeeze(1)
+        else:
+            token_R = torch.empty_like(u_R, dtype=torch.int64)
+            logprob_R, model_logprob_R = torch.empty((2, *u_R.shape), device=u_R.device)
+        if self.groups.pp.size() > 1:
+            for values in (token_R, logprob_R, model_logprob_R):
+                dist.broadcast(values, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        return token_R, logprob_R, model_logprob_R
+
+    def _forward(self, tokens_RS: Tensor, position_RS: Tensor, cache: KVCache) -> Tensor | None:
+        """Run the actor over new tokens. Returns the last position's logits, [R, V], on the last pipeline stage, else None."""
+        pp, config = self.groups.pp, self.actor.config
+        if not self.groups.is_first_stage:
+            rows, width = tokens_RS.shape
+            hidden = torch.empty(width, rows, config.hidden_size, dtype=config.params_dtype, device=tokens_RS.device)
+            dist.recv(hidden, group=pp, group_src=pp.rank() - 1)
+            self.actor.set_input_tensor(hidden)
+        out: Any = self.actor(tokens_RS, position_RS, None, inference_context=cache, runtime_gather_output=True)
+        if not self.groups.is_last_stage:
+            dist.send(out.contiguous(), group=pp, group_dst=pp.rank() + 1)
+            return None
+        return out[:, -1]
+
+    def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """Log-probabilities of the response tokens by a teacher-forced pass of the actor. [N, S]; 0 outside responses."""
+        mask_NS = rollouts.response_mask_NS()
+        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {}, temperature=temperature)
+        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
+        leave_inference_mode()
+        return logprob_NS * mask_NS

@@ -1,0 +1,499 @@
+"""Save and resume: model, optimizer, schedule, random numbers, actor and trainer state, in Megatron's distributed format.
+
+`checkpoint_folder.py` has the layout on disk, and what makes a save all or nothing. Each phase that can fail on one rank
+ends with the ranks telling each other, so that an error is everybody's and no rank waits for one that gave up.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.settings import LATER, plain
+from megatron_vp2o.megatron.actor.generation import MegatronEngine
+from megatron_vp2o.megatron.checkpoint import folder as files
+from megatron_vp2o.megatron.checkpoint.folder import latest, resolve
+from megatron_vp2o.megatron.control.trust_region import TrustRegion
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.platform.compat import megatron_version
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+from megatron_vp2o.parallel.groups import Groups
+
+__all__ = ["Checkpointer", "latest", "load_weights", "resolve"]
+
+MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, STEIN, ANCHOR = (
+    "model",
+    "optimizer",
+    "actor",
+    "rng",
+    "schedule",
+    "stein",
+    "anchor",
+)
+
+# Every parameter of the distributed optimizer in its own shape, so that any layout can load it.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+# Settings of Megatron's TransformerConfig, which has them under our names, that make another model.
+_ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "qk_layernorm",
+    "layernorm_epsilon",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+)
+
+# What tells one optimizer parameter group from another; the rest of a group is settings.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_GROUP_STATE = ("params", "step")
+
+
+class Checkpointer:
+    """Saves to and loads from the `checkpoints` folder of a run. All methods are collective over the world.
+
+    Args:
+        folder: made on the first save.
+        engine: its actor is saved while it is older than the learner; None if there is none.
+        hook: the Stein hook, whose averages and prototypes go on; None if there is none.
+        region: the trust region, whose anchor and counters go on; None if there is none.
+        keep: newest checkpoints that are kept, at least 1.
+        tokenizer_save: writes the tokenizer's files to a folder; called on one rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: MegatronPolicy,
+        engine: MegatronEngine | None,
+        *,
+        keep: int,
+        tokenizer_save: Callable[[Path], None] | None,
+        hook: SteinHook | None = None,
+        region: TrustRegion | None = None,
+    ) -> None:
+        self.folder, self.policy, self.engine, self.hook, self.region = folder, policy, engine, hook, region
+        self.keep, self.tokenizer_save = keep, tokenizer_save
+        self.groups = policy.groups
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step. It appears whole, or not at all.
+
+        Args:
+            state: the trainer's, as plain JSON values, equal on all ranks. With `actor_age` > 0 the actor's weights are
+                saved, too, and `actor_version` says which they are.
+
+        Raises:
+            CheckpointError: it could not be written (on all ranks). What was there before is untouched.
+        """
+        target = files.step_folder(self.folder, step)
+        temporary = files.temporary_folder(target)
+        try:
+            with _together(self.groups):
+                if self.groups.rank == 0:
+                    files.begin(target)
+            parts = self._parts(state)
+            _write_tensors(self._tree(parts, loading=False), temporary, self.groups)
+            with _together(self.groups):
+                if self.groups.rank == 0:
+                    self._write_rest(temporary, state)
+            described = self._describe(temporary)
+            with _together(self.groups):
+                if self.groups.rank == 0:
+                    files.write_json(temporary / files.MANIFEST, self._manifest(step, parts, described))
+                    files.publish(temporary, target, self.keep)
+        except CheckpointError as error:
+            if self.groups.rank == 0:
+                _clear(temporary)
+            before = latest(self.folder)
+            kept = f"the run can go on from {before}" if before else "there is no older checkpoint"
+            raise CheckpointError(f"{target} was not saved: {error}; {kept}, once the cause is mended") from error
+        return target
+
+    def _parts(self, state: dict[str, Any]) -> list[str]:
+        parts = [MODEL, RNG]
+        if self.policy.scheduler.num_steps > 0:  # before that, an optimizer has no state
+            parts.append(OPTIMIZER)
+        if self.engine is not None and state.get("actor_age", 0) > 0:
+            parts.append(ACTOR)
+        if self.hook is not None and self.hook.steps > 0:
+            parts.append(STEIN)
+        if self.region is not None and self.region.ready:
+            parts.append(ANCHOR)
+        return parts
+
+    def _tree(self, parts: list[str], *, loading: bool) -> dict[str, Any]:
+        """What is to be saved, or to be loaded into: Megatron's description of this rank's shards."""
+        policy = self.policy
+        if not loading:
+            policy.gather_parameters()
+        model = policy.model.sharded_state_dict()
+        tree: dict[str, Any] = {MODEL: model}
+        if OPTIMIZER in parts:
+            tree[OPTIMIZER] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING)
+        if ACTOR in parts:
+            assert self.engine is not None
+            tree[ACTOR] = self.engine.actor.sharded_state_dict()
+            add_prefix_for_sharding(tree[ACTOR], f"{ACTOR}.")
+        if STEIN in parts:
+            assert self.hook is not None
+            tree[STEIN] = self.hook.sharded_state_dict(loading=loading)
+        if ANCHOR in parts:
+            assert self.region is not None
+            tree[ANCHOR] = self.region.sharded_state_dict(loading=loading)
+        if RNG in parts:
+            size, rank = self.groups.world_size, self.groups.rank
+            tree[RNG] = ShardedObject(RNG, None if loading else _rng_state(), (size,), (rank,))
+        if not loading:
+            steps = 0 if self.hook is None else self.hook.steps
+            counters = {} if self.region is None else self.region.counters()
+            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps, "stein_steps": steps, "region": counters}
+        return tree
+
+    def _write_rest(self, temporary: Path, state: dict[str, Any]) -> None:
+        if self.tokenizer_save is not None:
+            self.tokenizer_save(temporary)
+        files.write_json(temporary / files.STATE, state)
+
+    def _describe(self, temporary: Path) -> dict[str, dict[str, int]]:
+        """Size and checksum of every file; each rank reads its share."""
+        rank, size = self.groups.rank, self.groups.world_size
+        mine: dict[str, dict[str, int]] = {}
+        with _together(self.groups):
+            mine = {name: files.describe(temporary / name) for name in files.files_of(temporary)[rank::size]}
+        shares: list[Any] = [mine] * size
+        if size > 1:
+            dist.all_gather_object(shares, mine, group=self.groups.world)
+        return {name: entry for share in shares for name, entry in share.items()}
+
+    def _manifest(self, step: int, parts: list[str], described: dict[str, dict[str, int]]) -> dict[str, Any]:
+        return {
+            "format": files.FORMAT,
+            "step": step,
+            "parts": parts,
+            "model": _architecture(self.policy),
+            "optimizer": _optimizer_kind(self.policy),
+            "layout": _layout(self.groups),
+            "versions": {"megatron-core": str(megatron_version()), "torch": torch.__version__},
+            "files": described,
+        }
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take up training where a checkpoint left it; under another layout, too. Returns the trainer's state.
+
+        The learning-rate schedule and other optimizer settings stay those of the configuration; the checkpoint says how far
+        they have come. Random-number states are taken only under the layout that they were saved from.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, of another model or another kind of optimizer (on all ranks).
+                Nothing in memory has changed then, unless a file beyond CHECKSUM_LIMIT is damaged inside.
+        """
+        manifest = _check(path, self.policy)
+        with _together(self.groups):
+            _same("optimizer", path, manifest["optimizer"], _optimizer_kind(self.policy))
+            state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
+        absent = {ACTOR: self.engine is None, STEIN: self.hook is None, ANCHOR: self.region is None}
+        parts = [part for part in manifest["parts"] if not absent.get(part, False)]
+        if manifest["layout"] != _layout(self.groups):
+            parts.remove(RNG)
+        loaded = _read_tensors(self._tree(parts, loading=True), path, self.groups)
+        self.policy.model.load_state_dict(loaded[MODEL])
+        self._load_optimizer(loaded)
+        if ACTOR in parts:
+            assert self.engine is not None
+            self.engine.actor.load_state_dict(loaded[ACTOR])
+            self.engine.version = state["actor_version"]
+        if STEIN in parts:
+            assert self.hook is not None
+            self.hook.load_state_dict(loaded[STEIN], loaded[SCHEDULE]["stein_steps"])
+        if ANCHOR in parts:
+            assert self.region is not None
+            self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
+        if RNG in parts:
+            _set_rng_state(loaded[RNG])
+        return state
+
+    def _load_optimizer(self, loaded: dict[str, Any]) -> None:
+        optimizer, scheduler = self.policy.optimizer, self.policy.scheduler
+        if OPTIMIZER in loaded:
+            for inner, state in _pairs(optimizer, loaded[OPTIMIZER]):
+                _keep_settings(inner, state)
+            optimizer.load_state_dict(loaded[OPTIMIZER])
+        else:
+            optimizer.reload_model_params()
+        scheduler.num_steps = 0
+        scheduler.step(increment=loaded[SCHEDULE]["num_steps"])
+
+
+def load_weights(path: Path, policy: MegatronPolicy) -> None:
+    """Start from a checkpoint's weights, saved under any layout, precision and optimizer. Collective.
+
+    Raises:
+        CheckpointError: as `Checkpointer.load`, but for the optimizer.
+    """
+    _check(path, policy)
+    loaded = _read_tensors({MODEL: policy.model.sharded_state_dict()}, path, policy.groups)
+    policy.model.load_state_dict(loaded[MODEL])
+    policy.optimizer.reload_model_params()  # where it has a float32 copy
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _write_tensors(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
+    """What `dist_checkpointing.save` does (serialization.py), with torch's own writer in place of Megatron's.
+
+    Megatron's starts processes, for saving in the background, even where nothing is in the background, and a rank that
+    cannot write leaves the others waiting. The files are the same; those of megatron-core 0.16 and 0.19 are alike.
+
+    Raises:
+        CheckpointError: on all ranks.
+    """
+    sharded, common = save_preprocess(tree)
+    with _together(groups):
+        if groups.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(common, buffer)
+            files.write_bytes(folder / "common.pt", buffer.getvalue())
+            files.write_json(folder / "metadata.json", vars(CheckpointingConfig("torch_dist", 1)))
+    mine, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    try:
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(mine, False),
+            storage_writer=_Writer(folder),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+    except torch_checkpoint.CheckpointException as error:  # torch raises it on all ranks
+        raise CheckpointError(_first_failure(error)) from error
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """torch's, with errors that come when it can bear them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _Files()
+
+
+class _Files(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with _Stream(io.FileIO(path, mode)) as stream:
+            yield stream
+
+
+class _Stream(io.BufferedWriter):
+    """Keeps an error of `write` until the next `flush`, which torch.save calls at the end of each tensor.
+
+    An exception that reaches torch.save's C++ writer through its Python stream corrupts memory (torch 2.13 on Python 3.12:
+    segmentation fault in a later garbage collection).
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) if self._error is None else len(data)
+        except OSError as error:
+            self._error = error
+            return len(data)
+
+    def flush(self) -> None:
+        if self._error is not None:
+            raise self._error
+        super().flush()
+
+    def fileno(self) -> int:
+        self.flush()  # who asks wants to fsync
+        return super().fileno()
+
+
+def _read_tensors(tree: dict[str, Any], path: Path, groups: Groups) -> dict[str, Any]:
+    """Fill the tree from a checkpoint that has been checked. Raises CheckpointError on all ranks."""
+    with _together(groups), _without_deprecation():
+        try:
+            # Without the check of the requested shards, which is for wrong requests and has the ranks talk amid their reading.
+            return dist_checkpointing.load(tree, str(path), validate_access_integrity=False)
+        except torch_checkpoint.CheckpointException as error:
+            raise CheckpointError(f"checkpoint {path} cannot be loaded: {_first_failure(error)}") from error
+        except (CheckpointingException, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
+
+
+def _first_failure(error: torch_checkpoint.CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"{cause} (rank {rank})" if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause} (rank {rank})"
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    """megatron-core 0.19 warns on every rank that common.pt is the older of its two formats."""
+    noisy = logging.getLogger("megatron.core.dist_checkpointing.strategies.common")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def _pairs(optimizer: Any, loaded: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Each of Megatron's optimizers with its part of the loaded state."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [(chained[0], loaded)] if len(chained) == 1 else [(inner, loaded[i]) for i, inner in enumerate(chained)]
+
+
+def _keep_settings(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Learning rates, betas and the like as configured now, in the place of the saved ones.
+
+    megatron-core 0.19 otherwise refuses another learning rate (it counts as another group), and 0.16 takes the old.
+    """
+    groups = loaded["param_groups"] if "param_groups" in loaded else loaded["optimizer"]["param_groups"]
+    own = {_group_key(group): group for group in optimizer.param_groups}
+    for group in groups:
+        settings = own.get(_group_key(group), {})
+        group.update({key: value for key, value in settings.items() if key not in _GROUP_STATE})
+
+
+def _group_key(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in _GROUP_KEYS)
+
+
+# --- what must fit ----------------------------------------------------------------------------------------------------
+
+
+def _check(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
+    """The manifest of a whole checkpoint of this model. Raises CheckpointError on all ranks."""
+    groups = policy.groups
+    with _together(groups):
+        manifest = files.read_manifest(path)
+        _same("model", path, manifest["model"], _architecture(policy))
+        files.check_files(path, manifest, part=groups.rank, parts=groups.world_size)
+    return manifest
+
+
+def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    there = LATER | there if what == "model" else there
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        values = ", ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
+        fix = "use its settings" if what == "model" else "use its settings, or take only its weights (init_from)"
+        raise CheckpointError(f"checkpoint {path} is of another {what} ({values}): {fix}, or another checkpoint")
+
+
+def _architecture(policy: MegatronPolicy) -> dict[str, Any]:
+    gpt = policy.model
+    later = {name: plain(getattr(gpt.config, name, None)) for name in LATER}
+    return (
+        {name: getattr(gpt.config, name) for name in _ARCHITECTURE}
+        | later
+        | {
+            "position_embedding_type": gpt.position_embedding_type,
+            "rotary_base": gpt.rotary_base,
+            "share_embeddings_and_output_weights": gpt.share_embeddings_and_output_weights,
+            "vocab_size": policy.model_vocab,
+        }
+    )
+
+
+def _optimizer_kind(policy: MegatronPolicy) -> dict[str, Any]:
+    return {
+        "parallel.distributed_optimizer": policy.ddp.ddp_config.use_distributed_optimizer,
+        "model.precision": "bf16" if policy.model.config.bf16 else "fp32",
+    }
+
+
+def _layout(groups: Groups) -> dict[str, int]:
+    sizes = {name: getattr(groups, name).size() for name in ("tp", "pp", "dp", "ep", "etp")}
+    return {"world": groups.world_size, **sizes}
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def _rng_state() -> dict[str, Any]:
+    """Generators of this process, in types that torch.load takes without running code."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _together(groups: Groups) -> Iterator[None]:
+    """An OSError or CheckpointError of any rank in the body becomes a CheckpointError of every rank after it.
+
+    No collectives in the body: a rank that fails would miss them.
+    """
+    problem: OSError | CheckpointError | None = None
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        problem = error
+    problems: list[Any] = [None if problem is None else str(problem)]
+    if groups.world_size > 1:
+        problems *= groups.world_size
+        dist.all_gather_object(problems, problems[0], group=groups.world)
+    for found in problems:
+        if found is not None:
+            raise CheckpointError(found) from problem
+
+
+def _clear(temporary: Path) -> None:
+    try:
+        files.discard(temporary)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s could not be removed: %s", temporary, error)

@@ -1,0 +1,1 @@
+"""How far a step may go: trust region and snapshot."""

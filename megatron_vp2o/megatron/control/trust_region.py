@@ -1,0 +1,235 @@
+"""The trust region on the learner: contexts from its forward pass, the anchor, the distance, and what becomes of a step.
+
+The learner's gates are recomputed from the sampled router inputs of the step's own forward pass, with its routers as they are
+after the step: exact in routers and prototypes, first-order in the trunk. The actors' are those that the rollouts logged, or,
+where an engine logs none, what the anchor's routers make of the same inputs.
+
+Shape legend: L MoE layers of this pipeline stage, C contexts of this rank, E experts, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
+from megatron_vp2o.core.trust_region import Outcome, Verdict, consecutive_rejections, deviation, renormalised, verdict
+from megatron_vp2o.errors import ControlError
+from megatron_vp2o.megatron.control.snapshot import Snapshot
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats
+
+_COUNTERS = ("consecutive_rejections", "steps_rejected", "steps_halved")
+
+
+class TrustRegion:
+    """Takes optimizer steps for a policy, no further than the region allows. Implements `rl.control.Stepper`.
+
+    Args:
+        hook: knows the layers and their prototypes; its transform need not be in use.
+    """
+
+    def __init__(self, policy: MegatronPolicy, hook: SteinHook, settings: TrustRegionConfig) -> None:
+        self.policy, self.hook, self.settings = policy, hook, settings
+        self.groups = policy.groups
+        self.consecutive_rejections = 0
+        self.steps_rejected = 0
+        self.steps_halved = 0
+        self._anchor: dict[str, Tensor] | None = None
+        self._carried = hook.carry()
+        self._logged: LoggedGates | None = None
+        policy.sample_contexts(hook.layers, settings.contexts_per_rank)
+
+    # --- the anchor ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_anchor(self) -> None:
+        """Make the present weights the actors': called when these have been refreshed. Collective."""
+        self.policy.gather_parameters()
+        self.hook.weights_changed()
+        self._anchor = {}
+        if self.hook.layers:
+            self._anchor["prototypes"] = self.hook.update_prototypes().clone()
+        for layer in self.hook.layers:
+            for name, tensor in _router_tensors(layer).items():
+                self._anchor[f"{name}.{layer.layer_number}"] = tensor.detach().clone()
+
+    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """The anchor by the layer's global number, so that any layout can load it."""
+        if loading:
+            self._anchor = {}
+        replica = self.groups.stage.rank()
+        tree: dict[str, Any] = {}
+        for index, layer in enumerate(self.hook.layers):
+            assert self._anchor is not None
+            shape = (self.hook.experts, self.hook.weights[index].hidden)
+            zeros = torch.zeros(shape, device=self.groups.device)
+            value = zeros if loading else self._anchor["prototypes"][index]
+            key = f"anchor.prototypes.{layer.layer_number}"
+            tree[key] = ShardedTensor.from_rank_offsets(key, value, replica_id=replica)
+            for name, tensor in _router_tensors(layer).items():
+                key = f"anchor.{name}.{layer.layer_number}"
+                value = torch.zeros_like(tensor) if loading else self._anchor[f"{name}.{layer.layer_number}"]
+                tree[key] = ShardedTensor.from_rank_offsets(key, value.detach(), replica_id=replica)
+        return tree
+
+    def counters(self) -> dict[str, int]:
+        """Plain numbers that a resumed run needs."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def load_state_dict(self, loaded: dict[str, Any], counters: dict[str, int]) -> None:
+        """Take up what `sharded_state_dict(loading=True)` was filled with, and `counters`."""
+        for name in _COUNTERS:
+            setattr(self, name, counters[name])
+        self._anchor = {}
+        if not self.hook.layers:
+            return
+        numbers = [layer.layer_number for layer in self.hook.layers]
+        self._anchor["prototypes"] = torch.stack([loaded[f"anchor.prototypes.{number}"] for number in numbers])
+        for layer in self.hook.layers:
+            for name in _router_tensors(layer):
+                self._anchor[f"{name}.{layer.layer_number}"] = loaded[f"anchor.{name}.{layer.layer_number}"]
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an anchor."""
+        return self._anchor is not None
+
+    def observe_rollouts(self, rollouts: Rollouts) -> None:
+        """Take the actor's gates from what the rollouts carry; without them the anchor's routers are asked."""
+        self._logged = rollouts.gates
+        self.policy.logged_stride(1 if rollouts.gates is None else rollouts.gates.stride)
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before the gradients of a step are transformed: what the transform carries along must be put back on rejection."""
+        self._carried = self.hook.carry()
+
+    @torch.no_grad()
+    def step(self) -> StepStats:
+        """An optimizer step, halved or taken back where it leaves the region. One verdict for all ranks; collective.
+
+        Raises:
+            ControlError: after `max_consecutive_rejections` in a row.
+        """
+        settings, enforce = self.settings, self.settings.mode is ControlMode.enforce
+        before = Snapshot(self.policy, on_host=settings.snapshot_on_host) if enforce else None
+        stats = self.policy.optimizer_step()
+        if stats.skipped:
+            self._drop_contexts()
+            return stats
+        halvings = 0
+        metrics = first = self._measure()
+        decision = self._judge(metrics, 0)
+        while before is not None and decision.outcome is Outcome.backtrack:
+            halvings += 1
+            before.halve()
+            metrics = self._measure()
+            decision = self._judge(metrics, halvings)
+        rejected = decision.outcome is Outcome.reject
+        if before is not None and rejected:
+            before.restore()
+            self.hook.put_back(self._carried)
+        self._drop_contexts()
+        self._count(rejected, halvings, first["trust_region/distance"])
+        metrics |= {
+            "trust_region/proposed": first["trust_region/distance"],
+            "trust_region/halvings": float(halvings),
+            "trust_region/halved": float(self.steps_halved),
+            "trust_region/rejected": float(self.steps_rejected),
+        }
+        return replace(stats, metrics={**stats.metrics, **metrics}, rejected=rejected)
+
+    def _judge(self, metrics: dict[str, float], attempt: int) -> Verdict:
+        settings = self.settings
+        return verdict(
+            metrics["trust_region/distance"],
+            settings.delta,
+            attempt=attempt,
+            max_backtracks=settings.max_backtracks,
+            accept_all=settings.mode is not ControlMode.enforce,
+        )
+
+    def _count(self, rejected: bool, halvings: int, distance: float) -> None:
+        self.steps_halved += halvings > 0 and not rejected
+        self.steps_rejected += rejected
+        outcome = Outcome.reject if rejected else Outcome.accept
+        self.consecutive_rejections = consecutive_rejections(self.consecutive_rejections, outcome)
+        limit = self.settings.max_consecutive_rejections
+        if self.consecutive_rejections >= limit:
+            raise ControlError(
+                f"{limit} steps in a row left the trust region: the last one moved the barycenters by D={distance:.4g} and "
+                f"algorithm.trust_region.delta={self.settings.delta:g}, even when halved {self.settings.max_backtracks} times; "
+                "lower optimizer.lr or raise delta (the last checkpoint is untouched)"
+            )
+
+    # --- the distance -------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> dict[str, float]:
+        """Mean distance over contexts and layers of all ranks, and by layer, with one host synchronisation. Collective."""
+        assert self._anchor is not None
+        self.policy.gather_parameters()
+        self.hook.weights_changed()
+        layers = int(self.policy.model.config.num_layers)
+        sums_L4 = torch.zeros(layers, 4, dtype=torch.float64, device=self.groups.device)
+        if self.hook.layers:
+            prototypes_LED = self.hook.update_prototypes()
+            for index, layer in enumerate(self.hook.layers):
+                inputs_CD = layer.contexts()
+                parts = deviation(
+                    _gates(layer, inputs_CD, {}),
+                    prototypes_LED[index],
+                    self._anchor_gates(index, layer, inputs_CD),
+                    self._anchor["prototypes"][index],
+                )
+                sums_L4[layer.layer_number - 1] = torch.stack(parts)
+        dist.all_reduce(sums_L4, group=self.groups.world)
+        mean_4 = sums_L4.sum(0)
+        means = (mean_4[:3] / mean_4[3].clamp(min=1)).tolist()
+        by_layer_L = (sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)).tolist()
+        names = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
+        self.by_layer = by_layer_L
+        return dict(zip(names, means, strict=True)) | {"trust_region/distance_layer_max": max(by_layer_L)}
+
+    def _anchor_gates(self, index: int, layer: VP2OMoELayer, inputs_CD: Tensor) -> Tensor:
+        """The actor's gates at the contexts of this step, [C, E]: as logged, or as the anchor's router says."""
+        keys_C2 = torch.cat(self.policy.context_keys) if self.policy.context_keys else None
+        if self._logged is None or keys_C2 is None:
+            return _gates(layer, inputs_CD, self._router_of_anchor(layer))
+        row_C, before_C = keys_C2.unbind(1)
+        return renormalised(self._logged.gates_LMJE[index, row_C, before_C // self._logged.stride])
+
+    def _router_of_anchor(self, layer: VP2OMoELayer) -> dict[str, Tensor]:
+        assert self._anchor is not None
+        return {name: self._anchor[f"{name}.{layer.layer_number}"] for name in _router_tensors(layer)}
+
+    def _drop_contexts(self) -> None:
+        for layer in self.hook.layers:
+            layer.drop_contexts()
+
+
+def _router_tensors(layer: VP2OMoELayer) -> dict[str, Tensor]:
+    """What decides gates: weight, and where there are any, bias and expert bias."""
+    router = layer.router
+    named = {"weight": router.weight, "bias": getattr(router, "bias", None), "expert_bias": router.expert_bias}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _gates(layer: VP2OMoELayer, inputs_CD: Tensor, router: dict[str, Tensor]) -> Tensor:
+    """Dense normalised gates of a layer's router, [C, E], with other tensors in the place of its own if given."""
+    module = layer.router
+    training = module.training
+    module.eval()  # no auxiliary losses, no jitter, no counting
+    try:
+        probs, _ = torch.func.functional_call(module, router, (inputs_CD[:, None],))
+    finally:
+        module.train(training)
+    return renormalised(probs.reshape(len(inputs_CD), -1).float())

@@ -1,0 +1,1 @@
+"""A live or stored Megatron model and Hugging Face."""

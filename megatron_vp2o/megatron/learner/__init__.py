@@ -1,0 +1,1 @@
+"""DDP, optimizer, schedule and micro-batches."""

@@ -1,0 +1,175 @@
+"""One forward pass of a batch through a (pipelined, tensor-parallel) model, in micro-batches: the part that training and
+scoring share.
+
+Shape legend: N sequences of this rank, S padded length of one micro-batch, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from torch import Tensor
+
+from megatron_vp2o.megatron.platform.compat import forget_loss_scales
+from megatron_vp2o.parallel.groups import Groups, max_scalars
+from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
+from megatron_vp2o.rl.types import TrainBatch
+
+
+def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -> list[tuple[TrainBatch, Tensor]]:
+    """Cut a batch into micro-batches of similar lengths, each trimmed to its longest row, with the rows they hold.
+
+    Every rank gets the same number (collectives must pair up); a rank that has too few rows adds dummy ones without
+    loss tokens.
+    """
+    rows = len(batch.length_N)
+    count = max(1, int(max_scalars({"count": -(-rows // size)}, groups.dp)["count"]))
+    order = torch.argsort(batch.length_N, descending=True, stable=True)
+    parts = []
+    for index in order.split(size) if rows else ():
+        longest = int(batch.length_N[index].max())
+        width = -(-longest // multiple) * multiple
+        parts.append((_take(batch, index, width), index))
+    while len(parts) < count:
+        parts.append((_dummy(batch, multiple), order[:0]))
+    return parts
+
+
+def _fit(values_NS: Tensor, width: int, fill: float) -> Tensor:
+    missing = width - values_NS.shape[1]
+    return torch.nn.functional.pad(values_NS, (0, missing), value=fill) if missing > 0 else values_NS[:, :width]
+
+
+def _take(batch: TrainBatch, index: Tensor, width: int) -> TrainBatch:
+    return replace(
+        batch,
+        tokens_NS=_fit(batch.tokens_NS[index], width, 0),
+        length_N=batch.length_N[index],
+        loss_mask_NS=_fit(batch.loss_mask_NS[index], width, False),
+        extras={k: _fit(v[index], width, 0) if v.dim() == 2 else v[index] for k, v in batch.extras.items()},
+        segment_NS=None if batch.segment_NS is None else _fit(batch.segment_NS[index], width, -1),
+    )
+
+
+def _dummy(batch: TrainBatch, width: int) -> TrainBatch:
+    return replace(
+        batch,
+        tokens_NS=batch.tokens_NS.new_zeros(1, width),
+        length_N=batch.length_N.new_ones(1),
+        loss_mask_NS=batch.loss_mask_NS.new_zeros(1, width),
+        extras={k: v.new_zeros((1, width) if v.dim() == 2 else (1,)) for k, v in batch.extras.items()},
+        segment_NS=None if batch.segment_NS is None else batch.segment_NS.new_zeros(1, width),
+    )
+
+
+def _to(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    def move(value: Tensor | None) -> Any:
+        return None if value is None else value.to(device, non_blocking=True)
+
+    return replace(
+        batch,
+        tokens_NS=move(batch.tokens_NS),
+        length_N=move(batch.length_N),
+        loss_mask_NS=move(batch.loss_mask_NS),
+        extras={k: move(v) for k, v in batch.extras.items()},
+        segment_NS=move(batch.segment_NS),
+    )
+
+
+def _attention_mask(segment_NS: Tensor) -> Tensor:
+    """Causal within each segment. [N, 1, S, S], True where forbidden; padding may see itself, so that no row is empty."""
+    same = segment_NS[:, :, None] == segment_NS[:, None, :]
+    causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril_()
+    return ~(same & causal)[:, None]
+
+
+def run_schedule(
+    model: Any,
+    parts: list[TrainBatch],
+    groups: Groups,
+    valid_vocab: int,
+    loss: Callable[[Tensor, Tensor, TrainBatch], Any],
+    *,
+    forward_only: bool,
+    before_forward: Callable[[TrainBatch], None] | None = None,
+) -> list[Any]:
+    """Drive Megatron's pipeline schedule over micro-batches; `loss` sees [N, S] log-probabilities and entropies.
+
+    Returns what `loss` reported per micro-batch on the last pipeline stage, an empty list on the others.
+    """
+
+    def forward_step(parts_left: Iterator[TrainBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = _to(next(parts_left), groups.device)
+        width = batch.tokens_NS.shape[1]
+        position_S = torch.arange(width, device=groups.device)
+        padding_NS = position_S >= batch.length_N[:, None]
+        if not groups.is_first_stage and model_config(model).sequence_parallel:
+            # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
+            padding_NS = scatter_to_sequence_parallel_region(padding_NS.t().contiguous()).t().contiguous()
+        if before_forward is not None:
+            before_forward(batch)
+        output = model(
+            batch.tokens_NS,
+            position_S.expand_as(batch.tokens_NS),
+            None if batch.segment_NS is None else _attention_mask(batch.segment_NS),
+            padding_mask=padding_NS,
+        )
+
+        def finish(logits_NSV: Tensor, non_loss_data: bool = False) -> Any:
+            logprob, entropy = log_probs_and_entropy(
+                logits_NSV[:, :-1],
+                batch.tokens_NS[:, 1:],
+                temperature=batch.temperature,
+                valid_vocab=valid_vocab,
+                group=groups.tp,
+            )
+            # position s speaks of the token AT s, which was predicted at s - 1
+            pad = torch.nn.functional.pad
+            return loss(pad(logprob, (1, 0)), pad(entropy, (1, 0)), batch)
+
+        return output, finish
+
+    forget_loss_scales()
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(parts),
+        model=[model],
+        num_microbatches=len(parts),
+        seq_length=max(part.tokens_NS.shape[1] for part in parts),
+        micro_batch_size=max(len(part.length_N) for part in parts),
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def model_config(model: Any) -> Any:
+    """The TransformerConfig under any wrappers."""
+    while not hasattr(model, "decoder"):
+        model = model.module
+    return model.config
+
+
+@torch.no_grad()
+def score(
+    model: Any, batch: TrainBatch, micro_batch_size: int, groups: Groups, valid_vocab: int, multiple: int
+) -> Tensor:
+    """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length."""
+    parts = micro_batches(batch, micro_batch_size, groups, multiple)
+    results = run_schedule(
+        model, [part for part, _ in parts], groups, valid_vocab, lambda logprob, _, __: logprob, forward_only=True
+    )
+    out_NS = torch.zeros(batch.tokens_NS.shape)
+    for (part, rows), logprob in zip(parts, results, strict=False):
+        width = min(logprob.shape[1], out_NS.shape[1])
+        inside = torch.arange(width) < part.length_N[: len(rows), None]
+        out_NS[rows, :width] = torch.where(inside, logprob[: len(rows), :width].float().cpu(), 0.0)
+    if groups.pp.size() > 1:
+        out_NS = out_NS.to(groups.device)
+        dist.broadcast(out_NS, group=groups.pp, group_src=groups.pp.size() - 1)
+    return out_NS.cpu()

@@ -1,0 +1,1 @@
+"""Building Megatron's GPTModel with our modules in it."""

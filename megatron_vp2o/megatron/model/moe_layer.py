@@ -1,0 +1,314 @@
+"""Megatron's MoE layer, observed: routing statistics, specialisation losses, and our dispatcher in it.
+
+Nothing is computed before somebody asks: `VP2OMoELayer.observe` turns statistics on, `specialise` the losses.
+
+Shape legend: T tokens of a micro-batch on this rank, E experts, K top-k, D hidden size, R = T * K permuted rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vp2o.core.choices import Orthogonality
+from megatron_vp2o.core.diagnostics import output_overlap
+from megatron_vp2o.core.specialization import orthogonality_loss, variance_loss
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.megatron.model.routing_statistics import RoutingStatistics
+
+OVERLAP_TOKENS = 256
+"""Tokens of a micro-batch whose expert outputs are compared for the overlap metric."""
+_TINY = 1e-6
+
+
+class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """The all-to-all dispatcher, without its second permutation where that is the identity, and without its last gates.
+
+    With one rank in the expert group, tokens leave the first permutation sorted by expert. The base class still cuts them
+    into one chunk an expert and concatenates these in the same order (token_dispatcher.py, sort_chunks_by_idxs), four full
+    copies a layer and step: a tenth of the tiny model's training step on a CPU.
+    """
+
+    def _sorted_already(self) -> bool:
+        return self.tp_size * self.ep_size == 1 and not self.drop_and_pad and self.shared_experts is None
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See the base class."""
+        if not self._sorted_already():
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        counts: Tensor | None = self.tokens_per_expert
+        for point in ("before_permutation_2", "before_finish"):
+            counts = self._maybe_dtoh_and_synchronize(point, counts)
+        self.tokens_per_expert: Tensor | None = None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """See the base class."""
+        return hidden_states if self._sorted_already() else super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """See the base class."""
+        combined = super().combine_postprocess(permutated_local_input_tokens)
+        # They hold the step's graph, that holds the module by its hooks, and no collector sees a cycle through autograd: a
+        # model that is dropped would stay in memory, with its process groups and their threads.
+        self.probs: Tensor | None = None
+        return combined
+
+
+class ObservedRouter(TopKRouter):
+    """TopKRouter that leaves its logits with whoever asked for them."""
+
+    keep_logits = False
+    logits_TE: Tensor | None = None
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See the base class."""
+        if self.keep_logits:
+            self.logits_TE = logits.reshape(-1, logits.shape[-1])
+        return super().routing(logits, *args, **kwargs)
+
+    def take_scores(self) -> Tensor:
+        """The router's scores of the last micro-batch before any selection, [T, E] float32: softmax or sigmoid."""
+        assert self.logits_TE is not None
+        logits_TE, self.logits_TE = self.logits_TE.float(), None
+        return logits_TE.softmax(-1) if self.score_function == "softmax" else logits_TE.sigmoid()
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """Which specialisation losses a layer attaches (VP2O section 3.2, after Guo et al., arXiv 2505.22323)."""
+
+    orthogonality_coef: float = 0.0
+    orthogonality: Orthogonality = Orthogonality.projection
+    token_fraction: float = 1.0
+    variance_coef: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.orthogonality_coef > 0 or self.variance_coef > 0
+
+
+@dataclass
+class _Routed:
+    """What `route` leaves for `postprocess` of the same micro-batch."""
+
+    probs_TE: Tensor
+    map_TE: Tensor
+    valid_T: Tensor | None
+
+
+class VP2OMoELayer(MoELayer):
+    """Stands in the layer spec where MoELayer does; `adopt` makes one of a layer that is built already."""
+
+    statistics: RoutingStatistics | None = None
+    specialization = Specialization()
+    loss_tokens_per_token = 1.0
+    """Loss tokens over valid tokens of the step, all ranks: makes the losses means over valid tokens where Megatron divides by
+    loss tokens (calculate_per_token_loss)."""
+    _routed: _Routed | None = None
+    gate_log: list[Tensor] | None = None
+    """Where the gates of every forward pass go, [T, E] dense; None keeps none."""
+    context_index: Tensor | None = None
+    """Flat positions of the coming micro-batch whose router inputs are to be kept, [C]."""
+    _contexts: list[Tensor] | None = None
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._replace_parts()
+
+    @classmethod
+    def adopt(cls, layer: MoELayer) -> VP2OMoELayer:
+        """Make a VP2OMoELayer of a layer of a model that is built; parameters, names and hooks stay."""
+        if not isinstance(layer, cls):
+            if type(layer) is not MoELayer:
+                raise ConfigError(
+                    f"layer {layer.layer_number} is a {type(layer).__name__}: the Stein hook can adopt Megatron's own MoELayer; "
+                    "derive your layer from VP2OMoELayer instead"
+                )
+            layer.__class__ = cls
+            layer._replace_parts()
+        return layer
+
+    def _replace_parts(self) -> None:
+        # The base class picks router and dispatcher itself, so ours take the places of the finished objects.
+        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
+            self.token_dispatcher.__class__ = LeanAlltoAllTokenDispatcher
+        if type(self.router) is TopKRouter:
+            self.router.__class__ = ObservedRouter
+
+    def observe(self) -> None:
+        """Gather routing statistics of every training micro-batch from now on.
+
+        Raises:
+            ConfigError: if the router is not Megatron's TopKRouter.
+        """
+        self._need_router("routing statistics")
+        self.statistics = RoutingStatistics(self.config.num_moe_experts)
+
+    def specialise(self, losses: Specialization) -> None:
+        """Attach these losses to the layer's output from now on.
+
+        Raises:
+            ConfigError: where the outputs of a token's experts do not meet again on the token's rank.
+        """
+        if losses.variance_coef > 0:
+            self._need_router("algorithm.specialization.variance_coef")
+        if losses.orthogonality_coef > 0 and not self._outputs_meet():
+            kind = type(self.token_dispatcher).__name__
+            raise ConfigError(
+                f"algorithm.specialization.orthogonality_coef={losses.orthogonality_coef} needs each token's expert outputs "
+                f"apart on the token's own rank, and {kind} (drop_and_pad={getattr(self, 'drop_and_pad', False)}) adds them up "
+                "elsewhere: use model.moe_token_dispatcher_type=alltoall without padding to capacity"
+            )
+        self.specialization = losses
+
+    def contexts(self) -> Tensor:
+        """Router inputs kept since `drop_contexts`, [C, D]."""
+        if not self._contexts:
+            return self.router.weight.new_zeros(0, self.router.weight.shape[1])
+        return torch.cat(self._contexts)
+
+    def drop_contexts(self) -> None:
+        """Forget them."""
+        self._contexts = None
+
+    def _need_router(self, feature: str) -> None:
+        if not isinstance(self.router, ObservedRouter):
+            raise ConfigError(
+                f"{feature} needs Megatron's TopKRouter, and layer {self.layer_number} has a {type(self.router).__name__}: "
+                "derive it from megatron_vp2o.megatron.model.moe_layer.ObservedRouter"
+            )
+
+    def _outputs_meet(self) -> bool:
+        dispatcher = self.token_dispatcher
+        return isinstance(dispatcher, MoEAlltoAllTokenDispatcher) and not dispatcher.drop_and_pad
+
+    def _observing(self) -> bool:
+        # Recomputation runs a layer twice: without gradients first, then with them. Count the second time only.
+        return self.training and torch.is_grad_enabled() and (self.statistics is not None or bool(self.specialization))
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        if self.context_index is not None and self.training:
+            # The first time a micro-batch passes; recomputation may come when another one's positions are set.
+            index_C, self.context_index = self.context_index, None
+            self._contexts = [*(self._contexts or []), hidden_states.detach().flatten(0, -2)[index_C]]
+        if not self._observing():
+            probs, routing_map = super().route(hidden_states, padding_mask)
+            if self.gate_log is not None:
+                self.gate_log.append(probs.detach().flatten(0, -2))
+            return probs, routing_map
+        self.router.keep_logits = True
+        try:
+            probs, routing_map = super().route(hidden_states, padding_mask)
+        finally:
+            self.router.keep_logits = False
+        scores_TE = self.router.take_scores()
+        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        with torch.no_grad():
+            if self.statistics is not None:
+                probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+                self.statistics.add_routing(routing_map, probabilities_TE, valid_T)
+        if self.specialization.variance_coef > 0:
+            probs = self._attach_variance(probs, scores_TE, valid_T)
+        self._routed = _Routed(probs, routing_map, valid_T)
+        return probs, routing_map
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """See the base class. Here the outputs of a token's experts are back on its rank and not yet added up."""
+        routed, self._routed = self._routed, None
+        if routed is not None and self._outputs_meet():
+            if self.statistics is not None:
+                self._measure_overlap(output.detach(), routed)
+            if self.specialization.orthogonality_coef > 0:
+                output = self._attach_orthogonality(output, routed)
+        return super().postprocess(output, shared_expert_output)
+
+    def _attach_variance(self, probs_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+        total, count = variance_loss(scores_TE, valid_T)
+        if self.statistics is not None:
+            self.statistics.add("variance", total.detach())
+        return _attach(probs_TE, total, count, self.specialization.variance_coef, self._scale())
+
+    def _attach_orthogonality(self, output_RD: Tensor, routed: _Routed) -> Tensor:
+        settings = self.specialization
+        stride = max(1, round(1.0 / settings.token_fraction))
+        valid_T = (
+            routed.valid_T if routed.valid_T is not None else torch.ones_like(routed.map_TE[:, 0], dtype=torch.bool)
+        )
+        rows_TK, selected_TK, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
+        gates_TK = routed.probs_TE[::stride].gather(1, selected_TK)
+
+        def loss(output_RD: Tensor, gates_TK: Tensor) -> tuple[Tensor, Tensor]:
+            # Experts multiply by the gate before their last projection; dividing gives their own outputs back, and the
+            # gate's gradient through both cancels.
+            own_TK = present_TK & (gates_TK > _TINY)
+            outputs_TKD = output_RD[rows_TK].float() / torch.where(own_TK, gates_TK, 1.0).float()[..., None]
+            return orthogonality_loss(
+                outputs_TKD, kind=settings.orthogonality, valid_T=valid_T[::stride], present_TK=own_TK
+            )
+
+        # Recomputed in the backward pass, so that no [T, K, D] copy of the outputs stays alive.
+        total, sampled = checkpoint(loss, output_RD, gates_TK, use_reentrant=False)
+        if self.statistics is not None:
+            self.statistics.add("orthogonality", total.detach() * valid_T.sum() / sampled.clamp(min=1))
+        count = valid_T.sum()
+        return _attach(
+            output_RD, total * count / sampled.clamp(min=1), count, settings.orthogonality_coef, self._scale()
+        )
+
+    @torch.no_grad()
+    def _measure_overlap(self, output_RD: Tensor, routed: _Routed) -> None:
+        assert self.statistics is not None
+        stride = max(1, len(routed.map_TE) // OVERLAP_TOKENS)
+        rows_TK, _, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
+        if routed.valid_T is not None:
+            present_TK = present_TK & routed.valid_T[::stride, None]
+        total, pairs = output_overlap(output_RD[rows_TK].float(), present_TK)
+        self.statistics.add("output_overlap", total)
+        self.statistics.add("output_pairs", pairs)
+
+    def _scale(self) -> float | None:
+        """Loss tokens a valid token, where Megatron divides gradients by loss tokens; None where it averages micro-batches."""
+        return self.loss_tokens_per_token if self.config.calculate_per_token_loss else None
+
+
+def moe_layers(model: Any) -> list[VP2OMoELayer]:
+    """The MoE layers of a model's decoder, adopted. Multi-token-prediction layers are left as they are."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer) and "mtp" not in name.split("."):
+            found.append(VP2OMoELayer.adopt(module))
+    return found
+
+
+def _attach(activation: Tensor, total: Tensor, count: Tensor, coefficient: float, scale: float | None) -> Tensor:
+    loss = total * scale if scale is not None else total / count.clamp(min=1)
+    return MoEAuxLossAutoScaler.apply(activation, (coefficient * loss).to(torch.float32))
+
+
+def _rows_by_token(routing_map_TE: Tensor, topk: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the expert outputs of every `stride`-th token lie among rows sorted by expert, then token.
+
+    Without a host synchronisation: the row of (t, e) is the number of rows of experts before e, and of tokens before t in e.
+
+    Returns:
+        Rows, experts and whether there is an output, each [T / stride, K]. Experts ascend; where a token has fewer than K,
+        others fill up, with row 0.
+    """
+    within_TE = routing_map_TE.cumsum(0)
+    before_E = within_TE[-1].cumsum(0) - within_TE[-1]
+    some_TE = routing_map_TE[::stride]
+    selected_TK = some_TE.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :topk]
+    present_TK = some_TE.gather(1, selected_TK).bool()
+    rows_TK = (within_TE[::stride] - 1 + before_E).gather(1, selected_TK)
+    return torch.where(present_TK, rows_TK, 0), selected_TK, present_TK

@@ -1,0 +1,1 @@
+"""Versions of Megatron-Core, the CPU stand-in, process groups."""

@@ -1,0 +1,1 @@
+"""Expert gradients, prototypes and the Stein transform of a Megatron model."""

@@ -1,0 +1,27 @@
+"""Tasks: families of problems with a verifier. `make_task` makes the one that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.rl.types import Task
+from megatron_vp2o.tasks.countdown import CountdownTask
+from megatron_vp2o.tasks.shortest_path import ShortestPathTask
+
+TASKS: dict[str, Callable[..., Task]] = {"countdown": CountdownTask, "shortest_path": ShortestPathTask}
+
+
+def make_task(config: TaskConfig, progress: bool = False) -> Task:
+    """The task `config.name` with its problems prepared: equal configurations give equal problems, on every rank.
+
+    Args:
+        progress: show a progress bar if preparing takes longer than a second (for one rank only).
+
+    Raises:
+        ConfigError: an unknown name, a setting out of bounds, or fewer held-out problems than asked for.
+    """
+    if config.name not in TASKS:
+        raise ConfigError(f"task.name={config.name} is unknown: choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[config.name](config, progress=progress)

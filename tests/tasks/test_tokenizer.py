@@ -1,0 +1,138 @@
+"""The character tokenizer against Hugging Face's reading of what it saves."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.tasks.tokenizer import ALPHABET, CharTokenizer, HuggingFaceTokenizer, load_tokenizer
+
+TEXTS = [
+    "4 8 6=24:6*(8-4)",
+    "S.#|..#|#.G:RDDR",
+    "  two  spaces , and 'commas' !  don't ?\n\n",
+    "<eos> <pad> [UNK] \\n \t"[:-1],
+    ALPHABET,
+    "",
+]
+
+
+@given(st.text(ALPHABET))
+def test_round_trip(text: str) -> None:
+    tokenizer = CharTokenizer()
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_ids_are_fixed_for_good() -> None:
+    tokenizer = CharTokenizer()
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 104)
+    assert tokenizer.encode("\n ~019AZaz") == [2, 3, 97, 19, 20, 28, 36, 61, 68, 93]
+    assert all(tokenizer.vocab_size % tensor_parallel == 0 for tensor_parallel in (2, 4, 8))
+
+
+def test_decode_leaves_specials_out() -> None:
+    tokenizer = CharTokenizer()
+    assert tokenizer.decode([0, *tokenizer.encode("6*4"), 1, 0, 0]) == "6*4"
+    assert tokenizer.decode([98, 103]) == "⟨reserved0⟩⟨reserved5⟩"
+    for bad in (104, -1):
+        with pytest.raises(IndexError):
+            tokenizer.decode([bad])
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"), [("4×6", r"'×' at position 1"), ("a\tb", r"'\\t' at position 1"), ("⟨eos⟩", "'⟨'")]
+)
+def test_unknown_characters(text: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match=quoted):
+        CharTokenizer().encode(text)
+
+
+def test_speed_and_pickle() -> None:
+    tokenizer = pickle.loads(pickle.dumps(CharTokenizer()))
+    start = time.process_time()
+    assert len(tokenizer.encode("4 8 6=24:" * 10**5)) == 9 * 10**5
+    assert time.process_time() - start < 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "new"
+    CharTokenizer().save(folder)
+    return folder
+
+
+def test_saved_files_are_the_same_each_time(folder: Path, tmp_path: Path) -> None:
+    CharTokenizer().save(tmp_path)
+    names = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_transformers_reads_it(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = CharTokenizer(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert (len(theirs), theirs.pad_token_id, theirs.eos_token_id) == (ours.vocab_size, ours.pad_id, ours.eos_id)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs.encode(text) == theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+        assert theirs.decode([*ids, 1, 0], skip_special_tokens=True) == ours.decode([*ids, 1, 0]) == text
+    everything = list(range(ours.vocab_size))
+    assert theirs.decode(everything, skip_special_tokens=True) == ours.decode(everything)
+    with pytest.raises(Exception, match="WordLevel"):  # an error there too, not an unknown token
+        theirs.encode("é")
+
+
+def test_load_tokenizer(folder: Path, tmp_path: Path) -> None:
+    ours, loaded = CharTokenizer(), load_tokenizer(folder)
+    assert isinstance(loaded, HuggingFaceTokenizer)
+    loaded.save(tmp_path)
+    for tokenizer in (loaded, load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(loaded))):
+        assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (104, 0, 1)
+        for text in TEXTS:
+            assert tokenizer.encode(text) == ours.encode(text)
+            assert tokenizer.decode([*ours.encode(text), 1, 0]) == text
+
+
+def test_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
+    """Words, no padding token, a template that adds tokens: encoding must not add them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 7}
+    pipeline = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    pipeline.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipeline.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    pipeline.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a b a") == [2, 7, 2]
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 8)  # no padding token: end-of-sequence
+    assert tokenizer.decode([2, 7, 1]) == "a b"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)
+
+
+def test_folders_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"neither tokenizer_config\.json nor tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:300])
+    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
