@@ -21,3 +21,11 @@ class ControlError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class DataError(UserError):
+    """A file of the user's data that cannot be read, or a row of it that cannot be used; names file, line and reason."""
+
+
+class RewardError(UserError):
+    """A reward that could not grade an answer; names the row."""

@@ -58,7 +58,7 @@ class TaskDemonstrations:
         problem = self.task.problem(self.split, index, variant=epoch)
         draw = blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=4).digest()
         tokenizer = self.task.tokenizer
-        prompt = tokenizer.encode(problem.prompt)
+        prompt = problem.prompt_tokens(tokenizer)
         answer = tokenizer.encode(self.task.demonstration(problem, int.from_bytes(draw, "big")))
         return Document(np.array([*prompt, *answer, tokenizer.eos_id], dtype=np.int64), len(prompt))
 

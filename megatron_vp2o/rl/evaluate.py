@@ -55,7 +55,7 @@ def evaluate(
     """
     count = task.size(split) if split is Split.test else min(settings.problems, task.size(split))
     problems = [task.problem(split, i) for i in range(groups.dp_rank, count, groups.dp_size)]
-    prompts = [task.tokenizer.encode(problem.prompt) for problem in problems]
+    prompts = [problem.prompt_tokens(task.tokenizer) for problem in problems]
     uids = [problem.uid for problem in problems]
     greedy = engine.generate(prompts, uids, SamplingParams(0.0, 1.0, max_new_tokens, seed))
     sampled = engine.generate(
@@ -64,6 +64,8 @@ def evaluate(
     sums = _tally(task, problems, greedy, sampled, settings)
     sums = sum_scalars(sums, groups.dp)
     solved, right = sums.pop("solved"), sums.pop("right")
+    if not sums.pop("countable"):  # nobody knows how many right answers there are
+        del sums["coverage"]
     entropy, tokens_of_right = sums.pop("answer_entropy"), sums.pop("tokens_of_right")
     metrics = {f"{prefix}/{key}": value / count for key, value in sums.items()}
     if solved:  # what is said of right answers only is not measured where there are none
@@ -78,7 +80,7 @@ def _tally(
     """Sums over this rank's problems."""
     n = settings.samples
     keys = ["greedy_accuracy", *(f"pass@{k}" for k in settings.pass_at), "distinct", "coverage", "response_length"]
-    sums = dict.fromkeys([*keys, "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
+    sums = dict.fromkeys([*keys, "countable", "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
     greedy_verdicts = grade(task, problems, greedy, 1)
     sampled_verdicts = grade(task, problems, sampled, n)
     for p, problem in enumerate(problems):
@@ -95,7 +97,9 @@ def _tally(
         for k in settings.pass_at:
             sums[f"pass@{k}"] += pass_at_k(n, right, k)
         sums["distinct"] += len(answers)
-        sums["coverage"] += coverage(len(answers), problem.n_solutions)
+        if problem.n_solutions is not None:
+            sums["coverage"] += coverage(len(answers), problem.n_solutions)
+            sums["countable"] += 1
         entropy = answer_entropy(answers)
         if entropy is not None:
             sums["solved"] += 1

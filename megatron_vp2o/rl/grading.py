@@ -19,11 +19,7 @@ def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def grade(task: Task, problems: Sequence[Problem], rollouts: Rollouts, group_size: int) -> list[list[Verdict]]:
-    """One verdict for each of a problem's `group_size` responses, problem by problem."""
-    return [
-        [
-            task.verify(problem, response_text(task.tokenizer, rollouts.response(p * group_size + g)))
-            for g in range(group_size)
-        ]
-        for p, problem in enumerate(problems)
-    ]
+    """One verdict for each of a problem's `group_size` responses, problem by problem; the task gets all of them at once."""
+    texts = [response_text(task.tokenizer, rollouts.response(n)) for n in range(len(problems) * group_size)]
+    verdicts = task.verify_all([problem for problem in problems for _ in range(group_size)], texts)
+    return [verdicts[p * group_size : (p + 1) * group_size] for p in range(len(problems))]

@@ -113,21 +113,23 @@ class RLTrainer(TrainingLoop):
         sampling = SamplingParams(
             self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
         )
-        prompts = [self.task.tokenizer.encode(problem.prompt) for problem in problems]
+        prompts = [problem.prompt_tokens(self.task.tokenizer) for problem in problems]
         return problems, self.engine.generate(prompts, uids, sampling, self.settings.group_size)
 
     def _grade(self, problems: list[Problem], rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
-        """Rewards [P, G] (1 for a right answer, 0 else) and what they say of the batch."""
+        """Rewards [P, G] and what they say of the batch."""
         size = self.settings.group_size
         verdicts = grade(self.task, problems, rollouts, size)
-        rewards_PG = torch.tensor([[float(v.correct) for v in group] for group in verdicts]).view(-1, size)
+        rewards_PG = torch.tensor([[v.reward for v in group] for group in verdicts], dtype=torch.float32).view(-1, size)
+        correct_PG = torch.tensor([[float(v.correct) for v in group] for group in verdicts]).view(-1, size)
         distinct = sum(len({v.canonical for v in group if v.correct}) for group in verdicts)
         length_N = rollouts.total_len_N - rollouts.prompt_len_N
         sums = sum_scalars(
             {
                 "groups": len(problems),
                 "kept": float((~uniform_groups_P(rewards_PG)).sum()),
-                "any": float(rewards_PG.amax(dim=1).sum()) if len(problems) else 0.0,
+                "correct": float(correct_PG.sum()),
+                "any": float(correct_PG.amax(dim=1).sum()) if len(problems) else 0.0,
                 "reward": float(rewards_PG.sum()),
                 "square": float(rewards_PG.square().sum()),
                 "length": float(length_N.sum()),
@@ -141,7 +143,7 @@ class RLTrainer(TrainingLoop):
         return rewards_PG, {
             "reward/mean": mean,
             "reward/std": max(sums["square"] / sequences - mean**2, 0.0) ** 0.5,
-            "rollout/pass_rate": mean,
+            "rollout/pass_rate": sums["correct"] / sequences,
             "rollout/pass_any": sums["any"] / groups,
             "rollout/distinct": sums["distinct"] / groups,
             "rollout/groups_kept": sums["kept"],

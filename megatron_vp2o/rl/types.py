@@ -5,9 +5,9 @@ Shape legend: N sequences on this data-parallel rank, S padded sequence length (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +28,15 @@ class Problem:
 
     uid: int  # position in its split
     prompt: str  # what the model sees
-    data: Any  # what the verifier needs (task-specific, immutable)
-    n_solutions: int  # distinct right answers, counted by the task's canonical form
+    data: Any  # what the verifier needs (task-specific, immutable); a task of rows keeps the file's row here, a dict
+    n_solutions: (
+        int | None
+    )  # distinct right answers, counted by the task's canonical form; None where nobody can count them
+    tokens: tuple[int, ...] | None = None  # ids of the prompt where encoding `prompt` alone would not give them
+
+    def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """Token ids that the model is given."""
+        return tokenizer.encode(self.prompt) if self.tokens is None else list(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,52 @@ class Verdict:
     correct: bool
     canonical: Hashable | None
     reason: str  # "" if correct, else one of the task's short failure names
+    score: float | None = None  # the reward where it is not just 1 for a right answer and 0 for a wrong one
+    parts: Mapping[str, float] = field(default_factory=dict)  # a composed reward's summands by name, each a metric
+
+    @property
+    def reward(self) -> float:
+        """What the policy is trained on."""
+        return float(self.correct) if self.score is None else self.score
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What a reward says of one response."""
+
+    reward: float
+    reason: str = ""  # one short reason why it is not the full reward; "" where it is
+    canonical: Hashable | None = (
+        None  # the answer up to rewriting; None where there is none, or the reward has no such form
+    )
+    correct: bool | None = None  # counts in pass@k; None: whether `reward` is at least 1
+    parts: Mapping[str, float] = field(default_factory=dict)  # summands of a composed reward by name
+
+    def verdict(self) -> Verdict:
+        """The same as a verifier's verdict; a right answer without a canonical form counts as one and the same answer."""
+        correct = self.reward >= 1 if self.correct is None else self.correct
+        canonical = ("" if self.canonical is None else self.canonical) if correct else None
+        return Verdict(correct, canonical, self.reason, self.reward, self.parts)
+
+
+class Reward(Protocol):
+    """Grades responses to rows of a user's file, a batch at a time."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> list[RewardResult]:
+        """One result for each response.
+
+        Args:
+            prompts: text that the model was given, chat template included.
+            responses: what it wrote, without end-of-sequence.
+            rows: the file's row of each, every column of it, with the mapped columns also under the names `prompt` and
+                `answer` (and `data_source` and `extra_info` where the file has verl's layout).
+
+        Raises:
+            RewardError or ConfigError naming the row, where a row or the user's function makes grading impossible.
+        """
+        ...
 
 
 class Tokenizer(Protocol):
@@ -63,7 +116,10 @@ class Task(Protocol):
         """Problem `index` of a split. Variants put the same problem differently, where a task can; 0 is the original."""
         ...
 
-    def verify(self, problem: Problem, response: str) -> Verdict: ...
+    def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response; `problems[i]` is what `responses[i]` answers. In bounded time, for any text."""
+        ...
+
     def demonstration(self, problem: Problem, seed: int) -> str:
         """One right answer (without end-of-sequence), drawn from the distinct ones by `seed`."""
         ...

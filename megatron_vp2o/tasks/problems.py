@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +145,10 @@ class PooledTask(ABC):
     def _put(self, problem: Problem, variant: int) -> str:
         """The prompt of a variant."""
         return problem.prompt
+
+    def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response, one after the other."""
+        return [self.verify(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
     @abstractmethod
     def verify(self, problem: Problem, response: str) -> Verdict:

@@ -49,6 +49,9 @@ class Echo:
     def verify(self, problem: Problem, response: str) -> Verdict:
         return Verdict(set(response) == {problem.data}, len(response), "")
 
+    def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+        return [self.verify(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
     def demonstration(self, problem: Problem, seed: int) -> str:
         return problem.data * (1 + seed % 9)
 

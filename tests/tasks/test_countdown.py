@@ -82,7 +82,8 @@ def test_counts_and_demonstrations(task: CountdownTask, task4: CountdownTask) ->
 def test_demonstrations_are_uniform(task: CountdownTask) -> None:
     problem = problem_of([2, 4, 6, 8], 24)
     drawn = Counter(
-        task.verify(problem, task.demonstration(problem, seed)).canonical for seed in range(200 * problem.n_solutions)
+        task.verify(problem, task.demonstration(problem, seed)).canonical
+        for seed in range(200 * (problem.n_solutions or 0))
     )
     assert set(drawn) == set(solutions((2, 4, 6, 8), 24))
     assert all(140 < count < 260 for count in drawn.values())  # 200 expected, standard deviation 14

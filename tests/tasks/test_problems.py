@@ -75,7 +75,7 @@ def test_splits_have_problems_of_one_kind() -> None:
     """Held-out problems are as hard as those trained on: the mean number of right answers agrees."""
     task = make_task(TaskConfig(train_size=1000, validation_size=100, test_size=200))
     means = {
-        split: sum(task.problem(split, i).n_solutions for i in range(task.size(split))) / task.size(split)
+        split: sum(task.problem(split, i).n_solutions or 0 for i in range(task.size(split))) / task.size(split)
         for split in Split
     }
     assert means[Split.test] == pytest.approx(means[Split.train], abs=0.3)

@@ -73,6 +73,9 @@ def main() -> None:
             correct = bool(peer_work.reward([tokenizer.ids[symbol] for symbol in response]))
             return Verdict(correct, "even" if correct else None, "" if correct else "odd")
 
+        def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+            return [self.verify(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
         def demonstration(self, problem: Problem, seed: int) -> str:
             raise NotImplementedError("a benchmark of reinforcement needs none")
 
