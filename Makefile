@@ -108,7 +108,7 @@ bench-peers: install ## Time a GRPO step of TRL's and ours in turn (own environm
 		--requirements tools/bench/peer_requirements.txt
 	$(PY) -m tools.bench peers --peer-python .venv-peers/bin/python $(BENCHARGS)
 
-gpu-check: ## On a CUDA machine: tests marked gpu and the benchmarks (WHEELS=folder of wheels)
+gpu-check: ## On a CUDA machine: tests marked gpu, benchmarks, in stages (WHEELS=folder of wheels)
 	@PYTHON='$(PYTHON)' WHEELS='$(WHEELS)' bash tools/gpu_check.sh
 
 wheels: install ## Fetch into WHEELS what a CUDA machine without a package index lacks (tools/gpu_wheels.txt)

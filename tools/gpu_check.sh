@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with CUDA: the tests marked gpu, then the benchmarks; the record goes to build/gpu-check-DATE.txt.
+# On a machine with CUDA: tools/gpu_check.py (tests marked gpu, benchmarks, in stages); results go to build/gpu-check.*
+# (CHECKARGS='--stages smoke,tests --out FOLDER').
 # Needs a Python 3.12 with torch >= 2.11 and pytest; what else is missing comes as wheels from $WHEELS, without a network
 # (each with --no-deps: the folder must hold whatever is needed). Anywhere else it says in one line why it does nothing.
 set -uo pipefail
@@ -34,17 +35,4 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
         exit 1
 fi
 export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
-record=build/gpu-check-$(date +%Y-%m-%d-%H%M%S).txt
-status=0
-{
-    date -u +"%Y-%m-%d %H:%M:%S UTC"
-    git describe --always --dirty 2>/dev/null
-    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-    "$python" -c 'import torch, megatron.core as m; print("torch", torch.__version__, "megatron-core", m.__version__)'
-    "$python" -m pytest -m gpu ${TESTARGS:-} || status=1
-    "$python" -m tools.bench all ${BENCHARGS:-} || status=1
-    exit $status
-} 2>&1 | tee "$record"
-status=${PIPESTATUS[0]}
-echo "gpu-check: status $status, record in $record"
-exit "$status"
+exec "$python" -m tools.gpu_check ${CHECKARGS:-}

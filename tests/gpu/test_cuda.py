@@ -21,7 +21,7 @@ def test_no_cpu_patch_is_applied():
     assert enable_cpu() == []
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.25)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 1.0)])
 def test_generation_scoring_and_training(precision, bound):
     from megatron_vp2o.config.schema import Implementation, Precision
     from megatron_vp2o.megatron.platform import world
