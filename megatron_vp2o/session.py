@@ -121,7 +121,9 @@ def train(config: TrainConfig) -> int:
 def _export(run: Run) -> None:
     tokenizer, policy = run.tokenizer, run.policy
     policy.gather_parameters()
-    settings = hf_config(run.config.model, policy.model_vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    ends = list(tokenizer.eos_ids)
+    eos_id = ends if len(ends) > 1 else tokenizer.eos_id
+    settings = hf_config(run.config.model, policy.model_vocab, eos_id=eos_id, pad_id=tokenizer.pad_id)
     target = Path(run.config.run_dir) / "hf"
     with run.sink.phase(f"exporting to {target}"):
         export_hf(policy.model, settings, run.groups, target, save_tokenizer=tokenizer.save, overwrite=True)
@@ -134,7 +136,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     )
     if config.init_from is not None:
         checkpoint.load_weights(checkpoint.resolve(Path(config.init_from)), policy)
-    engine = MegatronEngine(config, policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     stein = config.algorithm.stein
     algorithm = config.algorithm
     bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off
@@ -233,7 +235,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
     reference = None
     if settings.kl_reference is KLReference.initial:
         # The policy holds the weights that the run starts from: a resumed run's checkpoint is loaded after this.
-        reference = MegatronEngine(config, run.policy, eos_id=run.tokenizer.eos_id, pad_id=run.tokenizer.pad_id)
+        reference = MegatronEngine(config, run.policy, eos_ids=run.tokenizer.eos_ids, pad_id=run.tokenizer.pad_id)
         reference.refresh(0)
     vp2o = settings if isinstance(settings, VP2OConfig) else None
     weights = {"kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef}

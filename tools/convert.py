@@ -149,11 +149,13 @@ def _checkpoint(path: Path, *, wanted: bool) -> tuple[Path, dict[str, Any] | Non
     return source, hf_config(load_config(run).model, manifest["model"]["vocab_size"], **ids)
 
 
-def _special_ids(folder: Path) -> dict[str, int | None]:
+def _special_ids(folder: Path) -> dict[str, Any]:
     """Ids of the end-of-sequence and padding tokens of the tokenizer in a folder."""
     import json
 
-    ids: dict[str, int | None] = {"eos_id": None, "pad_id": None}
+    from megatron_vp2o.tasks.tokenizer import ends_in
+
+    ids: dict[str, Any] = {"eos_id": None, "pad_id": None}
     try:
         from tokenizers import Tokenizer
 
@@ -165,6 +167,8 @@ def _special_ids(folder: Path) -> dict[str, int | None]:
         token = settings.get(f"{name}_token")
         text = token["content"] if isinstance(token, dict) else token
         ids[f"{name}_id"] = None if text is None else tokenizer.token_to_id(text)
+    if len(ends := ends_in(folder)) > 1:
+        ids["eos_id"] = ends
     return ids
 
 

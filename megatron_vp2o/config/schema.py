@@ -73,6 +73,11 @@ class ControlMode(enum.Enum):
     enforce = "enforce"
 
 
+class AnswerFormat(enum.Enum):
+    lenient = "lenient"  # as pretrained models write answers
+    strict = "strict"  # the answer and nothing else
+
+
 class DataSource(enum.Enum):
     task = "task"  # demonstrations of the run's task
     jsonl = "jsonl"  # one JSON object a line with a text field
@@ -160,6 +165,9 @@ class TaskConfig:
     """shortest_path: grid width."""
     blocked_probability: float = 0.3
     """shortest_path: chance that a cell is blocked."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space and LaTeX's operators,
+    and end in `=target`; strict: the response is the answer and nothing else."""
     tokenizer: Optional[str] = None
     """Folder of a Hugging Face tokenizer, for a model that was trained with it; null for the tasks' own, of characters."""
 

@@ -90,7 +90,9 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else list(value) if isinstance(value, tuple) else value
 
 
-def hf_config(model: ModelConfig, vocab_size: int, *, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, vocab_size: int, *, eos_id: int | list[int] | None, pad_id: int | None
+) -> dict[str, Any]:
     """config.json of a model that was trained from scratch: a Qwen3-MoE with a norm on queries and keys, else a Mixtral.
 
     Raises:

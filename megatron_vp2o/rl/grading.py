@@ -12,9 +12,9 @@ NOT_TEXT = "\N{REPLACEMENT CHARACTER}"
 def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """A response as the verifier sees it: without its end-of-sequence, and with padding that the model chose itself as a
     character that no answer has (decoding would drop it, and a broken answer could pass for a right one)."""
-    if ids and ids[-1] == tokenizer.eos_id:
+    if ids and ids[-1] in tokenizer.eos_ids:
         ids = ids[:-1]
-    special = {tokenizer.pad_id, tokenizer.eos_id}
+    special = {tokenizer.pad_id, *tokenizer.eos_ids}
     return NOT_TEXT if special.intersection(ids) else tokenizer.decode(ids)
 
 

@@ -97,7 +97,8 @@ class Reward(Protocol):
 class Tokenizer(Protocol):
     vocab_size: int  # ids are below this; the model's vocabulary may be padded beyond it
     pad_id: int
-    eos_id: int
+    eos_id: int  # the one that ends a demonstration
+    eos_ids: tuple[int, ...]  # all that end a response, `eos_id` among them
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Verdict
+from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.expressions import MAX_DIGITS, Rejected, normalise, parse, reword, solutions, write
+from megatron_vp2o.tasks.notation import claimed, plain
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect
 
 MAX_NUMBERS = 4  # all right answers are enumerated; five numbers would take most of a second a problem
@@ -27,7 +29,11 @@ class Countdown:
 
 
 class CountdownTask(PooledTask):
-    """Verdicts' reasons: length, parse, numbers (not the given ones, each once), division (by zero), value.
+    """Verdicts' reasons: length, parse, numbers (not the given ones, each once), division (by zero), value, unfinished (no answer
+    after the thinking).
+
+    With `task.answer_format=lenient` the answer may be marked and written as models do (`answers`, `notation`), and may be followed
+    by `=` and the target. The limit of length counts the answer, not the text around it.
 
     `canonical` is the text of the answer's normal form (see `expressions`).
     """
@@ -35,15 +41,18 @@ class CountdownTask(PooledTask):
     def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
         _check(config)
         super().__init__("countdown", collect(_draws(config), config, progress=progress), config.tokenizer)
+        self.form = config.answer_format
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Exact, in bounded time, for any text."""
         data: Countdown = problem.data
         try:
-            tree, numbers = parse(response)
+            tree, numbers = parse(self._answer(response, data.target))
             if sorted(numbers) != list(data.numbers):
                 return Verdict(False, None, "numbers")
             result = normalise(tree)
+        except Unfinished:
+            return Verdict(False, None, "unfinished")
         except Rejected as error:
             return Verdict(False, None, str(error))
         except ZeroDivisionError:
@@ -51,6 +60,10 @@ class CountdownTask(PooledTask):
         if result.value != data.target:
             return Verdict(False, None, "value")
         return Verdict(True, write(result.form), "")
+
+    def _answer(self, response: str, target: int) -> str:
+        answer = extract(response, self.form)
+        return answer if self.form is AnswerFormat.strict else claimed(plain(answer), target)
 
     def demonstration(self, problem: Problem, seed: int) -> str:
         """One right answer, drawn uniformly from the distinct ones, in one of its wordings (operands may change places)."""

@@ -5,13 +5,15 @@ Prompt `S.#|..#|#.G:` (rows parted by |, open cells are dots), right answers `RD
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
 
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Verdict
+from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # row and column change
@@ -23,16 +25,26 @@ Grid = tuple[str, ...]  # rows
 
 class ShortestPathTask(PooledTask):
     """Verdicts' reasons: length (more moves than cells), parse, wall (off the grid or into a blocked cell), goal (ends
-    elsewhere), detour (gets there, but not in the fewest moves).  `canonical` is the moves themselves.
+    elsewhere), detour (gets there, but not in the fewest moves), unfinished (no answer after the thinking).  `canonical` is the
+    moves themselves.
+
+    With `task.answer_format=lenient` the answer may be marked as models do (`answers`), with white space or commas between moves.
     """
 
     def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
         _check(config)
         super().__init__("shortest_path", collect(_draws(config), config, progress=progress), config.tokenizer)
+        self.form = config.answer_format
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Exact, in bounded time, for any text."""
         grid: Grid = problem.data
+        try:
+            response = extract(response, self.form)
+        except Unfinished:
+            return Verdict(False, None, "unfinished")
+        if self.form is AnswerFormat.lenient:
+            response = re.sub(r"[\s,]+", "", response)
         if len(response) > len(grid) * len(grid[0]):
             return Verdict(False, None, "length")
         if not response or not set(response) <= MOVES.keys():

@@ -11,6 +11,7 @@ Ids are fixed for good, so that a model trained on one task can go on with anoth
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,12 @@ from megatron_vp2o.rl.types import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 # The names of special tokens hold characters that are not in the alphabet: no text can spell a special token.
 PAD, EOS = "⟨pad⟩", "⟨eos⟩"
 ALPHABET = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
+GENERATION_CONFIG = "generation_config.json"
 RESERVED = tuple(f"⟨reserved{i}⟩" for i in range(6))
 VOCABULARY = (PAD, EOS, *ALPHABET, *RESERVED)
 
@@ -36,6 +40,7 @@ class CharTokenizer:
     vocab_size = len(VOCABULARY)
     pad_id = VOCABULARY.index(PAD)
     eos_id = VOCABULARY.index(EOS)
+    eos_ids: tuple[int, ...] = (eos_id,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters, without end-of-sequence. Raises ConfigError for a character outside the alphabet."""
@@ -82,9 +87,10 @@ _TEXTS = tuple("" if token in (PAD, EOS) else token for token in VOCABULARY)
 class HuggingFaceTokenizer:
     """Any Hugging Face tokenizer behind the project's protocol."""
 
-    __slots__ = ("_inner", "eos_id", "pad_id", "vocab_size")
+    __slots__ = ("_inner", "eos_id", "eos_ids", "pad_id", "vocab_size")
 
-    def __init__(self, inner: PreTrainedTokenizerBase) -> None:
+    def __init__(self, inner: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
+        """`ends` are further ids that end a response, as the model's generation_config.json has them."""
         if inner.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer in {inner.name_or_path} has no end-of-sequence token: add eos_token to its "
@@ -94,20 +100,61 @@ class HuggingFaceTokenizer:
         self.eos_id = int(inner.eos_token_id)
         self.pad_id = int(inner.pad_token_id) if inner.pad_token_id is not None else self.eos_id
         self.vocab_size = max(inner.get_vocab().values()) + 1
+        if unknown := [token for token in ends if token >= self.vocab_size]:
+            logger.warning(
+                "%s names end-of-sequence ids %s, but its tokenizer has only ids below %d: they are left out",
+                inner.name_or_path,
+                unknown,
+                self.vocab_size,
+            )
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *(token for token in ends if token < self.vocab_size)]))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with nothing added before or after."""
         return self._inner.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        text = self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of `ids` without padding and end-of-sequence. Other special tokens show by name, as in `CharTokenizer`: left
+        out, they could make a right answer of a broken one, and some models mark their answer with them."""
+        kept = [i for i in ids if i != self.pad_id and i not in self.eos_ids]
+        text = self._inner.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one sequence in, one text out
         return text
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files to `folder`."""
+        """Write the tokenizer's files to `folder`, and all ids that end a response where they are more than one."""
         self._inner.save_pretrained(folder)
+        if len(self.eos_ids) > 1:
+            content = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+            (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def ends_in(folder: Path) -> list[int]:
+    """Ids that end a response as the model's files say: generation_config.json, else config.json, else none.
+
+    Raises:
+        ConfigError: a file that is no JSON object, or whose eos_token_id is no id nor list of ids.
+    """
+    for name in (GENERATION_CONFIG, "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): it needs to be the model's own, a JSON object"
+            ) from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds {type(content).__name__}, not a JSON object: take the model's own file")
+        given = content.get("eos_token_id")
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+            raise ConfigError(
+                f"{path}: eos_token_id={given!r} is no token id nor a list of them: take the model's own file"
+            )
+        return ids
+    return []
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -132,4 +179,4 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(
             f"transformers cannot read the tokenizer in {folder}: {str(error).partition(chr(10))[0]}"
         ) from error
-    return HuggingFaceTokenizer(inner)
+    return HuggingFaceTokenizer(inner, ends_in(path))

@@ -20,6 +20,7 @@ class Letters:
     vocab_size = 28
     pad_id = 0
     eos_id = 1
+    eos_ids: tuple[int, ...] = (1,)
 
     def encode(self, text: str) -> list[int]:
         if bad := [c for c in text if not "a" <= c <= "z"]:

@@ -64,7 +64,7 @@ class Learner:
     def __init__(self, settings: TrainConfig, groups: Groups, folder: Path, keep: int = 2) -> None:
         self.groups = groups
         self.policy = MegatronPolicy(settings, groups, vocab_size=VOCAB, optimizer_steps=10)
-        self.engine = MegatronEngine(settings, self.policy, eos_id=1, pad_id=0)
+        self.engine = MegatronEngine(settings, self.policy, eos_ids=[1], pad_id=0)
         self.engine.refresh(-1)  # defined weights, to compare
         self.saver = Checkpointer(folder, self.policy, self.engine, keep=keep, tokenizer_save=_save_tokenizer)
 

@@ -144,7 +144,7 @@ def _logged_against_recomputed(layout: dict[str, Any]) -> dict[str, float]:
     learner = Learner(layout)
     groups, policy, region = learner.groups, learner.policy, learner.region
     config = small_config(**layout)
-    engine = MegatronEngine(config, policy, eos_id=1, pad_id=0)
+    engine = MegatronEngine(config, policy, eos_ids=[1], pad_id=0)
     engine.log_gates(layout_contexts := 64)
     engine.refresh(0)
     share = len(PROMPTS) // groups.dp_size

@@ -22,6 +22,7 @@ from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
 from megatron_vp2o.rl.types import Rollouts, SamplingParams  # noqa: E402
 
 VOCAB, GROUP, STEPS = 24, 4, 4
+ENDS = (1, 7, 13)  # any of these ends a response
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [5, 6, 7, 8], [20, 21], [9, 9, 9, 9, 9], [2, 3], [4, 4, 4]]
 SAMPLING = SamplingParams(1.0, 1.0, 10, seed=5)
 
@@ -62,17 +63,18 @@ def run(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def train(config: TrainConfig) -> dict[str, Any]:
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=STEPS)
-    engine = MegatronEngine(config, policy, eos_id=1, pad_id=0)
+    engine = MegatronEngine(config, policy, eos_ids=ENDS, pad_id=0)
     share = len(PROMPTS) // groups.dp_size
     mine = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
     objective = OnRollouts(GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.01))
-    result: dict[str, Any] = {"loss": [], "entropy": [], "grad_norm": [], "mismatch": [], "tokens": []}
+    result: dict[str, Any] = {"loss": [], "entropy": [], "grad_norm": [], "mismatch": [], "tokens": [], "responses": []}
     for step in range(STEPS):
         engine.refresh(step)
         sampling = replace(SAMPLING, seed=SAMPLING.seed + step)
         rollouts = engine.generate([PROMPTS[i] for i in mine], list(mine), sampling, GROUP)
         # any function of the response: here how many of its tokens are even
         rewards_N = ((rollouts.tokens_NS % 2 == 0) & rollouts.response_mask_NS()).sum(dim=1).float()
+        result["responses"].append([rollouts.response(n) for n in range(len(rewards_N))])
         rewards_PG = rewards_N.view(-1, GROUP)
         advantages_N = (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).flatten()
         row_N = torch.arange(len(rewards_N)) + mine[0] * GROUP

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 
@@ -20,17 +22,22 @@ VOCAB, EOS, PAD = 24, 1, 0
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [5, 6, 7, 8]]
 
 
-@pytest.fixture(scope="module")
-def engine():
+def engine_config() -> TrainConfig:
     config = TrainConfig(
         model=ModelConfig(
             num_layers=2, hidden_size=32, num_attention_heads=4, kv_channels=8, num_moe_experts=4, moe_router_topk=2
         )
     )
     config.model.init_method_std = 0.2  # so that distributions are far from uniform
+    return config
+
+
+@pytest.fixture(scope="module")
+def engine():
+    config = engine_config()
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=10)
-    engine = MegatronEngine(config, policy, eos_id=EOS, pad_id=PAD)
+    engine = MegatronEngine(config, policy, eos_ids=[EOS], pad_id=PAD)
     engine.refresh(0)
     yield engine
     world.stop()
@@ -108,6 +115,26 @@ def test_stops_at_end_of_sequence_and_at_the_limit(engine):
         ended += bool(rollouts.finished_N[n])
     assert 0 < ended < len(rollouts.total_len_N)
     assert (rollouts.tokens_NS < VOCAB).all()
+
+
+def test_any_of_several_ids_ends_a_response(engine):
+    """With more ends a response is the one with fewer, cut after the first of them: what is drawn does not depend on ends."""
+    sampling = SamplingParams(1.0, 1.0, 12, seed=11)
+    random = Random(5)
+    with_one = engine.generate(PROMPTS, range(4), sampling, group_size=16)
+    cut = 0
+    for _ in range(3):
+        ends = {EOS, *random.sample(range(2, VOCAB), 3)}
+        other = MegatronEngine(engine_config(), engine.policy, eos_ids=ends, pad_id=PAD)
+        other.refresh(0)
+        rollouts = other.generate(PROMPTS, range(4), sampling, group_size=16)
+        for n in range(64):
+            full = with_one.response(n)
+            first = next((i for i, token in enumerate(full) if token in ends), len(full) - 1)
+            assert rollouts.response(n) == full[: first + 1]
+            assert bool(rollouts.finished_N[n]) == (full[first] in ends)
+            cut += first + 1 < len(full)
+    assert cut > 20
 
 
 def test_the_actor_is_a_snapshot(engine):

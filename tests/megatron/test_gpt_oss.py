@@ -103,7 +103,7 @@ def test_every_parameter_learns(policy: MegatronPolicy) -> None:
 
 def test_decoding_agrees_with_scoring(policy: MegatronPolicy) -> None:
     """Prompts of two lengths; responses much longer than the window."""
-    engine = MegatronEngine(config(), policy, eos_id=1, pad_id=0)
+    engine = MegatronEngine(config(), policy, eos_ids=[1], pad_id=0)
     engine.refresh(0)
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=20, seed=3)
     rollouts = engine.generate([[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], [0, 1], sampling, group_size=2)

@@ -11,6 +11,7 @@ import torch
 from tests.distributed import run_distributed
 from tests.megatron import policy_job
 
+ENDS = set(policy_job.ENDS)
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "TP=2": {"tensor_parallel": 2},
@@ -46,6 +47,7 @@ def test_layouts_agree(reference, world_size):
         for rank, results in enumerate(by_rank):
             ours, where = results[index], f"{name}, rank {rank}"
             assert ours["tokens"] == reference["tokens"], where
+            assert not any(ENDS & set(tokens[:-1]) for step in ours["responses"] for tokens in step), where
             for key in ("loss", "entropy", "grad_norm"):
                 assert ours[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-5), f"{key}: {where}"
             assert max(ours["mismatch"]) <= 1e-5, where
@@ -56,6 +58,9 @@ def test_layouts_agree(reference, world_size):
 def test_training_changed_something(reference):
     assert all(math.isfinite(x) and x > 0 for x in reference["grad_norm"])
     assert reference["tokens"][0] != reference["tokens"][-1]
+    assert {
+        tokens[-1] for step in reference["responses"] for tokens in step
+    } >= ENDS  # each of them ended some response
 
 
 @pytest.fixture(scope="module")

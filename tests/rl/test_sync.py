@@ -22,7 +22,7 @@ def learner() -> Iterator[tuple[Any, MegatronPolicy, MegatronEngine]]:
     config = small_config()
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=4)
-    engine = MegatronEngine(config, policy, eos_id=1, pad_id=0)
+    engine = MegatronEngine(config, policy, eos_ids=[1], pad_id=0)
     yield groups, policy, engine
     world.stop()
 

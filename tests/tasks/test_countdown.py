@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks.countdown import Countdown, CountdownTask
@@ -20,12 +20,16 @@ from tests.tasks.expression_reference import is_right
 
 @pytest.fixture(scope="module")
 def task() -> CountdownTask:
-    return CountdownTask(TaskConfig(train_size=150, validation_size=30, test_size=30))
+    return CountdownTask(
+        TaskConfig(answer_format=AnswerFormat.strict, train_size=150, validation_size=30, test_size=30)
+    )
 
 
 @pytest.fixture(scope="module")
 def task4() -> CountdownTask:
-    return CountdownTask(TaskConfig(numbers=4, train_size=100, validation_size=20, test_size=20))
+    return CountdownTask(
+        TaskConfig(answer_format=AnswerFormat.strict, numbers=4, train_size=100, validation_size=20, test_size=20)
+    )
 
 
 def problem_of(numbers: list[int], target: int) -> Problem:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask, ways_to_goal
@@ -60,7 +60,11 @@ def grids(draw: st.DrawFn) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def task() -> ShortestPathTask:
-    return ShortestPathTask(TaskConfig(name="shortest_path", train_size=200, validation_size=40, test_size=40))
+    return ShortestPathTask(
+        TaskConfig(
+            name="shortest_path", answer_format=AnswerFormat.strict, train_size=200, validation_size=40, test_size=40
+        )
+    )
 
 
 def test_problems(task: ShortestPathTask) -> None:

@@ -6,12 +6,14 @@ import json
 import pickle
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.rl.grading import NOT_TEXT, response_text
 from megatron_vp2o.tasks.tokenizer import ALPHABET, CharTokenizer, HuggingFaceTokenizer, load_tokenizer
 
 TEXTS = [
@@ -136,3 +138,62 @@ def test_folders_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:300])
     with pytest.raises(ConfigError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def words_folder(folder: Path, **files: object) -> Path:
+    """A folder with a tokenizer of words (ids 0 to 7; `<end>` is 3, padding is 1, which is the tokenizer's end too)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "<end>": 3, "b": 4, "<mark>": 5, "c": 6, "d": 7}, "<s>")
+    )
+    pipeline.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pipeline.decoder = decoders.Fuse()
+    pipeline.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", "<end>", "<mark>")])
+    pipeline.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    for name, content in {"tokenizer_config": settings, **files}.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (1,)),
+        ({"generation_config": {"eos_token_id": [3, 1, 3]}}, (1, 3)),
+        ({"generation_config": {"eos_token_id": 3}}, (1, 3)),
+        ({"generation_config": {"eos_token_id": None}}, (1,)),
+        ({"generation_config": {"temperature": 0.6}}, (1,)),
+        ({"generation_config": {"eos_token_id": [1, 4]}, "config": {"eos_token_id": 3}}, (1, 4)),
+        ({"config": {"eos_token_id": [3, 1]}}, (1, 3)),  # as transformers does without a generation_config.json
+        ({"generation_config": {"eos_token_id": [3, 900]}}, (1, 3)),  # an id that the tokenizer has not
+    ],
+)
+def test_all_ids_that_end_a_response(tmp_path: Path, files: dict[str, object], ends: tuple[int, ...]) -> None:
+    tokenizer = load_tokenizer(words_folder(tmp_path / "there", **files))
+    assert tokenizer.eos_id == 1 and tuple(sorted(tokenizer.eos_ids)) == ends and tokenizer.eos_ids[0] == 1
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").eos_ids == tokenizer.eos_ids
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}', '{"eos_token_id": -1}', "[" * 10**5]
+)
+def test_damaged_generation_configs(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        load_tokenizer(words_folder(tmp_path, generation_config=content))
+
+
+def test_graders_see_no_end_and_every_other_special_token(tmp_path: Path) -> None:
+    """Random ids: a response loses one end, whichever; anything special that is left cannot be read as nothing."""
+    tokenizer = load_tokenizer(words_folder(tmp_path, generation_config={"eos_token_id": [3, 1]}))
+    names = {0: "<s>", 2: "a", 4: "b", 5: "<mark>", 6: "c", 7: "d"}
+    random = Random(3)
+    for _ in range(300):
+        ids = [random.randrange(8) for _ in range(random.randrange(7))]
+        body = ids[:-1] if ids and ids[-1] in (1, 3) else ids
+        expected = NOT_TEXT if {1, 3} & set(body) else "".join(names[i] for i in body)
+        assert response_text(tokenizer, ids) == expected

@@ -243,7 +243,7 @@ def decode(arguments: argparse.Namespace) -> None:
 
     bench = _Bench(arguments)
     try:
-        engine = MegatronEngine(bench.config, bench.policy, eos_id=511, pad_id=0)
+        engine = MegatronEngine(bench.config, bench.policy, eos_ids=[511], pad_id=0)
         engine.refresh(0)
         prompts = [[1 + i] * 64 for i in range(8)]
         new = 128 // min(8, arguments.shrink)

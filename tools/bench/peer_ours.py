@@ -18,7 +18,8 @@ class CharacterIds:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.pad_id = self.eos_id = -1  # never sampled: every response has full length and is all text
+        self.pad_id = self.eos_id = -1
+        self.eos_ids: tuple[int, ...] = (-1,)  # never sampled: every response has full length and is all text
         first = 2 + len(peer_work.ALPHABET)
         self.symbols = ["\0", "?", *peer_work.ALPHABET, *(chr(0x4E00 + i) for i in range(first, vocab_size))]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
@@ -136,7 +137,7 @@ def main() -> None:
         groups = world.start(config.parallel, config.seed)
         try:
             policy = MegatronPolicy(config, groups, vocab_size=work.vocab_size, optimizer_steps=steps)
-            engine = MegatronEngine(config, policy, eos_id=tokenizer.eos_id, pad_id=0)
+            engine = MegatronEngine(config, policy, eos_ids=[tokenizer.eos_id], pad_id=0)
             objective = GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.0)
             StepsOnly(
                 config,

@@ -1,7 +1,7 @@
 """The embedded rollout engine: an actor with its own snapshot of the weights, decoding with a KV cache on the learner's ranks.
 
 Shape legend: P prompts of this data-parallel rank, N = P * group_size sequences, R sequences still in the batch, S padded
-sequence length, V vocabulary.
+sequence length, V vocabulary, Z ids that end a response.
 
 Prompts that form a group share one prefill; finished sequences leave the batch; random numbers belong to a sequence and a
 position, so that neither the layout nor the batch order changes what is drawn.
@@ -9,7 +9,7 @@ position, so that neither the layout nor the batch order changes what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,9 +39,10 @@ class MegatronEngine:
     The actor has the learner's layout, so a refresh is a local copy of each rank's shard.
     """
 
-    def __init__(self, config: TrainConfig, policy: MegatronPolicy, *, eos_id: int, pad_id: int) -> None:
+    def __init__(self, config: TrainConfig, policy: MegatronPolicy, *, eos_ids: Collection[int], pad_id: int) -> None:
         self.policy, self.groups = policy, policy.groups
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.pad_id = pad_id
+        self.eos_ids_Z = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.groups.device)
         self.max_batch_size = config.rollout.max_batch_size
         self.micro_batch_size = config.algorithm.micro_batch_size
         self.actor = build_model(
@@ -189,7 +190,7 @@ class MegatronEngine:
             if model_logprobs_NS is not logprobs_NS:
                 model_logprobs_NS[row_R, at_R] = torch.where(live_R, model_logprob_R, 0.0)
             length_N[row_R] += live_R
-            finished_N[row_R] |= live_R & (token_R == self.eos_id)
+            finished_N[row_R] |= live_R & (token_R[:, None] == self.eos_ids_Z).any(dim=1)
             if (step + 1) % self._ask_every == 0:
                 keep_R = ~finished_N[row_R]
                 live = int(keep_R.sum())
