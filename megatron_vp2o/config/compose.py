@@ -10,7 +10,7 @@ from typing import cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_vp2o.config.explain import COMPOSITION_ERRORS, explain, unknown_setting
+from megatron_vp2o.config.explain import CLASSES_OF_A_GROUP, COMPOSITION_ERRORS, explain, unknown_setting
 from megatron_vp2o.config.register import register
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.errors import ConfigError
@@ -45,17 +45,17 @@ def to_config(node: DictConfig) -> TrainConfig:
     """
     if OmegaConf.get_type(node) is not TrainConfig:
         raise ConfigError("this config is not built on `train`: begin it with `defaults: [train, _self_]`")
-    _refuse_additions(node, "", OmegaConf.get_type(node, "algorithm"))
+    _refuse_additions(node, "", {group: OmegaConf.get_type(node, group) for group in CLASSES_OF_A_GROUP})
     return cast(TrainConfig, OmegaConf.to_object(node))
 
 
-def _refuse_additions(node: DictConfig, prefix: str, algorithm: type | None) -> None:
+def _refuse_additions(node: DictConfig, prefix: str, chosen: dict[str, type | None]) -> None:
     kind = OmegaConf.get_type(node)
     if kind is None or not dataclasses.is_dataclass(kind):
         return  # free-form: notes
     names = {field.name for field in dataclasses.fields(kind)}
     for key in map(str, node):
         if key not in names:
-            raise ConfigError(unknown_setting(f"{prefix}{key}", algorithm))
+            raise ConfigError(unknown_setting(f"{prefix}{key}", chosen))
         if not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
-            _refuse_additions(node[key], f"{prefix}{key}.", algorithm)
+            _refuse_additions(node[key], f"{prefix}{key}.", chosen)

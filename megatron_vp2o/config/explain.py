@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import yaml
@@ -20,13 +21,22 @@ from megatron_vp2o.config.register import GROUPS, recipe_names
 COMPOSITION_ERRORS = (CompactHydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
-def setting_names(config_class: type = schema.TrainConfig, algorithm: type = schema.GRPOConfig) -> list[str]:
-    """Dotted names of all settings of a run with `algorithm`, sections included ("model", "model.num_layers", ...)."""
+#: Groups whose choices are different classes, with different settings.
+CLASSES_OF_A_GROUP = ("algorithm", "task")
+
+
+def setting_names(
+    config_class: type = schema.TrainConfig,
+    algorithm: type = schema.GRPOConfig,
+    task: type = schema.CountdownTaskConfig,
+) -> list[str]:
+    """Dotted names of all settings of a run with `algorithm` and `task`, sections included ("model", "model.num_layers")."""
+    chosen = {schema.AlgorithmConfig: algorithm, schema.TaskConfig: task}
 
     def walk(cls: type, prefix: str) -> Iterator[str]:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            kind = algorithm if hints[field.name] is schema.AlgorithmConfig else hints[field.name]
+            kind = chosen.get(hints[field.name], hints[field.name])
             yield prefix + field.name
             if dataclasses.is_dataclass(kind):
                 yield from walk(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
@@ -34,22 +44,27 @@ def setting_names(config_class: type = schema.TrainConfig, algorithm: type = sch
     return list(walk(config_class, ""))
 
 
-def unknown_setting(key: str, algorithm: type | None = None) -> str:
-    """Says that `key` is no setting, and which one was probably meant. `algorithm`: the run's class, if it is known."""
-    classes = GROUPS["algorithm"]
-    if algorithm not in classes.values():
-        algorithm = None
-    for choice, cls in classes.items():
-        if algorithm not in (None, cls) and key in setting_names(algorithm=cls):
-            return f"{key} is a setting of algorithm={choice}, but this run has another algorithm"
-    known = [algorithm] if algorithm is not None else list(classes.values())
-    names = list(dict.fromkeys(name for cls in known for name in setting_names(algorithm=cls)))
+def unknown_setting(key: str, chosen: Mapping[str, type | None] | None = None) -> str:
+    """Says that `key` is no setting, and which one was probably meant.
+
+    Args:
+        chosen: the run's class of each of CLASSES_OF_A_GROUP, where it is known.
+    """
+    known: dict[str, list[type]] = {}
+    for group in CLASSES_OF_A_GROUP:
+        classes, own = GROUPS[group], (chosen or {}).get(group)
+        for choice, cls in classes.items():
+            if own in classes.values() and own is not cls and key in setting_names(**{group: cls}):
+                return f"{key} is a setting of {group}={choice}, but this run has another {group}"
+        known[group] = [own] if own is not None and own in classes.values() else list(classes.values())
+    combinations = (dict(zip(known, classes, strict=True)) for classes in itertools.product(*known.values()))
+    names = list(dict.fromkeys(name for classes in combinations for name in setting_names(**classes)))
     section, _, leaf = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == section]
-    own = {name.rpartition(".")[2]: name for name in siblings}
+    own_names = {name.rpartition(".")[2]: name for name in siblings}
     everywhere = {name.rpartition(".")[2]: name for name in names}
     whole = {name: name for name in names} if not siblings else {}  # the section itself is misspelt
-    for word, choices in ((leaf, own), (key, whole), (leaf, everywhere)):
+    for word, choices in ((leaf, own_names), (key, whole), (leaf, everywhere)):
         for found in difflib.get_close_matches(word, choices, n=1, cutoff=0.7):
             return f"there is no setting {key!r}; did you mean {choices[found]!r}?"
     listed = siblings or [name for name in names if "." not in name]
@@ -88,7 +103,7 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key:
         asked = re.match(r"Could not override '([^']+)'", str(error))  # OmegaConf names only the part it stumbled at
         key = asked[1] if asked and asked[1].startswith(f"{key}.") else key
-        return where + unknown_setting(key, algorithm=_class(cause.object_type))
+        return where + unknown_setting(key, _chosen(cause.object_type))
     return f"{where}{key}: {_line(str(cause.msg or cause).split('full_key:')[0])}"
 
 
@@ -102,8 +117,9 @@ def _missing(error: MissingConfigException) -> str:
     return _line(str(error).split("Config search path")[0])
 
 
-def _class(object_type: Any) -> type | None:
-    return object_type if isinstance(object_type, type) else None
+def _chosen(object_type: Any) -> dict[str, type | None]:
+    """Which group's class the section is that an error came from; nothing is known of the others."""
+    return {group: object_type for group in CLASSES_OF_A_GROUP if object_type in GROUPS[group].values()}
 
 
 def _line(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Optional
+from typing import Annotated, Optional
+
+from megatron_vp2o.config.ranges import COEFFICIENT, COUNT, WIDTH, Range
 
 
 class Precision(enum.Enum):
@@ -61,29 +63,29 @@ class ModelConfig:
     """A decoder-only sparse MoE transformer: RMSNorm, gated experts, GQA, RoPE. The defaults are the Qwen3-MoE shape:
     SwiGLU, qk-norm, no bias, no sinks, no windows."""
 
-    num_layers: int = 4
+    num_layers: Annotated[int, Range(1, 1000)] = 4
     """Transformer layers; every one has a MoE feed-forward block."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, WIDTH] = 128
     """D, the width of the residual stream."""
-    num_attention_heads: int = 4
+    num_attention_heads: Annotated[int, Range(1, 2**16)] = 4
     """Query heads."""
-    num_query_groups: int = 2
+    num_query_groups: Annotated[int, Range(1, 2**16)] = 2
     """Key/value heads (grouped-query attention)."""
-    kv_channels: int = 32
+    kv_channels: Annotated[int, Range(1, 2**16)] = 32
     """Width of one attention head."""
     qk_layernorm: bool = True
     """RMSNorm on queries and keys of each head."""
     position_embedding_type: PositionEmbedding = PositionEmbedding.rope
     """Rotary embedding as it is, or stretched to longer sequences (YaRN, arXiv 2309.00071)."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Range(1, 1e12)] = 10000.0
     """RoPE base."""
-    yarn_rotary_scaling_factor: float = 32.0
+    yarn_rotary_scaling_factor: Annotated[float, Range(1, 10**6)] = 32.0
     """YaRN: how many times longer sequences may be than those of the original training."""
-    yarn_original_max_position_embeddings: int = 4096
+    yarn_original_max_position_embeddings: Annotated[int, COUNT] = 4096
     """YaRN: the longest sequence of the original training."""
-    yarn_beta_fast: float = 32.0
+    yarn_beta_fast: Annotated[float, Range(1e-3, 10**6)] = 32.0
     """YaRN: channels that turn more often than this over that length stay as they are."""
-    yarn_beta_slow: float = 1.0
+    yarn_beta_slow: Annotated[float, Range(1e-3, 10**6)] = 1.0
     """YaRN: channels that turn less often than this are stretched in full."""
     yarn_correction_range_round_to_int: bool = False
     """YaRN: round the bounds between such channels to whole ones."""
@@ -91,35 +93,35 @@ class ModelConfig:
     """Biases in attention, router and experts."""
     softmax_type: SoftmaxType = SoftmaxType.vanilla
     """Softmax of attention: plain, or with a learnt sink for each head."""
-    window_size: Optional[int] = None
+    window_size: Annotated[Optional[int], COUNT] = None
     """Sliding window: how many positions before it a position sees (Megatron's window_size is the pair of this and 0); null for
     all of them."""
-    window_attn_skip_freq: Optional[int] = None
+    window_attn_skip_freq: Annotated[Optional[int], Range(2, 1000)] = None
     """With a window: every so manieth layer sees all positions; null for none."""
-    layernorm_epsilon: float = 1e-6
+    layernorm_epsilon: Annotated[float, Range(1e-12, 1)] = 1e-6
     """Epsilon of every RMSNorm."""
-    max_sequence_length: int = 64
+    max_sequence_length: Annotated[int, Range(2, 2**24)] = 64
     """Longest sequence, prompt and response together, in tokens."""
-    vocab_size: Optional[int] = None
+    vocab_size: Annotated[Optional[int], Range(1, 2**24)] = None
     """Ids that the model knows, at least as many as the tokenizer's (those beyond have probability zero); null for just the
     tokenizer's. A converted checkpoint needs its own number."""
     share_embeddings_and_output_weights: bool = False
     """Tie the input embedding and the output projection."""
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, Range(1e-6, 10)] = 0.02
     """Standard deviation of the normal initialisation."""
-    num_moe_experts: int = 16
+    num_moe_experts: Annotated[int, Range(1, 2**14)] = 16
     """E, routed experts in a layer."""
-    moe_router_topk: int = 4
+    moe_router_topk: Annotated[int, Range(1, 2**14)] = 4
     """k, experts a token is routed to."""
-    moe_ffn_hidden_size: int = 64
+    moe_ffn_hidden_size: Annotated[int, WIDTH] = 64
     """F, intermediate width of one expert."""
     activation_func: Activation = Activation.silu
     """What an expert's gate goes through."""
-    glu_linear_offset: float = 0.0
+    glu_linear_offset: Annotated[float, Range(-1000, 1000)] = 0.0
     """Added to the other half, before the two are multiplied."""
-    activation_func_clamp_value: Optional[float] = None
+    activation_func_clamp_value: Annotated[Optional[float], Range(1e-3, 10**6)] = None
     """Bound of both halves before that (of the gate only from above); null for none."""
-    moe_shared_expert_intermediate_size: Optional[int] = None
+    moe_shared_expert_intermediate_size: Annotated[Optional[int], WIDTH] = None
     """Width of a shared expert that sees every token; null for none."""
     moe_router_score_function: RouterScore = RouterScore.softmax
     """How router logits become gates."""
@@ -130,9 +132,9 @@ class ModelConfig:
     """Auxiliary-loss-free balancing by an expert bias (needs the sigmoid score)."""
     moe_router_load_balancing_type: LoadBalancing = LoadBalancing.aux_loss
     """Which load-balancing loss."""
-    moe_aux_loss_coeff: float = 1e-3
+    moe_aux_loss_coeff: Annotated[float, COEFFICIENT] = 1e-3
     """Its coefficient."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: Annotated[float, COEFFICIENT] = 0.0
     """Coefficient of the router z-loss; 0 turns it off."""
     moe_token_dispatcher_type: Dispatcher = Dispatcher.alltoall
     """How tokens reach their experts."""

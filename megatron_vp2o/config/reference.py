@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_vp2o.config import schema
+from megatron_vp2o.config.ranges import range_of
 from megatron_vp2o.config.register import GROUPS, recipe_names, resource_dir
 
 INTRODUCTION = """\
@@ -72,6 +73,7 @@ def type_name(hint: Any) -> str:
 def section(title: str, prefix: str, cls: type, level: int = 2) -> str:
     """A heading and a table for `cls`, then the same for the sections inside it."""
     hints, texts = get_type_hints(cls), field_docstrings(cls)
+    ranges = get_type_hints(cls, include_extras=True)
     example = cls()
     rows, inner = [], []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -80,9 +82,10 @@ def section(title: str, prefix: str, cls: type, level: int = 2) -> str:
             if cls is not schema.TrainConfig:  # a run's own sections are listed group by group
                 inner.append(section(f"`{name}`", f"{name}.", hint, level + 1))
             continue
+        allowed = range_of(ranges[field.name])
         cells = (
             f"`{name}`",
-            type_name(hint),
+            type_name(hint) + (f", {allowed}" if allowed is not None else ""),
             f"`{_yaml(getattr(example, field.name))}`",
             " ".join(texts[field.name].split()),
         )

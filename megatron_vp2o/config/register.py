@@ -20,7 +20,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "model": {"tiny": schema.ModelConfig},
     "parallel": {"single": schema.ParallelConfig},
     "optimizer": {"adamw": schema.OptimizerConfig},
-    "task": {"countdown": schema.TaskConfig},
+    "task": {"countdown": schema.CountdownTaskConfig, "shortest_path": schema.ShortestPathTaskConfig},
     "rollout": {"in_process": schema.RolloutConfig},
     "evaluation": {"standard": schema.EvaluationConfig},
     "checkpoint": {"standard": schema.CheckpointConfig},
@@ -58,8 +58,8 @@ class ResourceSearchPath(SearchPathPlugin):
 def register() -> None:
     """Tell Hydra of the dataclasses, the folders, and the list of recipes that `--help` prints. Done once a process."""
     store = ConfigStore.instance()
-    # A missing algorithm, because Hydra cannot merge one subclass of AlgorithmConfig over another.
-    store.store(name="schema", node=schema.TrainConfig(algorithm=MISSING))
+    # Missing, because Hydra cannot merge one subclass of AlgorithmConfig or of TaskConfig over another.
+    store.store(name="schema", node=schema.TrainConfig(algorithm=MISSING, task=MISSING))
     for group, choices in GROUPS.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)

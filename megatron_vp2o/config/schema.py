@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 from megatron_vp2o.config.model import Activation as Activation
 from megatron_vp2o.config.model import Dispatcher as Dispatcher
@@ -22,6 +22,7 @@ from megatron_vp2o.config.model import PositionEmbedding as PositionEmbedding
 from megatron_vp2o.config.model import Precision as Precision
 from megatron_vp2o.config.model import RouterScore as RouterScore
 from megatron_vp2o.config.model import SoftmaxType as SoftmaxType
+from megatron_vp2o.config.ranges import COEFFICIENT, COUNT, DECAY, INDEX, SHARE, Range
 from megatron_vp2o.core.choices import (
     Kernel,
     Normalisation,
@@ -30,6 +31,8 @@ from megatron_vp2o.core.choices import (
     RepulsionScale,
     TemperatureScaling,
 )
+
+SEED = Range(0, 2**31 - 1)
 
 
 class LRDecay(enum.Enum):
@@ -88,15 +91,15 @@ class DataSource(enum.Enum):
 class ParallelConfig:
     """How the model is split. Data parallelism is what is left: world / (tensor * pipeline * context)."""
 
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, Range(1, 2**16)] = 1
     """TP: attention and embeddings split over heads and vocabulary."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Annotated[int, Range(1, 2**16)] = 1
     """PP: consecutive layers on different ranks."""
-    context_parallel: int = 1
+    context_parallel: Annotated[int, Range(1, 2**16)] = 1
     """CP: sequences split over ranks; only 1 is supported yet."""
-    expert_parallel: int = 1
+    expert_parallel: Annotated[int, Range(1, 2**16)] = 1
     """EP: experts split over ranks; takes its ranks from the data- and tensor-parallel ones."""
-    expert_tensor_parallel: int = 1
+    expert_tensor_parallel: Annotated[int, Range(1, 2**16)] = 1
     """ETP: each expert's intermediate width split over ranks."""
     sequence_parallel: Optional[bool] = None
     """Sequence parallelism; null means whenever tensor_parallel > 1 (Megatron needs it there with MoE)."""
@@ -106,7 +109,7 @@ class ParallelConfig:
     """Reduce gradients while back-propagation runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the next forward runs (distributed optimizer only)."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Annotated[float, Range(0.01, 10080)] = 30.0
     """How long a collective may wait before the process group is declared dead."""
 
 
@@ -114,57 +117,40 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule. Steps are optimizer steps."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, Range(1e-12, 10)] = 1e-3
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, Range(0, 10)] = 0.0
     """Learning rate at the end of the decay."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Annotated[int, INDEX] = 0
     """Linear warm-up, in optimizer steps."""
     lr_decay_style: LRDecay = LRDecay.cosine
     """Shape of the decay, over all optimizer steps of the run."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0, 100)] = 0.01
     """Decoupled weight decay; norms are not decayed."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, DECAY] = 0.9
     """First-moment decay."""
-    adam_beta2: float = 0.95
+    adam_beta2: Annotated[float, DECAY] = 0.95
     """Second-moment decay."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8
     """Denominator epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, Range(1e-9, 10**9, also=(0,))] = 1.0
     """Global gradient-norm clip; 0 turns it off."""
 
 
 @dataclass
 class TaskConfig:
-    """What is to be solved. `name` picks the class; the other fields are its parameters
-    (unused ones are ignored by no task: see conf/task)."""
+    """What every task has. A recipe picks one of the classes below through the `task` group."""
 
     name: str = "countdown"
-    """countdown | shortest_path."""
-    seed: int = 0
+    """Which task."""
+    seed: Annotated[int, SEED] = 0
     """Seed of the problem generator: with the same seed, the same problems in the same splits."""
-    train_size: int = 1000
+    train_size: Annotated[int, Range(1, 10**6)] = 1000
     """Distinct training problems to prepare (fewer where the space is smaller; then all of them)."""
-    validation_size: int = 100
+    validation_size: Annotated[int, Range(1, 10**6)] = 100
     """Distinct held-out problems evaluated during training."""
-    test_size: int = 200
+    test_size: Annotated[int, Range(1, 10**6)] = 200
     """Distinct held-out problems evaluated at the end."""
-    numbers: int = 3
-    """countdown: how many numbers are given."""
-    min_number: int = 1
-    """countdown: smallest number."""
-    max_number: int = 9
-    """countdown: largest number."""
-    min_target: int = 1
-    """countdown: smallest target."""
-    max_target: int = 30
-    """countdown: largest target."""
-    rows: int = 4
-    """shortest_path: grid height."""
-    columns: int = 4
-    """shortest_path: grid width."""
-    blocked_probability: float = 0.3
-    """shortest_path: chance that a cell is blocked."""
     answer_format: AnswerFormat = AnswerFormat.lenient
     """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space and LaTeX's operators,
     and end in `=target`; strict: the response is the answer and nothing else."""
@@ -173,14 +159,48 @@ class TaskConfig:
 
 
 @dataclass
+class CountdownTaskConfig(TaskConfig):
+    """Countdown: make a target from given numbers with + - * / and parentheses."""
+
+    name: str = "countdown"
+    """Which task."""
+    numbers: Annotated[int, Range(2, 4)] = 3
+    """How many numbers are given."""
+    min_number: Annotated[int, Range(1, 10**9 - 1)] = 1
+    """Smallest number."""
+    max_number: Annotated[int, Range(1, 10**9 - 1)] = 9
+    """Largest number."""
+    min_target: Annotated[int, Range(1, 10**9 - 1)] = 1
+    """Smallest target."""
+    max_target: Annotated[int, Range(1, 10**9 - 1)] = 30
+    """Largest target."""
+
+
+@dataclass
+class ShortestPathTaskConfig(TaskConfig):
+    """One of the shortest ways through a grid with blocked cells."""
+
+    name: str = "shortest_path"
+    """Which task."""
+    train_size: Annotated[int, Range(1, 10**6)] = 5000
+    """Distinct training problems to prepare (fewer where the space is smaller; then all of them)."""
+    rows: Annotated[int, Range(1, 64)] = 4
+    """Grid height."""
+    columns: Annotated[int, Range(1, 64)] = 4
+    """Grid width."""
+    blocked_probability: Annotated[float, DECAY] = 0.2
+    """Chance that a cell is blocked."""
+
+
+@dataclass
 class SamplingConfig:
     """How tokens are drawn."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(1e-3, 1000, also=(0,))] = 1.0
     """Softmax temperature; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: Annotated[float, SHARE] = 1.0
     """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
-    max_new_tokens: int = 24
+    max_new_tokens: Annotated[int, Range(1, 2**24)] = 24
     """Longest response, in tokens, end-of-sequence included."""
 
 
@@ -190,9 +210,9 @@ class RolloutConfig:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling during training."""
-    max_batch_size: int = 1024
+    max_batch_size: Annotated[int, COUNT] = 1024
     """Most sequences decoded at once on one data-parallel rank; bounds the KV cache."""
-    refresh_interval: int = 1
+    refresh_interval: Annotated[int, COUNT] = 1
     """Rollout batches generated with one version of the actor weights before they are refreshed."""
 
 
@@ -222,31 +242,31 @@ class SteinConfig:
     """Compute and record routing statistics and prototypes without transforming: for a baseline beside a VP2O run."""
     attraction: bool = True
     """Mix the gradients of co-active experts by their kernel weights."""
-    eta: float = 0.01
+    eta: Annotated[float, COEFFICIENT] = 0.01
     """Strength of the repulsion between experts that are not co-active; 0 turns it off."""
     repulsion_scale: RepulsionScale = RepulsionScale.absolute
     """absolute: eta times the kernel's gradient (the paper's); relative: eta times the expert's attraction gradient norm."""
     normalisation: Normalisation = Normalisation.row
     """row: rows of the weights add up to 1 (the paper's); svgd: sums over the number of active experts, as in SVGD."""
-    neighbours: Optional[int] = 4
+    neighbours: Annotated[Optional[int], Range(1, 2**14)] = 4
     """m, most co-active neighbours of an expert besides itself; null where coactivation_threshold is set."""
-    coactivation_threshold: Optional[float] = None
+    coactivation_threshold: Annotated[Optional[float], SHARE] = None
     """rho, experts with at least this co-activation score are neighbours; null where neighbours is set."""
-    coactivation_ema: float = 0.9
+    coactivation_ema: Annotated[float, DECAY] = 0.9
     """Decay of the moving average of co-activation scores over steps; 0 takes each step by itself."""
     kernel: Kernel = Kernel.projective
     """projective: (v_i . v_j)^2, blind to a prototype's sign; cosine: v_i . v_j."""
-    tau: float = 1.0
+    tau: Annotated[float, Range(1e-6, 10**6)] = 1.0
     """tau_0, base temperature of the kernel."""
     temperature_scaling: TemperatureScaling = TemperatureScaling.log
     """The temperature is tau over log E, over sqrt E, or tau itself."""
-    power_iterations: int = 2
+    power_iterations: Annotated[int, Range(1, 1000)] = 2
     """n, power iterations a prototype takes at each update, and terms of its derivative."""
-    initial_power_iterations: int = 64
+    initial_power_iterations: Annotated[int, Range(1, 10_000)] = 64
     """Power iterations at start, from random directions."""
-    prototype_interval: int = 1
+    prototype_interval: Annotated[int, COUNT] = 1
     """Optimizer steps between prototype updates."""
-    chunk_mib: float = 256.0
+    chunk_mib: Annotated[float, Range(1e-6, 10**6)] = 256.0
     """Most memory of the expert exchange's workspace, in MiB."""
 
 
@@ -254,13 +274,13 @@ class SteinConfig:
 class SpecializationConfig:
     """Expert specialisation losses (Guo et al., arXiv 2505.22323). They add to the objective; 0 turns each off."""
 
-    orthogonality_coef: float = 0.0
+    orthogonality_coef: Annotated[float, COEFFICIENT] = 0.0
     """beta_o, weight of the overlap of the outputs of a token's experts."""
     orthogonality: Orthogonality = Orthogonality.projection
     """projection: the paper's equation; cosine: free of scale."""
-    orthogonality_token_fraction: float = 1.0
+    orthogonality_token_fraction: Annotated[float, SHARE] = 1.0
     """Share of a micro-batch's tokens that the orthogonality loss is taken over."""
-    variance_coef: float = 0.0
+    variance_coef: Annotated[float, COEFFICIENT] = 0.0
     """gamma, weight of the (negative) variance of the router's scores over tokens."""
 
 
@@ -270,9 +290,9 @@ class AlgorithmConfig:
 
     name: Algorithm = Algorithm.grpo
     """Which algorithm."""
-    steps: int = 100
+    steps: Annotated[int, COUNT] = 100
     """Training steps; for RL a step is one rollout batch."""
-    micro_batch_size: int = 64
+    micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
     """Sequences in one forward pass on one rank."""
     stein: SteinConfig = field(default_factory=SteinConfig)
     """The gradient transform."""
@@ -286,11 +306,11 @@ class SupervisedConfig(AlgorithmConfig):
 
     name: Algorithm = Algorithm.supervised
     """Which algorithm."""
-    global_batch_size: int = 64
+    global_batch_size: Annotated[int, Range(1, 10**6)] = 64
     """Rows in one optimizer step, over all ranks."""
-    micro_batch_size: int = 64
+    micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
     """Rows in one forward pass on one rank."""
-    sequence_length: Optional[int] = None
+    sequence_length: Annotated[Optional[int], Range(2, 2**24)] = None
     """Tokens in a row; null means model.max_sequence_length."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the tokens come from."""
@@ -302,29 +322,29 @@ class GRPOConfig(AlgorithmConfig):
 
     name: Algorithm = Algorithm.grpo
     """Which algorithm."""
-    prompts_per_step: int = 32
+    prompts_per_step: Annotated[int, Range(1, 10**6)] = 32
     """Prompts in a rollout batch, over all ranks."""
-    group_size: int = 8
+    group_size: Annotated[int, Range(1, 10**6)] = 8
     """G, rollouts of one prompt."""
-    minibatches: int = 1
+    minibatches: Annotated[int, Range(1, 10**6)] = 1
     """Optimizer steps per pass over a rollout batch."""
-    epochs: int = 1
+    epochs: Annotated[int, Range(1, 10**4)] = 1
     """Passes over a rollout batch."""
-    clip_epsilon_low: float = 0.2
+    clip_epsilon_low: Annotated[float, SHARE] = 0.2
     """Lower clip of the importance ratio: 1 - this."""
-    clip_epsilon_high: float = 0.2
+    clip_epsilon_high: Annotated[float, Range(1e-6, 1e12)] = 0.2
     """Upper clip of the importance ratio: 1 + this."""
     normalise_by_std: bool = True
     """Divide advantages by the group's standard deviation (false: Dr. GRPO, arXiv 2503.20783)."""
-    advantage_epsilon: float = 1e-6
+    advantage_epsilon: Annotated[float, Range(1e-12, 1000)] = 1e-6
     """Added to the standard deviation."""
     filter_uniform_groups: bool = True
     """Leave out groups whose rewards are all equal (they carry no gradient); they are counted."""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, COEFFICIENT] = 0.0
     """beta, weight of the KL to the reference (k3 estimator)."""
     kl_reference: KLReference = KLReference.none
     """Which reference; needed when kl_coef > 0."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, COEFFICIENT] = 0.0
     """Weight of an entropy bonus."""
 
 
@@ -335,13 +355,13 @@ class TrustRegionConfig:
 
     mode: ControlMode = ControlMode.enforce
     """off | monitor | enforce."""
-    delta: float = 0.1
+    delta: Annotated[float, Range(1e-9, 1000)] = 0.1
     """Largest mean distance between the learner's barycenters and the anchor's; barycenters have at most unit length."""
-    contexts_per_rank: int = 1024
+    contexts_per_rank: Annotated[int, Range(1, 10**6)] = 1024
     """Response tokens of an optimizer step at which the distance is taken, on each rank and in each layer."""
-    max_backtracks: int = 3
+    max_backtracks: Annotated[int, Range(0, 100)] = 3
     """How often a step that goes too far is halved before it is rejected."""
-    max_consecutive_rejections: int = 8
+    max_consecutive_rejections: Annotated[int, COUNT] = 8
     """Rejected steps in a row after which the run ends with an error."""
     snapshot_on_host: bool = False
     """Keep the state of before the step in host memory instead of the accelerator's."""
@@ -353,15 +373,15 @@ class BudgetConfig:
 
     mode: ControlMode = ControlMode.enforce
     """off and monitor: actors are refreshed every rollout.refresh_interval batches; enforce: when the budget is spent."""
-    max_drift: float = 0.05
+    max_drift: Annotated[float, Range(1e-9, 10**6)] = 0.05
     """Refresh when the mean |log-ratio| of a response exceeds this, in nats (per token with ratio_length=mean)."""
-    min_ess: float = 0.9
+    min_ess: Annotated[float, SHARE] = 0.9
     """Refresh when the tempered effective sample size falls below this fraction."""
-    temper: float = 1.0
+    temper: Annotated[float, Range(1e-3, 1000)] = 1.0
     """lambda, the exponent of the tempered ratios."""
     ratio_length: RatioLength = RatioLength.mean
     """mean: length-normalised, as in GSPO; sum: of the whole response."""
-    max_age: Optional[int] = 16
+    max_age: Annotated[Optional[int], COUNT] = 16
     """Refresh after this many rollout batches at the latest; null sets no limit."""
 
 
@@ -385,17 +405,17 @@ class VP2OConfig(GRPOConfig):
 class EvaluationConfig:
     """Held-out evaluation."""
 
-    interval: int = 20
+    interval: Annotated[int, INDEX] = 20
     """Training steps between evaluations; 0 evaluates only at start and end."""
-    problems: int = 100
+    problems: Annotated[int, Range(1, 10**6)] = 100
     """Problems of the validation split per evaluation."""
-    samples: int = 16
+    samples: Annotated[int, Range(1, 10**6)] = 16
     """n, samples per problem for pass@k, coverage and entropy."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(1e-3, 1000)] = 1.0
     """Temperature of those samples."""
-    top_p: float = 1.0
+    top_p: Annotated[float, SHARE] = 1.0
     """Nucleus of those samples."""
-    pass_at: list[int] = field(default_factory=lambda: [1, 4, 16])
+    pass_at: Annotated[list[int], Range(1, 10**6)] = field(default_factory=lambda: [1, 4, 16])
     """The k of pass@k; each at most `samples`."""
     final_split: bool = True
     """Evaluate the test split once at the end."""
@@ -405,9 +425,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What is saved, and when."""
 
-    interval: int = 50
+    interval: Annotated[int, INDEX] = 50
     """Training steps between checkpoints; 0 saves only at the end."""
-    keep: int = 2
+    keep: Annotated[int, COUNT] = 2
     """Newest checkpoints kept."""
     save_at_end: bool = True
     """Save when the run ends."""
@@ -425,7 +445,7 @@ class LoggingConfig:
     """Project name there."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
-    console_interval: int = 1
+    console_interval: Annotated[int, COUNT] = 1
     """Steps between console lines when the output is no terminal (a terminal shows a live progress bar)."""
 
 
@@ -441,7 +461,7 @@ class TrainConfig:
     """Its layout."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and schedule."""
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=CountdownTaskConfig)
     """Problems and verifier."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The rollout engine."""
@@ -455,14 +475,14 @@ class TrainConfig:
     """Name of the run: of its folder, its plots, its tracker entry."""
     run_dir: str = "runs/${name}"
     """Folder of everything the run writes."""
-    seed: int = 1234
+    seed: Annotated[int, SEED] = 1234
     """Seed of initialisation, data order and sampling."""
     init_from: Optional[str] = None
     """Checkpoint folder (or run folder) whose weights the run starts from; null starts from random weights."""
     resume: Resume = Resume.auto
     """Continue from the newest whole checkpoint of run_dir if there is one (auto), only so (must), or start in a
     run_dir that holds no run yet (never)."""
-    threads: Optional[int] = None
+    threads: Annotated[Optional[int], Range(1, 1024)] = None
     """CPU threads per process; null divides the cores among the processes of this node."""
     exp_manager: Any = None
     """Settings of NeMo's experiment manager (folder, loggers), as in NeMo's recipes; needs nemo-toolkit; null: not used."""

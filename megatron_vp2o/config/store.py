@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from importlib import metadata
@@ -70,6 +71,14 @@ def save_config(config: TrainConfig, run_dir: str | Path) -> Path:
     return path
 
 
+def _drop_other_tasks(section: dict[str, Any], task: type) -> None:
+    """Configurations were stored with the settings of all tasks once; leave those of the run's own."""
+    own = {field.name for field in dataclasses.fields(task)}
+    others = {field.name for cls in GROUPS["task"].values() for field in dataclasses.fields(cls)} - own
+    for name in others & set(section):
+        del section[name]
+
+
 def load_config(run_dir: str | Path) -> TrainConfig:
     """The configuration stored in `run_dir`.
 
@@ -82,7 +91,9 @@ def load_config(run_dir: str | Path) -> TrainConfig:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         plain = stored["config"]
         algorithm = GROUPS["algorithm"][plain["algorithm"]["name"]]
-        node = OmegaConf.merge(OmegaConf.structured(TrainConfig(algorithm=algorithm())), plain)
+        task = GROUPS["task"][plain.get("task", {}).get("name", "countdown")]
+        _drop_other_tasks(plain.get("task", {}), task)
+        node = OmegaConf.merge(OmegaConf.structured(TrainConfig(algorithm=algorithm(), task=task())), plain)
         return to_config(cast(DictConfig, node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {explain(error)}") from error

@@ -8,13 +8,12 @@ megatron/core/transformer/transformer_config.py (`__post_init__`) and megatron/c
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator
 
 from megatron_vp2o.config.exp_manager import exp_manager_problems
-from megatron_vp2o.config.ranges import RANGES
-from megatron_vp2o.config.register import recipe_names
+from megatron_vp2o.config.folders import folder_problems
+from megatron_vp2o.config.ranges import as_yaml, range_problems
 from megatron_vp2o.config.schema import (
     AlgorithmConfig,
     ControlMode,
@@ -24,17 +23,13 @@ from megatron_vp2o.config.schema import (
     Implementation,
     KLReference,
     PolicyLoss,
-    Resume,
     RouterScore,
     SupervisedConfig,
     TrainConfig,
     VP2OConfig,
 )
-from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
+from megatron_vp2o.config.tasks import task_problems
 from megatron_vp2o.errors import ConfigError
-
-RECORD_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 def validate(
@@ -56,20 +51,24 @@ def validate(
         elsewhere: the run is to start on another machine or in a container; what is installed here is not looked at.
 
     Raises:
-        ConfigError: everything that is wrong, one line each.
+        ConfigError: everything that is wrong, one line each; but only causes, not what follows from them: ranges first, where
+            they hold combinations, where those hold what is outside of the settings (files, packages, devices).
     """
-    problems = list(_ranges(config))
-    if not problems:  # what follows divides by these numbers
-        for rule in (_model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, _folders):
-            problems.extend(rule(config))
-        problems.extend(_world(config, world_size))
-        if not elsewhere:
-            problems.extend(_packages(config))
-        problems.extend(exp_manager_problems(config.exp_manager, elsewhere=elsewhere))
-        if cuda_devices is not None:
-            problems.extend(_devices(config, cuda_devices, local_world_size))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _refuse(range_problems(config))  # the rules divide by these numbers
+    rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation)
+    _refuse(itertools.chain(*(rule(config) for rule in rules), _world(config, world_size)))
+    # What is outside of the settings comes last: a missing folder says nothing to somebody who misspelt a number.
+    problems = [*folder_problems(config), *exp_manager_problems(config.exp_manager, elsewhere=elsewhere)]
+    if not elsewhere:
+        problems.extend(_packages(config))
+    if cuda_devices is not None:
+        problems.extend(_devices(config, cuda_devices, local_world_size))
+    _refuse(problems)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if lines := list(problems):
+        raise ConfigError("\n".join(lines))
 
 
 def validate_prompts(config: TrainConfig, max_prompt_tokens: int) -> None:
@@ -81,6 +80,8 @@ def validate_prompts(config: TrainConfig, max_prompt_tokens: int) -> None:
     Raises:
         ConfigError: with the value, the bound and the fix.
     """
+    if not solves_task(config):
+        return
     response, context = config.rollout.sampling.max_new_tokens, config.model.max_sequence_length
     if max_prompt_tokens + response > context:
         raise ConfigError(
@@ -99,9 +100,14 @@ def validate_vocabulary(config: TrainConfig, tokenizer_size: int) -> None:
     size = config.model.vocab_size
     if size is not None and size < tokenizer_size:
         raise ConfigError(
-            f"model.vocab_size={size} is less than the {tokenizer_size} ids of the tokenizer: choose at least "
-            f"{tokenizer_size}, null for just that, or the tokenizer that the model was made with"
+            f"model.vocab_size={size} is less than the {tokenizer_size} ids of the tokenizer: "
+            f"choose at least {tokenizer_size}, null for just that, or the tokenizer that the model was made with"
         )
+
+
+def solves_task(config: TrainConfig) -> bool:
+    """Whether the run trains on its task: not where its tokens come from files."""
+    return not isinstance(config.algorithm, SupervisedConfig) or config.algorithm.data.source is DataSource.task
 
 
 def data_parallel_size(config: TrainConfig, world_size: int) -> int:
@@ -115,19 +121,12 @@ def _divides(what: str, value: int, by: str, divisor: int) -> Iterator[str]:
     if value % divisor:
         fit = ", ".join(str(d) for d in range(1, min(value, 1024) + 1) if value % d == 0)
         yield (
-            f"{what}={value} is not divisible by {by}={divisor}: choose {by} from {fit}, or {what} a multiple of "
-            f"{divisor}"
+            f"{what}={value} is not divisible by {by}={divisor}: choose {by} from {fit}, or {what} a multiple of {divisor}"
         )
 
 
-def _ranges(config: TrainConfig) -> Iterator[str]:
-    for name, allowed in RANGES.items():
-        *path, leaf = name.split(".")
-        section: Any = config
-        for part in path:
-            section = getattr(section, part, None)  # algorithms differ in sections
-        if hasattr(section, leaf) and (value := getattr(section, leaf)) not in allowed:
-            yield f"{name}={value} must be {allowed}"
+def _task(config: TrainConfig) -> Iterator[str]:
+    yield from task_problems(config.task)
 
 
 def _model(config: TrainConfig) -> Iterator[str]:
@@ -150,13 +149,12 @@ def _model(config: TrainConfig) -> Iterator[str]:
         )
     if model.window_attn_skip_freq is not None and model.window_size is None:
         yield (
-            f"model.window_attn_skip_freq={model.window_attn_skip_freq} with model.window_size=null has no window to leave "
-            "out: set model.window_size, or model.window_attn_skip_freq=null"
+            f"model.window_attn_skip_freq={model.window_attn_skip_freq} with model.window_size=null has no window to leave out: "
+            "set model.window_size, or model.window_attn_skip_freq=null"
         )
     if model.moe_router_enable_expert_bias and softmax:
         yield (
-            "model.moe_router_enable_expert_bias=true needs model.moe_router_score_function=sigmoid, but it is "
-            "softmax: "
+            "model.moe_router_enable_expert_bias=true needs model.moe_router_score_function=sigmoid, but it is softmax: "
             "change one of them"
         )
 
@@ -176,30 +174,28 @@ def _layout(config: TrainConfig) -> Iterator[str]:
     )
     if model.add_bias_linear and expert_tensor > 1:
         yield (
-            f"parallel.expert_tensor_parallel={expert_tensor}: Megatron has no expert tensor parallelism for experts with "
-            "biases (model.add_bias_linear=true): choose 1, and parallel.expert_parallel to split them"
+            f"parallel.expert_tensor_parallel={expert_tensor}: Megatron has no expert tensor parallelism for experts with biases "
+            "(model.add_bias_linear=true): choose 1, and parallel.expert_parallel to split them"
         )
     if tensor > 1 and parallel.sequence_parallel is False:
         yield (
-            f"parallel.sequence_parallel=false with parallel.tensor_parallel={tensor}: Megatron trains experts under "
-            "tensor "
-            "parallelism only with sequence parallelism; leave it null or set it to true"
+            f"parallel.sequence_parallel=false with parallel.tensor_parallel={tensor}: "
+            "Megatron trains experts under tensor parallelism only with sequence parallelism; leave it null or set it to true"
         )
     if tensor == 1 and parallel.sequence_parallel:
         yield (
-            "parallel.sequence_parallel=true with parallel.tensor_parallel=1 has nothing to split: leave it null, "
-            "or raise "
-            "parallel.tensor_parallel to at least 2"
+            "parallel.sequence_parallel=true with parallel.tensor_parallel=1 has nothing to split: "
+            "leave it null, or raise parallel.tensor_parallel to at least 2"
         )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
-            f"parallel.overlap_grad_reduce=true, but they are {_yaml(parallel.distributed_optimizer)} and "
-            f"{_yaml(parallel.overlap_grad_reduce)}: set both, or turn it off"
+            f"parallel.overlap_grad_reduce=true, but they are {as_yaml(parallel.distributed_optimizer)} and "
+            f"{as_yaml(parallel.overlap_grad_reduce)}: set both, or turn it off"
         )
     if parallel.pipeline_parallel > 1 and model.moe_token_dispatcher_type is Dispatcher.allgather:
         yield (
-            f"model.moe_token_dispatcher_type=allgather cannot take the varying lengths that "
+            "model.moe_token_dispatcher_type=allgather cannot take the varying lengths that "
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} sends: use alltoall, or no pipeline parallelism"
         )
     if parallel.context_parallel > 1:
@@ -213,8 +209,8 @@ def _packages(config: TrainConfig) -> Iterator[str]:
     for setting in _needs_transformer_engine(config):
         if importlib.util.find_spec("transformer_engine") is None:
             yield (
-                f"{setting} needs transformer-engine, which is not installed: install the [gpu] extra on a machine "
-                "with CUDA, or use model.implementation=auto"
+                f"{setting} needs transformer-engine, which is not installed: "
+                "install the [gpu] extra on a machine with CUDA, or use model.implementation=auto"
             )
 
 
@@ -229,15 +225,14 @@ def _world(config: TrainConfig, world_size: int) -> Iterator[str]:
     expert = parallel.expert_parallel * parallel.expert_tensor_parallel * parallel.pipeline_parallel
     if world_size % dense:
         yield (
-            f"{world_size} processes are not divisible by tensor * pipeline * context parallelism = "
-            f"{parallel.tensor_parallel} * {parallel.pipeline_parallel} * {parallel.context_parallel} = {dense}: "
+            f"{world_size} processes are not divisible by tensor * pipeline * context parallelism = {parallel.tensor_parallel} * "
+            f"{parallel.pipeline_parallel} * {parallel.context_parallel} = {dense}: "
             f"start a multiple of {dense} (torchrun --nproc-per-node) or lower parallel.*"
         )
     if world_size % expert:
         yield (
             f"{world_size} processes are not divisible by expert * expert-tensor * pipeline parallelism = "
-            f"{parallel.expert_parallel} * {parallel.expert_tensor_parallel} * {parallel.pipeline_parallel} = "
-            f"{expert}: "
+            f"{parallel.expert_parallel} * {parallel.expert_tensor_parallel} * {parallel.pipeline_parallel} = {expert}: "
             f"start a multiple of {expert} (torchrun --nproc-per-node) or lower parallel.*"
         )
     if world_size % dense or world_size % expert:
@@ -245,23 +240,20 @@ def _world(config: TrainConfig, world_size: int) -> Iterator[str]:
     ranks = data_parallel_size(config, world_size)
     if isinstance(algorithm, SupervisedConfig) and algorithm.global_batch_size % ranks:
         yield (
-            f"algorithm.global_batch_size={algorithm.global_batch_size} is not divisible by the {ranks} "
-            "data-parallel ranks: "
+            f"algorithm.global_batch_size={algorithm.global_batch_size} is not divisible by the {ranks} data-parallel ranks: "
             f"choose a multiple of {ranks}"
         )
     if isinstance(algorithm, GRPOConfig):
         if algorithm.prompts_per_step % ranks:
             yield (
-                f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not divisible by the {ranks} "
-                "data-parallel ranks: "
+                f"algorithm.prompts_per_step={algorithm.prompts_per_step} is not divisible by the {ranks} data-parallel ranks: "
                 f"choose a multiple of {ranks}"
             )
         elif (algorithm.prompts_per_step // ranks * algorithm.group_size) % algorithm.minibatches:
             rollouts = algorithm.prompts_per_step // ranks * algorithm.group_size
             yield (
                 f"algorithm.minibatches={algorithm.minibatches} does not divide the {rollouts} rollouts of a rank "
-                f"(prompts_per_step={algorithm.prompts_per_step} * group_size={algorithm.group_size} / {ranks} "
-                "data-parallel "
+                f"(prompts_per_step={algorithm.prompts_per_step} * group_size={algorithm.group_size} / {ranks} data-parallel "
                 f"ranks): choose a divisor of {rollouts}"
             )
 
@@ -272,8 +264,8 @@ def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> I
             yield (f"{setting} needs a GPU, and this machine has none: use model.implementation=auto")
     elif local_world_size > cuda_devices:
         yield (
-            f"{local_world_size} processes on a node with {cuda_devices} GPUs: start at most {cuda_devices} "
-            "(torchrun --nproc-per-node)"
+            f"{local_world_size} processes on a node with {cuda_devices} GPUs: "
+            f"start at most {cuda_devices} (torchrun --nproc-per-node)"
         )
 
 
@@ -284,15 +276,13 @@ def _optimizer(config: TrainConfig) -> Iterator[str]:
     total = optimizer_steps(algorithm)
     if optimizer.lr_warmup_steps >= total:
         yield (
-            f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} leaves nothing of the run's {total} optimizer "
-            "steps: "
+            f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} leaves nothing of the run's {total} optimizer steps: "
             f"choose at most {total - 1}, or raise algorithm.steps"
         )
 
 
 def optimizer_steps(algorithm: AlgorithmConfig) -> int:
-    """Optimizer steps of the whole run, which the learning-rate schedule spans (fewer where groups are filtered "
-    "out)."""
+    """Optimizer steps of the whole run, which the learning-rate schedule spans (fewer where groups are filtered out)."""
     if isinstance(algorithm, GRPOConfig):
         return algorithm.steps * algorithm.epochs * algorithm.minibatches
     return algorithm.steps
@@ -304,14 +294,15 @@ def _stein(config: TrainConfig) -> Iterator[str]:
         return
     if (stein.neighbours is None) == (stein.coactivation_threshold is None):
         yield (
-            f"algorithm.stein.neighbours={stein.neighbours} and algorithm.stein.coactivation_threshold="
-            f"{stein.coactivation_threshold}: set exactly one of them, and the other to null"
+            f"algorithm.stein.neighbours={stein.neighbours} and "
+            f"algorithm.stein.coactivation_threshold={stein.coactivation_threshold}: "
+            "set exactly one of them, and the other to null"
         )
     least = 12 * experts / 2**20
     if stein.chunk_mib < least:
         yield (
-            f"algorithm.stein.chunk_mib={stein.chunk_mib} holds not even one column of {experts} experts: choose at "
-            f"least {least:.3g}"
+            f"algorithm.stein.chunk_mib={stein.chunk_mib} holds not even one column of {experts} experts: "
+            f"choose at least {least:.3g}"
         )
 
 
@@ -320,34 +311,32 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
     own_name = type(algorithm)().name
     if algorithm.name is not own_name:
         yield (
-            f"algorithm.name={algorithm.name.name} does not go with the settings of {own_name.name}: choose the group, "
-            f"algorithm={algorithm.name.name} (override /algorithm in a recipe), not the name"
+            f"algorithm.name={algorithm.name.name} does not go with the settings of {own_name.name}: "
+            f"choose the group, algorithm={algorithm.name.name} (override /algorithm in a recipe), not the name"
         )
     if isinstance(algorithm, SupervisedConfig):
         yield from _data(config, algorithm)
     if isinstance(algorithm, GRPOConfig):
         if algorithm.group_size < 2:
             yield (
-                f"algorithm.group_size={algorithm.group_size}: a group of one is its own mean, so every advantage is "
-                "zero and "
+                f"algorithm.group_size={algorithm.group_size}: a group of one is its own mean, so every advantage is zero and "
                 "nothing is learnt; choose at least 2"
             )
         if algorithm.kl_coef > 0 and algorithm.kl_reference is KLReference.none:
             yield (
-                f"algorithm.kl_coef={algorithm.kl_coef} needs a reference, but algorithm.kl_reference=none: set "
-                "algorithm.kl_reference=initial or algorithm.kl_coef=0"
+                f"algorithm.kl_coef={algorithm.kl_coef} needs a reference, but algorithm.kl_reference=none: "
+                "set algorithm.kl_reference=initial or algorithm.kl_coef=0"
             )
         if isinstance(algorithm, VP2OConfig):
             yield from _control(algorithm)
         elif algorithm.kl_reference is KLReference.anchor:
             yield (
-                "algorithm.kl_reference=anchor is the prior of algorithm=vp2o, and this run is grpo: choose "
-                "algorithm.kl_reference=initial, or algorithm=vp2o"
+                "algorithm.kl_reference=anchor is the prior of algorithm=vp2o, and this run is grpo: "
+                "choose algorithm.kl_reference=initial, or algorithm=vp2o"
             )
         if config.rollout.sampling.temperature == 0:
             yield (
-                "rollout.sampling.temperature=0 is greedy, so the rollouts of a group are all alike and every "
-                "advantage is "
+                "rollout.sampling.temperature=0 is greedy, so the rollouts of a group are all alike and every advantage is "
                 "zero: choose a temperature above 0"
             )
 
@@ -357,14 +346,15 @@ def _control(algorithm: VP2OConfig) -> Iterator[str]:
     region, budget = algorithm.trust_region, algorithm.budget
     if region.mode is ControlMode.enforce and region.delta >= 2.0:
         yield (
-            f"algorithm.trust_region.delta={region.delta} can never be exceeded, because barycenters have at most unit "
-            "length: choose less than 2 or algorithm.trust_region.mode=monitor"
+            f"algorithm.trust_region.delta={region.delta} can never be exceeded, because barycenters have at most unit length: "
+            "choose less than 2 or algorithm.trust_region.mode=monitor"
         )
     rows = algorithm.prompts_per_step * algorithm.group_size
     if budget.mode is ControlMode.enforce and budget.min_ess <= 1.0 / rows:
         yield (
-            f"algorithm.budget.min_ess={budget.min_ess} can never be undercut: the effective sample size of {rows} rollouts "
-            f"is at least {1.0 / rows:.3g}; choose more, or algorithm.budget.mode=monitor"
+            f"algorithm.budget.min_ess={budget.min_ess} can never be undercut: "
+            f"the effective sample size of {rows} rollouts is at least {1.0 / rows:.3g}; "
+            "choose more, or algorithm.budget.mode=monitor"
         )
     controlled = region.mode is ControlMode.enforce or budget.mode is ControlMode.enforce
     if algorithm.objective is PolicyLoss.vp2o and not controlled:
@@ -376,41 +366,28 @@ def _control(algorithm: VP2OConfig) -> Iterator[str]:
 
 def _data(config: TrainConfig, algorithm: SupervisedConfig) -> Iterator[str]:
     data = algorithm.data
+    if data.source is not DataSource.task and data.path is None:
+        what = "the .jsonl file" if data.source is DataSource.jsonl else "the dataset's prefix"
+        yield f"algorithm.data.source={data.source.name} needs algorithm.data.path, which is null: set it to {what}"
     if data.pack and config.model.window_size is not None:
         yield (
-            f"algorithm.data.pack=true with model.window_size={config.model.window_size}: Megatron's sliding window sees "
-            "over the borders of documents; use algorithm.data.pack=false"
+            f"algorithm.data.pack=true with model.window_size={config.model.window_size}: "
+            "Megatron's sliding window sees over the borders of documents; use algorithm.data.pack=false"
         )
-    if data.source is not DataSource.task:
-        suffixes = ("",) if data.source is DataSource.jsonl else (".bin", ".idx")
-        if data.path is None:
-            what = "the .jsonl file" if data.source is DataSource.jsonl else "the dataset's prefix"
-            yield f"algorithm.data.source={data.source.name} needs algorithm.data.path, which is null: set it to {what}"
-        else:
-            for suffix in suffixes:
-                if not Path(data.path + suffix).is_file():
-                    yield (
-                        f"algorithm.data.path={data.path}: there is no file {data.path + suffix}; correct the path "
-                        "or use "
-                        "algorithm.data.source=task"
-                    )
 
 
 def _sequence(config: TrainConfig) -> Iterator[str]:
     context, algorithm = config.model.max_sequence_length, config.algorithm
     response = config.rollout.sampling.max_new_tokens
-    solves_task = not isinstance(algorithm, SupervisedConfig) or algorithm.data.source is DataSource.task
-    if solves_task and response >= context:
+    if solves_task(config) and response >= context:
         yield (
-            f"rollout.sampling.max_new_tokens={response} leaves no room for a prompt in "
-            f"model.max_sequence_length={context}: "
+            f"rollout.sampling.max_new_tokens={response} leaves no room for a prompt in model.max_sequence_length={context}: "
             f"choose at most {context - 1}, less the prompt"
         )
     if isinstance(algorithm, SupervisedConfig) and (algorithm.sequence_length or 0) > context:
         yield (
             f"algorithm.sequence_length={algorithm.sequence_length} exceeds model.max_sequence_length={context}: "
-            "choose at most "
-            f"{context}, or null for just that"
+            f"choose at most {context}, or null for just that"
         )
 
 
@@ -420,78 +397,10 @@ def _evaluation(config: TrainConfig) -> Iterator[str]:
         if not 1 <= k <= evaluation.samples:
             yield (
                 f"evaluation.pass_at has {k}, which must be between 1 and evaluation.samples={evaluation.samples}: "
-                "change it, or "
-                "draw more samples"
+                "change it, or draw more samples"
             )
-    if evaluation.problems > task.validation_size:
+    if solves_task(config) and evaluation.problems > task.validation_size:
         yield (
-            f"evaluation.problems={evaluation.problems} exceeds task.validation_size={task.validation_size}: choose "
-            "at most "
-            f"{task.validation_size}, or prepare more"
+            f"evaluation.problems={evaluation.problems} exceeds task.validation_size={task.validation_size}: "
+            f"choose at most {task.validation_size}, or prepare more"
         )
-
-
-def _folders(config: TrainConfig) -> Iterator[str]:
-    run_dir = Path(config.run_dir)
-    if not config.name:
-        yield "name is empty: give the run a name, for its folder and its plots"
-    if config.init_from is not None and not Path(config.init_from).exists():
-        made_by = Path(config.init_from).name
-        hint = f" (`--config-name {made_by}` makes it)" if made_by in recipe_names() else ""
-        yield (
-            f"init_from={config.init_from} does not exist: run what makes it first{hint}, correct the path, or set null"
-        )
-    data = getattr(config.algorithm, "data", None)
-    tokenizers = {"task": config.task.tokenizer, "algorithm.data": None if data is None else data.tokenizer}
-    for section, folder in tokenizers.items():
-        if folder is not None and not Path(folder).is_dir():
-            yield (
-                f"{section}.tokenizer={folder} is not a folder: name one with a Hugging Face tokenizer in it, or null "
-                "for the task's own"
-            )
-    if run_dir.exists() and not run_dir.is_dir():
-        yield f"run_dir={config.run_dir} is a file: choose another run_dir or name"
-        return
-    has_checkpoint = any(path.is_dir() for path in (run_dir / CHECKPOINTS).glob("[!.]*"))
-    record = run_dir / RECORD_FILE
-    has_run = has_checkpoint or (record.exists() and record.stat().st_size > 0)
-    if config.resume is Resume.never and has_run:
-        yield (
-            f"resume=never, but run_dir={config.run_dir} already holds a run: choose another name or run_dir, remove "
-            "that "
-            "folder, or use resume=auto"
-        )
-    if config.resume is Resume.must and not has_checkpoint:
-        yield (
-            f"resume=must, but run_dir={config.run_dir} has no checkpoint: correct run_dir, or use resume=auto to start"
-        )
-    if config.resume is not Resume.never and has_run and (run_dir / CONFIG_FILE).exists():
-        yield from _other_run(config, run_dir)
-
-
-def _other_run(config: TrainConfig, run_dir: Path) -> Iterator[str]:
-    """A run of another task, algorithm or model cannot be continued, and must not be overwritten by starting anew."""
-    here, there = as_plain(config), as_plain(load_config(run_dir))
-    pairs = {
-        "algorithm.name": (there["algorithm"]["name"], here["algorithm"]["name"]),
-        **{f"task.{key}": (there["task"][key], value) for key, value in here["task"].items()},
-        **{
-            f"model.{key}": (there["model"][key], value)
-            for key, value in here["model"].items()
-            if key not in ("implementation", "recompute")
-        },
-    }
-    differing = [
-        f"{key} is {_yaml(old)} there and {_yaml(new)} here" for key, (old, new) in pairs.items() if old != new
-    ]
-    if differing:
-        yield (
-            f"run_dir={config.run_dir} holds another run ({'; '.join(differing[:4])}"
-            f"{'; ...' if len(differing) > 4 else ''}): choose another name or run_dir, or remove that folder"
-        )
-
-
-def _yaml(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_vp2o.config.schema import TaskConfig
-from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.config.tasks import check_task
 from megatron_vp2o.rl.types import Task
 from megatron_vp2o.tasks.countdown import CountdownTask
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask
@@ -22,6 +22,5 @@ def make_task(config: TaskConfig, progress: bool = False) -> Task:
     Raises:
         ConfigError: an unknown name, a setting out of bounds, or fewer held-out problems than asked for.
     """
-    if config.name not in TASKS:
-        raise ConfigError(f"task.name={config.name} is unknown: choose one of {', '.join(sorted(TASKS))}")
+    check_task(config)
     return TASKS[config.name](config, progress=progress)

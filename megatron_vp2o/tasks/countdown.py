@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
-from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.config.schema import AnswerFormat, CountdownTaskConfig
+from megatron_vp2o.config.tasks import check_task
 from megatron_vp2o.rl.types import Problem, Verdict
 from megatron_vp2o.tasks.answers import Unfinished, extract
-from megatron_vp2o.tasks.expressions import MAX_DIGITS, Rejected, normalise, parse, reword, solutions, write
+from megatron_vp2o.tasks.expressions import Rejected, normalise, parse, reword, solutions, write
 from megatron_vp2o.tasks.notation import claimed, plain
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect
 
@@ -38,8 +38,8 @@ class CountdownTask(PooledTask):
     `canonical` is the text of the answer's normal form (see `expressions`).
     """
 
-    def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
-        _check(config)
+    def __init__(self, config: CountdownTaskConfig, *, progress: bool = False) -> None:
+        check_task(config)
         super().__init__("countdown", collect(_draws(config), config, progress=progress), config.tokenizer)
         self.form = config.answer_format
 
@@ -80,7 +80,7 @@ class CountdownTask(PooledTask):
         return len(solutions(data.numbers, data.target))
 
 
-def _draws(config: TaskConfig) -> Iterator[Draw | None]:
+def _draws(config: CountdownTaskConfig) -> Iterator[Draw | None]:
     from megatron_vp2o.tasks import generators  # seconds to import
 
     for draw in generators.countdown(config):
@@ -95,15 +95,3 @@ def _draws(config: TaskConfig) -> Iterator[Draw | None]:
 
 def _prompt(numbers: Sequence[int], target: int) -> str:
     return f"{' '.join(map(str, numbers))}={target}:"
-
-
-def _check(config: TaskConfig) -> None:
-    if not 2 <= config.numbers <= MAX_NUMBERS:
-        raise ConfigError(f"task.numbers={config.numbers}: choose 2 to {MAX_NUMBERS}")
-    for kind in ("number", "target"):
-        low, high = getattr(config, f"min_{kind}"), getattr(config, f"max_{kind}")
-        if not 1 <= low <= high < 10**MAX_DIGITS:
-            raise ConfigError(
-                f"task.min_{kind}={low} and task.max_{kind}={high}: choose 1 or more, the smaller first, with at most "
-                f"{MAX_DIGITS} digits"
-            )

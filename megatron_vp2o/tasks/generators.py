@@ -12,7 +12,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import CountdownTaskConfig, ShortestPathTaskConfig
 from megatron_vp2o.tasks.problems import stream_seed
 
 
@@ -71,7 +71,7 @@ class IntegerCountdown(CountdownDataset):
         return _Total(total), numbers, (), ""
 
 
-def countdown(config: TaskConfig) -> Iterator[tuple[list[int], int] | None]:
+def countdown(config: CountdownTaskConfig) -> Iterator[tuple[list[int], int] | None]:
     """Endless (numbers in the order to show, target); None where the generator found no target within its bounds."""
     dataset = IntegerCountdown(
         CountdownConfig(
@@ -93,7 +93,7 @@ def countdown(config: TaskConfig) -> Iterator[tuple[list[int], int] | None]:
             yield metadata["numbers"], metadata["target"]
 
 
-def shortest_path(config: TaskConfig) -> Iterator[list[list[str]] | None]:
+def shortest_path(config: ShortestPathTaskConfig) -> Iterator[list[list[str]] | None]:
     """Endless grids of '*' start, '#' goal, 'O' open, 'X' blocked; None where no path leads to the goal."""
     dataset = ShortestPathDataset(
         ShortestPathConfig(

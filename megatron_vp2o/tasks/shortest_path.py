@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
 
-from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
-from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.config.schema import AnswerFormat, ShortestPathTaskConfig
+from megatron_vp2o.config.tasks import check_task
 from megatron_vp2o.rl.types import Problem, Verdict
 from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect
@@ -31,8 +31,8 @@ class ShortestPathTask(PooledTask):
     With `task.answer_format=lenient` the answer may be marked as models do (`answers`), with white space or commas between moves.
     """
 
-    def __init__(self, config: TaskConfig, *, progress: bool = False) -> None:
-        _check(config)
+    def __init__(self, config: ShortestPathTaskConfig, *, progress: bool = False) -> None:
+        check_task(config)
         super().__init__("shortest_path", collect(_draws(config), config, progress=progress), config.tokenizer)
         self.form = config.answer_format
 
@@ -122,7 +122,7 @@ def ways_to_goal(grid: Grid) -> dict[Cell, tuple[int, int]]:
     return ways
 
 
-def _draws(config: TaskConfig) -> Iterator[Draw | None]:
+def _draws(config: ShortestPathTaskConfig) -> Iterator[Draw | None]:
     from megatron_vp2o.tasks import generators  # seconds to import
 
     for matrix in generators.shortest_path(config):
@@ -132,10 +132,3 @@ def _draws(config: TaskConfig) -> Iterator[Draw | None]:
         grid = tuple("".join(CELLS[cell] for cell in row) for row in matrix)
         text = "|".join(grid)
         yield Draw(f"shortest_path {text}", f"{text}:", grid)
-
-
-def _check(config: TaskConfig) -> None:
-    if config.rows < 1 or config.columns < 1 or config.rows * config.columns < 2:
-        raise ConfigError(f"task.rows={config.rows} and task.columns={config.columns}: choose at least two cells")
-    if not 0 <= config.blocked_probability < 1:
-        raise ConfigError(f"task.blocked_probability={config.blocked_probability}: choose at least 0 and below 1")

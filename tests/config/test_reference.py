@@ -10,7 +10,11 @@ from megatron_vp2o.config.explain import setting_names
 from megatron_vp2o.config.reference import field_docstrings, reference
 from megatron_vp2o.config.register import GROUPS
 
-CLASSES = [cls for cls in vars(schema).values() if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
+CLASSES = [
+    cls
+    for cls in vars(schema).values()
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config")
+]
 
 
 def test_the_document_is_current():

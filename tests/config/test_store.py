@@ -71,3 +71,16 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path, text, expected):
         load_config(tmp_path)
     assert expected in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_configuration_stored_with_the_settings_of_all_tasks_is_still_read(tmp_path):
+    for overrides, name in (([], "countdown"), (["task=shortest_path", "task.rows=5"], "shortest_path")):
+        config = compose("train", overrides)
+        path = save_config(config, tmp_path)
+        stored = yaml.safe_load(path.read_text())
+        both: dict[str, float] = {"numbers": 3, "min_number": 1, "max_number": 9, "min_target": 1, "max_target": 30}
+        both |= {"rows": 4, "columns": 4, "blocked_probability": 0.3}
+        stored["config"]["task"] = {**both, **stored["config"]["task"]}
+        path.write_text(yaml.safe_dump(stored))
+        assert load_config(tmp_path) == config
+        assert config.task.name == name

@@ -1,16 +1,17 @@
 """Every rule: what it refuses, that it quotes value, bound and fix, and what it lets through just beside."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 
 from megatron_vp2o.config import validate as module
-from megatron_vp2o.config.explain import setting_names
-from megatron_vp2o.config.ranges import RANGES, Range
+from megatron_vp2o.config.ranges import Range, numbers
 from megatron_vp2o.config.schema import (
     Algorithm,
     ControlMode,
+    CountdownTaskConfig,
     DataSource,
     Dispatcher,
     GRPOConfig,
@@ -19,6 +20,7 @@ from megatron_vp2o.config.schema import (
     PolicyLoss,
     Resume,
     RouterScore,
+    ShortestPathTaskConfig,
     SupervisedConfig,
     TrainConfig,
     VP2OConfig,
@@ -33,9 +35,13 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+SHORTEST_PATH = {"task.rows", "task.columns", "task.blocked_probability"}
+
+
 def configured(settings: dict, supervised: bool = False, vp2o: bool = False) -> TrainConfig:
     algorithm = VP2OConfig() if vp2o else SupervisedConfig() if supervised else GRPOConfig()
-    config = TrainConfig(algorithm=algorithm, run_dir="runs/run")
+    task = ShortestPathTaskConfig() if settings.keys() & SHORTEST_PATH else CountdownTaskConfig()
+    config = TrainConfig(algorithm=algorithm, task=task, run_dir="runs/run")
     for name, value in settings.items():
         *path, leaf = name.split(".")
         section = config
@@ -211,14 +217,14 @@ RULES = [
         {"optimizer.lr_warmup_steps": 99},
     ),
     ({"evaluation.pass_at": [1, 17]}, 1, ["pass_at has 17", "samples=16"], {"evaluation.samples": 17}),
-    ({"evaluation.pass_at": [0]}, 1, ["pass_at has 0", "between 1"], {"evaluation.pass_at": []}),
+    ({"evaluation.pass_at": [0]}, 1, ["evaluation.pass_at[0]=0", "at least 1"], {"evaluation.pass_at": []}),
     (
         {"evaluation.problems": 101},
         1,
         ["problems=101", "validation_size=100", "at most 100"],
         {"task.validation_size": 101},
     ),
-    ({"name": ""}, 1, ["name is empty"], {"name": "x"}),
+    ({"name": ""}, 1, ["name='' is empty"], {"name": "x"}),
     ({"resume": Resume.must}, 1, ["resume=must", "runs/run", "resume=auto"], {"resume": Resume.auto}),
     ({"init_from": "runs/none"}, 1, ["init_from=runs/none", "does not exist"], {"init_from": None}),
     (
@@ -325,20 +331,31 @@ def test_rule(settings, world_size, quoted, mended, supervised):
 _VP2O_ONLY = ("algorithm.trust_region.", "algorithm.budget.")
 
 
-@pytest.mark.parametrize("name", RANGES)
+def ranges() -> dict[str, Range | None]:
+    """Range of every number of every kind of run."""
+    runs = [configured({}), configured({}, supervised=True), configured({}, vp2o=True)]
+    paths = TrainConfig(task=ShortestPathTaskConfig())
+    return {name: allowed for config in (*runs, paths) for name, _, allowed in numbers(config)}
+
+
+def test_every_number_has_a_range_with_two_ends():
+    without = [name for name, found in ranges().items() if found is None or not math.isfinite(found.high - found.low)]
+    assert without == []
+    assert len(ranges()) > 100
+
+
+@pytest.mark.parametrize("name", [name for name in ranges() if "[" not in name])
 def test_range(name):
-    allowed = RANGES[name]
+    allowed = ranges()[name]
+    assert allowed is not None
     supervised = name in ("algorithm.global_batch_size", "algorithm.sequence_length")
     for bound, side, step in ((allowed.low, "low", -1), (allowed.high, "high", 1)):
         if abs(bound) < float("inf"):
             wrong = bound if side in allowed.open_ends else bound + step
             found = problems(configured({name: wrong}, supervised, name.startswith(_VP2O_ONLY)))
-            assert found == [f"{name}={wrong} must be {allowed}"]
-    assert problems(configured({name: float("nan")}, supervised, name.startswith(_VP2O_ONLY)))
-
-
-def test_ranges_name_settings_that_exist():
-    assert set(RANGES) <= set(setting_names(algorithm=VP2OConfig)) | set(setting_names(algorithm=SupervisedConfig))
+            assert found == ([f"{name}={wrong} must be {allowed}"] if wrong not in allowed.also else [])
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        assert problems(configured({name: wrong}, supervised, name.startswith(_VP2O_ONLY)))
 
 
 def test_range_ends():
@@ -442,3 +459,73 @@ def test_run_dir_that_is_a_file():
     Path("runs").mkdir()
     Path("runs/run").touch()
     assert problems(configured({})) == ["run_dir=runs/run is a file: choose another run_dir or name"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "quoted"),
+    [
+        ({"task.name": "countdwn"}, "task.name=countdwn is unknown: did you mean countdown?"),
+        ({"task.name": "sudoku"}, "task.name=sudoku is unknown: there are countdown, shortest_path."),
+        ({"task.name": "shortest_path"}, "does not go with the settings of countdown: choose the group, task=shortest"),
+        ({"task.min_number": 10}, "task.min_number=10 and task.max_number=9: choose the smaller first"),
+        ({"task.rows": 1, "task.columns": 1}, "task.rows=1 and task.columns=1: choose at least two cells"),
+    ],
+)
+def test_task_settings_are_checked_against_the_task(settings, quoted):
+    (found,) = problems(configured(settings))
+    assert quoted in found
+
+
+def test_prompts_of_a_task_that_is_not_trained_on_may_be_long():
+    Path("text").touch()
+    data = {"algorithm.data.source": DataSource.jsonl, "algorithm.data.path": "text", "model.max_sequence_length": 24}
+    config = configured(data, supervised=True)
+    validate(config)
+    validate_prompts(config, 16)
+
+
+def test_causes_are_reported_without_what_follows_from_them():
+    """A missing folder has nothing to do with a misspelt number, nor has a combination of numbers out of range."""
+    missing = {"init_from": "runs/none", "algorithm.group_size": 1}
+    assert len(problems(configured(missing))) == 1
+    assert problems(configured({**missing, "optimizer.lr": -1.0})) == [
+        "optimizer.lr=-1.0 must be at least 1e-12 and at most 10"
+    ]
+    assert "init_from=runs/none" in problems(configured({"init_from": "runs/none"}))[0]
+
+
+FOLDERS = [
+    ({"run_dir": ""}, "run_dir='' is empty"),
+    ({"name": ".."}, "name=.. would put the run's folder elsewhere"),
+    ({"name": "a/../../b"}, "would put the run's folder elsewhere"),
+    ({"name": "  "}, "name='  ' is empty"),
+    ({"name": "a\nb"}, r"name='a\nb' has characters that cannot be shown"),
+    ({"run_dir": "runs/" + "x" * 256}, "has a component of 256 bytes"),
+    ({"run_dir": "runs/" + "ü" * 128}, "has a component of 256 bytes"),
+    ({"run_dir": "runs/a\0b"}, "null character"),
+    ({"run_dir": "dangling"}, "run_dir=dangling is a link to nowhere, which does not exist"),
+    ({"run_dir": "loop"}, "run_dir=loop is a link to loop, which does not exist"),
+    ({"run_dir": "file/run"}, "which is a file"),
+    ({"init_from": ""}, "init_from='' is empty"),
+    ({"init_from": "x" * 300}, "has a component of 300 bytes"),
+    ({"task.tokenizer": "y" * 300}, "is not a folder"),
+    ({"task.tokenizer": "file"}, "task.tokenizer=file is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("settings", "quoted"), FOLDERS, ids=lambda value: "")
+def test_paths_that_cannot_be(settings, quoted):
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    Path("file").touch()
+    before = sorted(Path().iterdir())
+    (found,) = problems(configured(settings))
+    assert quoted in found and "\n" not in found
+    assert sorted(Path().iterdir()) == before
+
+
+def test_paths_that_can_be():
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    for settings in ({"run_dir": "link"}, {"run_dir": "runs/" + "x" * 255}, {"run_dir": "a/b/c/d"}, {"name": "a/b"}):
+        validate(configured(settings))

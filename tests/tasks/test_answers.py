@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, CountdownTaskConfig, ShortestPathTaskConfig
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.countdown import Countdown, CountdownTask
@@ -23,12 +23,12 @@ SMALL: dict[str, Any] = {"train_size": 60, "validation_size": 5, "test_size": 5}
 
 @pytest.fixture(scope="module")
 def countdown() -> CountdownTask:
-    return CountdownTask(TaskConfig(numbers=4, **SMALL))
+    return CountdownTask(CountdownTaskConfig(numbers=4, **SMALL))
 
 
 @pytest.fixture(scope="module")
 def paths() -> ShortestPathTask:
-    return ShortestPathTask(TaskConfig(name="shortest_path", **SMALL))
+    return ShortestPathTask(ShortestPathTaskConfig(**SMALL))
 
 
 def problem_of(numbers: list[int], target: int) -> Problem:

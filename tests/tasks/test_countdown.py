@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, CountdownTaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks.countdown import Countdown, CountdownTask
@@ -21,14 +21,16 @@ from tests.tasks.expression_reference import is_right
 @pytest.fixture(scope="module")
 def task() -> CountdownTask:
     return CountdownTask(
-        TaskConfig(answer_format=AnswerFormat.strict, train_size=150, validation_size=30, test_size=30)
+        CountdownTaskConfig(answer_format=AnswerFormat.strict, train_size=150, validation_size=30, test_size=30)
     )
 
 
 @pytest.fixture(scope="module")
 def task4() -> CountdownTask:
     return CountdownTask(
-        TaskConfig(answer_format=AnswerFormat.strict, numbers=4, train_size=100, validation_size=20, test_size=20)
+        CountdownTaskConfig(
+            answer_format=AnswerFormat.strict, numbers=4, train_size=100, validation_size=20, test_size=20
+        )
     )
 
 
@@ -219,7 +221,7 @@ def test_hostile_answers(task: CountdownTask, tmp_path: Path) -> None:
 )
 def test_bad_settings(settings_: dict[str, int], quoted: str) -> None:
     with pytest.raises(ConfigError, match=quoted):
-        CountdownTask(TaskConfig(**settings_))  # type: ignore[arg-type]
+        CountdownTask(CountdownTaskConfig(**settings_))  # type: ignore[arg-type]
 
 
 def test_variants_are_the_same_problem_in_another_order(task: CountdownTask) -> None:

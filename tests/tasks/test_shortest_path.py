@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import AnswerFormat, TaskConfig
+from megatron_vp2o.config.schema import AnswerFormat, ShortestPathTaskConfig
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask, ways_to_goal
@@ -61,9 +61,7 @@ def grids(draw: st.DrawFn) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def task() -> ShortestPathTask:
     return ShortestPathTask(
-        TaskConfig(
-            name="shortest_path", answer_format=AnswerFormat.strict, train_size=200, validation_size=40, test_size=40
-        )
+        ShortestPathTaskConfig(answer_format=AnswerFormat.strict, train_size=200, validation_size=40, test_size=40)
     )
 
 
@@ -154,4 +152,4 @@ def test_reasons(task: ShortestPathTask, response: str, reason: str) -> None:
 )
 def test_bad_settings(settings_: dict[str, float], quoted: str) -> None:
     with pytest.raises(ConfigError, match=quoted):
-        ShortestPathTask(TaskConfig(name="shortest_path", **settings_))  # type: ignore[arg-type]
+        ShortestPathTask(ShortestPathTaskConfig(**settings_))  # type: ignore[arg-type]

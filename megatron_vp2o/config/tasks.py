@@ -1,0 +1,43 @@
+"""What the settings of a task must satisfy together; their single ranges stand beside them in `schema`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from megatron_vp2o.config.ranges import range_problems
+from megatron_vp2o.config.register import GROUPS
+from megatron_vp2o.config.schema import CountdownTaskConfig, ShortestPathTaskConfig, TaskConfig
+from megatron_vp2o.errors import ConfigError
+
+
+def task_problems(task: TaskConfig) -> Iterator[str]:
+    """One line for each."""
+    names = list(GROUPS["task"])
+    if task.name not in names:
+        near = difflib.get_close_matches(task.name, names, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+        yield f"task.name={task.name} is unknown: {hint} Choose a task by its group, task=NAME (override /task in a recipe)"
+    elif type(task) is not GROUPS["task"][task.name]:
+        own = type(task)().name if type(task) in GROUPS["task"].values() else "no task"
+        yield (
+            f"task.name={task.name} does not go with the settings of {own}: "
+            f"choose the group, task={task.name} (override /task in a recipe), not the name"
+        )
+    if isinstance(task, CountdownTaskConfig):
+        for kind in ("number", "target"):
+            low, high = getattr(task, f"min_{kind}"), getattr(task, f"max_{kind}")
+            if low > high:
+                yield f"task.min_{kind}={low} and task.max_{kind}={high}: choose the smaller first"
+    if isinstance(task, ShortestPathTaskConfig) and task.rows * task.columns < 2:
+        yield f"task.rows={task.rows} and task.columns={task.columns}: choose at least two cells"
+
+
+def check_task(task: TaskConfig) -> None:
+    """Refuse settings that give no task. `validate` does the same, before anything is made.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    if problems := [*range_problems(task, "task.")] or [*task_problems(task)]:
+        raise ConfigError("\n".join(problems))
