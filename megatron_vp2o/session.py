@@ -20,7 +20,6 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     DataSource,
     GRPOConfig,
     KLReference,
-    PolicyLoss,
     Resume,
     SupervisedConfig,
     TrainConfig,
@@ -33,7 +32,6 @@ from megatron_vp2o.config.validate import (  # noqa: E402
     validate_prompts,
     validate_vocabulary,
 )
-from megatron_vp2o.core.objective import GRPOObjective, PolicyObjective, VP2OObjective  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.hf.settings import hf_config  # noqa: E402
@@ -49,7 +47,7 @@ from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
-from megatron_vp2o.rl.objectives import OnRollouts  # noqa: E402
+from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
@@ -238,12 +236,6 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         reference = MegatronEngine(config, run.policy, eos_ids=run.tokenizer.eos_ids, pad_id=run.tokenizer.pad_id)
         reference.refresh(0)
     vp2o = settings if isinstance(settings, VP2OConfig) else None
-    weights = {"kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef}
-    objective: PolicyObjective = VP2OObjective(**weights)
-    if vp2o is None or vp2o.objective is PolicyLoss.grpo:
-        objective = GRPOObjective(
-            clip_epsilon_low=settings.clip_epsilon_low, clip_epsilon_high=settings.clip_epsilon_high, **weights
-        )
     metered = vp2o is not None and vp2o.budget.mode is not ControlMode.off
     return RLTrainer(
         config,
@@ -253,7 +245,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         task=run.task,
         policy=run.policy,
         engine=run.engine,
-        objective=OnRollouts(objective),
+        objective=OnRollouts(policy_objective(settings)),
         refresh=_refresh_policy(config, vp2o),
         reference=reference,
         transform=run.transform,

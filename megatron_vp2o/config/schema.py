@@ -24,7 +24,10 @@ from megatron_vp2o.config.model import RouterScore as RouterScore
 from megatron_vp2o.config.model import SoftmaxType as SoftmaxType
 from megatron_vp2o.config.ranges import COEFFICIENT, COUNT, DECAY, INDEX, SHARE, Range
 from megatron_vp2o.core.choices import (
+    AnswerKernel,
+    AnswerRepulsion,
     Kernel,
+    KLEstimator,
     Normalisation,
     Orthogonality,
     RatioLength,
@@ -317,6 +320,27 @@ class SupervisedConfig(AlgorithmConfig):
 
 
 @dataclass
+class AnswerRepulsionConfig:
+    """Repulsion between the right answers of a group: rollouts as particles in function space. This project's, not the
+    paper's (docs/method.md). It acts on the reward, before the group's mean is taken."""
+
+    form: AnswerRepulsion = AnswerRepulsion.none
+    """none; leave_one_out: R (1 - strength * density among the group's other right answers); count: R over the number of
+    right answers alike, to the power of strength."""
+    strength: Annotated[float, SHARE] = 0.5
+    """alpha of leave_one_out, c of count; at most 1, so that a right answer always earns more than a wrong one."""
+    kernel: AnswerKernel = AnswerKernel.canonical
+    """When two answers are alike. canonical: equal by the task's canonical form; ngram, edit, embedding: exp(-distance /
+    bandwidth), for tasks whose canonical form does not tell answers apart."""
+    bandwidth: Annotated[float, Range(1e-6, 1000)] = 0.3
+    """Distance (0 to 1) at which two answers are alike by 1/e; ngram, edit and embedding only."""
+    ngram: Annotated[int, Range(1, 1000)] = 3
+    """Tokens of an n-gram; ngram only."""
+    embedder: Optional[str] = None
+    """`package.module:function` that takes a list of response texts and returns a [texts, size] tensor; embedding only."""
+
+
+@dataclass
 class GRPOConfig(AlgorithmConfig):
     """Group-relative policy optimisation (Shao et al., arXiv 2402.03300) with token-level normalisation."""
 
@@ -341,11 +365,16 @@ class GRPOConfig(AlgorithmConfig):
     filter_uniform_groups: bool = True
     """Leave out groups whose rewards are all equal (they carry no gradient); they are counted."""
     kl_coef: Annotated[float, COEFFICIENT] = 0.0
-    """beta, weight of the KL to the reference (k3 estimator)."""
+    """beta, weight of the KL to the reference; with kl_estimator=reward in nats of the whole response."""
+    kl_estimator: KLEstimator = KLEstimator.k3
+    """reward: the response's log-ratio is subtracted from its reward, before the group's mean is taken: exact; k2, k3, k3+:
+    an estimate of each token as a loss (k3 is GRPO's, and has the gradient of the KL the other way round)."""
     kl_reference: KLReference = KLReference.none
     """Which reference; needed when kl_coef > 0."""
     entropy_coef: Annotated[float, COEFFICIENT] = 0.0
     """Weight of an entropy bonus."""
+    answer_repulsion: AnswerRepulsionConfig = field(default_factory=AnswerRepulsionConfig)
+    """Repulsion between right answers."""
 
 
 @dataclass
@@ -399,6 +428,15 @@ class VP2OConfig(GRPOConfig):
     """Decides when actors are refreshed."""
     stein: SteinConfig = field(default_factory=lambda: SteinConfig(enabled=True))
     """The gradient transform."""
+    specialization: SpecializationConfig = field(default_factory=lambda: SpecializationConfig(orthogonality_coef=1e-3))
+    """Further losses on experts and router; VP2O has the orthogonality loss."""
+    kl_coef: Annotated[float, COEFFICIENT] = 0.02
+    """beta, weight of the prior term; with kl_estimator=reward in nats of the whole response."""
+    kl_estimator: KLEstimator = KLEstimator.reward
+    """reward: the response's log-ratio is subtracted from its reward, before the group's mean is taken: exact; k2, k3, k3+:
+    an estimate of each token as a loss."""
+    kl_reference: KLReference = KLReference.initial
+    """The prior: the weights that the run starts from, or the actors' (anchor); needed when kl_coef > 0."""
 
 
 @dataclass

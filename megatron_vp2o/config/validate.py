@@ -16,11 +16,14 @@ from megatron_vp2o.config.folders import folder_problems
 from megatron_vp2o.config.ranges import as_yaml, range_problems
 from megatron_vp2o.config.schema import (
     AlgorithmConfig,
+    AnswerKernel,
+    AnswerRepulsion,
     ControlMode,
     DataSource,
     Dispatcher,
     GRPOConfig,
     Implementation,
+    KLEstimator,
     KLReference,
     PolicyLoss,
     RouterScore,
@@ -198,6 +201,13 @@ def _layout(config: TrainConfig) -> Iterator[str]:
             "model.moe_token_dispatcher_type=allgather cannot take the varying lengths that "
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} sends: use alltoall, or no pipeline parallelism"
         )
+    orthogonality = config.algorithm.specialization.orthogonality_coef
+    if orthogonality > 0 and model.moe_token_dispatcher_type is Dispatcher.allgather:
+        yield (
+            f"algorithm.specialization.orthogonality_coef={orthogonality} needs each token's expert outputs apart, and "
+            "model.moe_token_dispatcher_type=allgather adds them up elsewhere: use alltoall, or "
+            "algorithm.specialization.orthogonality_coef=0"
+        )
     if parallel.context_parallel > 1:
         yield (
             f"parallel.context_parallel={parallel.context_parallel} is not supported yet (responses are scored and generated as "
@@ -327,6 +337,7 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
                 f"algorithm.kl_coef={algorithm.kl_coef} needs a reference, but algorithm.kl_reference=none: "
                 "set algorithm.kl_reference=initial or algorithm.kl_coef=0"
             )
+        yield from _shaping(algorithm)
         if isinstance(algorithm, VP2OConfig):
             yield from _control(algorithm)
         elif algorithm.kl_reference is KLReference.anchor:
@@ -339,6 +350,24 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
                 "rollout.sampling.temperature=0 is greedy, so the rollouts of a group are all alike and every advantage is "
                 "zero: choose a temperature above 0"
             )
+
+
+def _shaping(algorithm: GRPOConfig) -> Iterator[str]:
+    """Terms of the reward that would do nothing."""
+    in_reward = algorithm.kl_coef > 0 and algorithm.kl_estimator is KLEstimator.reward
+    if in_reward and algorithm.kl_reference is KLReference.anchor:
+        yield (
+            "algorithm.kl_estimator=reward with algorithm.kl_reference=anchor: the rollouts come from the anchor, so the "
+            "log-ratio is always 0; choose algorithm.kl_reference=initial, or algorithm.kl_estimator=k2"
+        )
+    repulsion = algorithm.answer_repulsion
+    on = repulsion.form is not AnswerRepulsion.none
+    if on and (repulsion.kernel is AnswerKernel.embedding) != (repulsion.embedder is not None):
+        yield (
+            f"algorithm.answer_repulsion.kernel={repulsion.kernel.name} with algorithm.answer_repulsion.embedder="
+            f"{as_yaml(repulsion.embedder)}: kernel=embedding needs an embedder (package.module:function), and no other "
+            "kernel takes one"
+        )
 
 
 def _control(algorithm: VP2OConfig) -> Iterator[str]:

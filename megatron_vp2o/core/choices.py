@@ -46,3 +46,26 @@ class RatioLength(enum.Enum):
 
     mean = "mean"  # length-normalised, as GSPO's
     sum = "sum"
+
+
+KLEstimator = enum.Enum("KLEstimator", {"reward": "reward", "k2": "k2", "k3": "k3", "k3+": "k3+"})
+"""How the KL to the reference enters (docs/method.md). `reward`: the sequence's log-ratio, subtracted from the reward, which
+is exact; `k2`: half the squared log-ratio of each token, as a loss; `k3`: Schulman's estimate as a loss, whose gradient is
+that of the KL the other way round; `k3+`: the value of k3 with the gradient of k2."""
+
+
+class AnswerRepulsion(enum.Enum):
+    """How a right answer's reward falls with how many of its group say the same."""
+
+    none = "none"
+    leave_one_out = "leave_one_out"  # R (1 - strength * density among the group's other right answers)
+    count = "count"  # R / (number of right answers alike)^strength
+
+
+class AnswerKernel(enum.Enum):
+    """When two answers are alike, from 0 (not at all) to 1 (the same)."""
+
+    canonical = "canonical"  # 1 if the task's canonical forms are equal, else 0
+    ngram = "ngram"  # exp(-distance / bandwidth), cosine distance of the counts of token n-grams
+    edit = "edit"  # ... Levenshtein distance of the tokens, over the longer one's length
+    embedding = "embedding"  # ... cosine distance of embeddings

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut here before exponentiation: e^20 = 4.9e8 is far outside any clip range, and finite in float32."""
+from megatron_vp2o.core.choices import KLEstimator
+from megatron_vp2o.core.prior import MAX_LOG_RATIO as MAX_LOG_RATIO
+from megatron_vp2o.core.prior import k3, token_kl_loss
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,7 @@ def _masked_sum(values_NS: Tensor, mask_NS: Tensor) -> Tensor:
     return torch.where(mask_NS, values_NS, 0.0).sum(dtype=torch.float32)
 
 
-def _k3(log_ratio_NS: Tensor) -> Tensor:
-    """Unbiased, non-negative estimate of KL(q || p) at samples of q from `log p - log q`: `(p / q - 1) - log(p / q)`.
-
-    Constant, so without gradient, where the log-ratio exceeds MAX_LOG_RATIO. From Schulman, "Approximating KL
-    divergence", 2020.
-    """
-    log_ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO)
-    return log_ratio_NS.expm1() - log_ratio_NS
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RatioObjective:
     """What objectives on importance ratios share: `-surrogate(r, A) + kl_coef KL(pi || prior) - entropy_coef H`.
 
@@ -57,6 +48,8 @@ class RatioObjective:
 
     kl_coef: float
     entropy_coef: float
+    kl_estimator: KLEstimator = KLEstimator.k3
+    """Of a KL that is part of the loss; one that is part of the reward has `kl_coef` 0 here."""
 
     def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
         """What is maximised, of each token."""
@@ -86,14 +79,13 @@ class RatioObjective:
                 "ratio": _masked_sum(ratio_NS, mask_NS),
                 "ratio_max": torch.where(mask_NS, ratio_NS, 0.0).amax() if mask_NS.numel() else ratio_NS.new_zeros(()),
                 "clip_fraction": _masked_sum(stopped_NS.float(), mask_NS),
-                "approx_kl": _masked_sum(_k3(log_ratio_NS), mask_NS),
+                "approx_kl": _masked_sum(k3(log_ratio_NS), mask_NS),
             }
         if inputs.reference_logprobs_NS is not None:
             reference_ratio_NS = torch.where(mask_NS, inputs.reference_logprobs_NS.float() - logprobs_NS, 0.0)
-            kl = _masked_sum(_k3(reference_ratio_NS), mask_NS)
-            metrics["kl_reference"] = kl.detach()
+            metrics["kl_reference"] = _masked_sum(k3(reference_ratio_NS.detach()), mask_NS)
             if self.kl_coef:
-                loss = loss + self.kl_coef * kl
+                loss = loss + self.kl_coef * _masked_sum(token_kl_loss(reference_ratio_NS, self.kl_estimator), mask_NS)
         if inputs.entropy_NS is not None:
             entropy = _masked_sum(inputs.entropy_NS.float(), mask_NS)
             metrics["entropy"] = entropy.detach()
@@ -114,7 +106,7 @@ class RatioObjective:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GRPOObjective(RatioObjective):
     """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3):
 
@@ -130,12 +122,13 @@ class GRPOObjective(RatioObjective):
         return torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VP2OObjective(RatioObjective):
     """Unclipped surrogate `r A` (VP2O Eqs. 1 and 3): steps are bounded by the trust region and the on-policy budget instead.
 
-    `kl_coef` weighs the prior term of VP2O's Eq. 4, which unclipped PPO drops. The prior is whoever the inputs' reference
-    log-probabilities are of: the reference policy or the anchor (the actors' weights at the last refresh).
+    The prior term of VP2O's Eq. 4, which unclipped PPO drops, is by default part of the reward (`core/prior.py`); `kl_coef`
+    weighs it where it is an estimate by tokens. The prior is whoever the inputs' reference log-probabilities are of: the
+    reference policy or the anchor (the actors' weights at the last refresh).
     """
 
     def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:

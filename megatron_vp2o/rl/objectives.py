@@ -10,13 +10,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vp2o.core.objective import PolicyInputs, PolicyObjective, supervised_objective
+from megatron_vp2o.config.schema import GRPOConfig, KLEstimator, PolicyLoss, VP2OConfig
+from megatron_vp2o.core.objective import (
+    GRPOObjective,
+    PolicyInputs,
+    PolicyObjective,
+    VP2OObjective,
+    supervised_objective,
+)
 from megatron_vp2o.rl.types import TrainBatch
 
 BEHAVIOUR = "behaviour_logprobs"  # [N, S], required
 ADVANTAGES = "advantages"  # [N], required
 REFERENCE = "reference_logprobs"  # [N, S], optional
 ENGINE = "engine_logprobs"  # [N, S], optional: the engine's log-probabilities under the weights that are being trained
+
+
+def policy_objective(settings: GRPOConfig) -> PolicyObjective:
+    """The objective that the settings name. A KL in the reward is no part of it."""
+    in_reward = settings.kl_estimator is KLEstimator.reward
+    shared = {"kl_coef": 0.0 if in_reward else settings.kl_coef, "entropy_coef": settings.entropy_coef}
+    if isinstance(settings, VP2OConfig) and settings.objective is PolicyLoss.vp2o:
+        return VP2OObjective(kl_estimator=settings.kl_estimator, **shared)
+    return GRPOObjective(
+        clip_epsilon_low=settings.clip_epsilon_low,
+        clip_epsilon_high=settings.clip_epsilon_high,
+        kl_estimator=settings.kl_estimator,
+        **shared,
+    )
 
 
 @dataclass(frozen=True)

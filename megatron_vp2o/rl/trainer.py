@@ -1,6 +1,6 @@
 """The reinforcement-learning step, blind to Megatron and to the engine.
 
-    rollouts -> rewards -> advantages -> batch
+    rollouts -> log-probabilities under the reference -> shaped rewards -> advantages -> batch
       -> forward and backward -> gradient transform -> optimizer step (accepted | halved | rejected)
       -> budget verdict (keep the actors | refresh them) -> metrics
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import GRPOConfig, KLReference, TrainConfig
-from megatron_vp2o.core.advantages import group_relative_advantages, uniform_groups_P
 from megatron_vp2o.core.budget import RefreshReason
 from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
@@ -25,6 +24,7 @@ from megatron_vp2o.rl.grading import grade
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
 from megatron_vp2o.rl.refresh import RefreshPolicy
+from megatron_vp2o.rl.rewards import Earned, RewardShaping
 from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import (
     Objective,
@@ -69,6 +69,7 @@ class RLTrainer(TrainingLoop):
         self.refresh, self.reference, self.transform = refresh, reference, transform
         self.stepper: Stepper = stepper or PlainSteps(policy)
         self.meter = meter
+        self.rewards = RewardShaping(config.algorithm, task.tokenizer)
         self.sampling = config.rollout.sampling
         self.prompts = PromptSchedule(
             task,
@@ -84,11 +85,13 @@ class RLTrainer(TrainingLoop):
             self._refresh_actors()
         with watch("rollout"):
             problems, rollouts = self._generate(step)
+        with watch("reference"):
+            reference_NS = self._score_reference(rollouts)
         with watch("reward"):
-            rewards_PG, metrics = self._grade(problems, rollouts)
+            earned, metrics = self._grade(problems, rollouts, reference_NS)
         with watch("train"):
             self.stepper.observe_rollouts(rollouts)
-            batch = self._batch(rollouts, rewards_PG)
+            batch = self._batch(rollouts, earned, reference_NS)
             updates = self._updates(batch, step)
             metrics |= _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
         self._count(metrics, watch)
@@ -116,59 +119,48 @@ class RLTrainer(TrainingLoop):
         prompts = [problem.prompt_tokens(self.task.tokenizer) for problem in problems]
         return problems, self.engine.generate(prompts, uids, sampling, self.settings.group_size)
 
-    def _grade(self, problems: list[Problem], rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
-        """Rewards [P, G] and what they say of the batch."""
-        size = self.settings.group_size
-        verdicts = grade(self.task, problems, rollouts, size)
-        rewards_PG = torch.tensor([[v.reward for v in group] for group in verdicts], dtype=torch.float32).view(-1, size)
-        correct_PG = torch.tensor([[float(v.correct) for v in group] for group in verdicts]).view(-1, size)
-        distinct = sum(len({v.canonical for v in group if v.correct}) for group in verdicts)
+    def _score_reference(self, rollouts: Rollouts) -> Tensor | None:
+        """Log-probabilities of the rollouts' tokens under the reference [N, S]; None in a run without one."""
+        if self.settings.kl_reference is KLReference.anchor:
+            return rollouts.model_logprobs_NS
+        return None if self.reference is None else self.reference.log_probs(rollouts, self.sampling.temperature)
+
+    def _grade(
+        self, problems: list[Problem], rollouts: Rollouts, reference_NS: Tensor | None
+    ) -> tuple[Earned, dict[str, float]]:
+        """What the rollouts earned, and what that and their lengths say of the batch."""
+        verdicts = grade(self.task, problems, rollouts, self.settings.group_size)
+        earned = self.rewards(verdicts, rollouts, reference_NS)
+        metrics = earned.metrics(self.groups)
+        filtered = metrics["rollout/groups_silent"] if self.settings.filter_uniform_groups else 0.0
+        return earned, metrics | {"rollout/groups_filtered": filtered} | self._lengths(rollouts)
+
+    def _lengths(self, rollouts: Rollouts) -> dict[str, float]:
         length_N = rollouts.total_len_N - rollouts.prompt_len_N
-        sums = sum_scalars(
-            {
-                "groups": len(problems),
-                "kept": float((~uniform_groups_P(rewards_PG)).sum()),
-                "correct": float(correct_PG.sum()),
-                "any": float(correct_PG.amax(dim=1).sum()) if len(problems) else 0.0,
-                "reward": float(rewards_PG.sum()),
-                "square": float(rewards_PG.square().sum()),
-                "length": float(length_N.sum()),
-                "truncated": float((~rollouts.finished_N).sum()),
-                "distinct": float(distinct),
-            },
-            self.groups.dp,
-        )
-        groups, sequences = sums["groups"], sums["groups"] * size
-        mean = sums["reward"] / sequences
-        return rewards_PG, {
-            "reward/mean": mean,
-            "reward/std": max(sums["square"] / sequences - mean**2, 0.0) ** 0.5,
-            "rollout/pass_rate": sums["correct"] / sequences,
-            "rollout/pass_any": sums["any"] / groups,
-            "rollout/distinct": sums["distinct"] / groups,
-            "rollout/groups_kept": sums["kept"],
-            "rollout/groups_filtered": groups - sums["kept"] if self.settings.filter_uniform_groups else 0.0,
-            "rollout/response_length": sums["length"] / sequences,
-            "rollout/truncated": sums["truncated"] / sequences,
-            "rollout/tokens": sums["length"],
+        sums: dict[str, float | Tensor] = {
+            "rollouts": len(length_N),
+            "tokens": length_N.sum(),
+            "truncated": (~rollouts.finished_N).sum(),
+        }
+        total = sum_scalars({key: float(value) for key, value in sums.items()}, self.groups.dp)
+        return {
+            "rollout/response_length": total["tokens"] / total["rollouts"],
+            "rollout/truncated": total["truncated"] / total["rollouts"],
+            "rollout/tokens": total["tokens"],
         }
 
-    def _batch(self, rollouts: Rollouts, rewards_PG: Tensor) -> TrainBatch:
+    def _batch(self, rollouts: Rollouts, earned: Earned, reference_NS: Tensor | None) -> TrainBatch:
+        """The rollouts to train on, with their advantages and what else the objective needs."""
         settings = self.settings
-        advantages_PG = group_relative_advantages(
-            rewards_PG, normalise_by_std=settings.normalise_by_std, epsilon=settings.advantage_epsilon
-        )
-        keep_P = ~uniform_groups_P(rewards_PG) if settings.filter_uniform_groups else torch.ones(len(rewards_PG)).bool()
+        keep_P = earned.signal_P if settings.filter_uniform_groups else torch.ones_like(earned.signal_P)
         keep_N = keep_P.repeat_interleave(settings.group_size)
-        batch = policy_batch(rollouts, advantages_PG.flatten(), keep_N, self.sampling.temperature)
+        batch = policy_batch(rollouts, earned.advantages_PG.flatten(), keep_N, self.sampling.temperature)
         # Which of all ranks' rollouts each row is.
         batch.extras[ROW] = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
         if self.progress.actor_version == self.progress.optimizer_steps:
             batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
-        if self.settings.kl_reference is KLReference.anchor:
-            batch.extras[REFERENCE] = rollouts.model_logprobs_NS[keep_N]
-        elif self.reference is not None:
-            batch.extras[REFERENCE] = self.reference.log_probs(rollouts, self.sampling.temperature)[keep_N]
+        if reference_NS is not None:
+            batch.extras[REFERENCE] = reference_NS[keep_N]
         return batch
 
     def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:

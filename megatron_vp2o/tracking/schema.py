@@ -98,16 +98,38 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Reward and rollouts",
         (
-            Metric("reward/mean", NONE, "mean reward of the rollout batch", STEP, REINFORCEMENT),
-            Metric("reward/std", NONE, "standard deviation of the rewards over the batch", STEP, REINFORCEMENT),
+            Metric("reward/mean", NONE, "mean reward that the task gives the rollouts", STEP, REINFORCEMENT),
+            Metric("reward/std", NONE, "standard deviation of the task's rewards over the batch", STEP, REINFORCEMENT),
+            Metric(
+                "reward/shaped_mean",
+                NONE,
+                "mean reward that advantages follow from: the task's, less repulsion between answers and the prior",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric("reward/shaped_std", NONE, "standard deviation of these over the batch", STEP, REINFORCEMENT),
+            Metric(
+                "reward/log_ratio",
+                NATS,
+                "log-ratio of a response to the reference, mean: KL(actor ‖ reference) of whole responses",
+                "training steps of runs with the KL in the reward",
+                REINFORCEMENT,
+            ),
             Metric("rollout/pass_rate", FRACTION, "rollouts that are right", STEP, REINFORCEMENT),
             Metric("rollout/pass_any", FRACTION, "groups with at least one right rollout", STEP, REINFORCEMENT),
             Metric("rollout/distinct", COUNT, "distinct right answers in a group, mean", STEP, REINFORCEMENT),
-            Metric("rollout/groups_kept", COUNT, "groups whose rewards differ", STEP, REINFORCEMENT),
+            Metric(
+                "rollout/groups_kept",
+                COUNT,
+                "groups that carry a gradient: whose shaped rewards differ",
+                STEP,
+                REINFORCEMENT,
+            ),
+            Metric("rollout/groups_silent", COUNT, "groups that carry no gradient", STEP, REINFORCEMENT),
             Metric(
                 "rollout/groups_filtered",
                 COUNT,
-                "groups left out because their rewards are all equal (0 when filtering is off)",
+                "groups left out because they carry no gradient (0 when filtering is off)",
                 STEP,
                 REINFORCEMENT,
             ),
@@ -283,6 +305,9 @@ SECTIONS: tuple[Section, ...] = (
         (
             Metric("time/step_s", SECONDS, "the training step, without evaluation and checkpoint", STEP),
             Metric("time/rollout_s", SECONDS, "generating the rollouts", STEP, REINFORCEMENT),
+            Metric(
+                "time/reference_s", SECONDS, "scoring the rollouts under the reference (0 without)", STEP, REINFORCEMENT
+            ),
             Metric("time/reward_s", SECONDS, "verifying the responses", STEP, REINFORCEMENT),
             Metric("time/train_s", SECONDS, "forward, backward and optimizer", STEP),
             Metric("time/sync_s", SECONDS, "handing weights to the actors", STEP, REINFORCEMENT),

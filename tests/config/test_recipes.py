@@ -89,7 +89,9 @@ def test_large_twins_are_there():
 def test_large_twins_differ_in_the_algorithm_only(name):
     ours, twin = compose(name), compose(name.replace("vp2o", "grpo", 1))
     shared = {field.name: getattr(twin.algorithm, field.name) for field in dataclasses.fields(twin.algorithm)}
-    for setting in ("name", "stein"):
+    own = ("name", "stein", "specialization", "kl_coef", "kl_estimator", "kl_reference")
+    for setting in own:
+        assert getattr(ours.algorithm, setting) == getattr(type(ours.algorithm)(), setting)
         del shared[setting]
     assert {key: getattr(ours.algorithm, key) for key in shared} == shared
     assert dataclasses.replace(ours, algorithm=twin.algorithm, name=twin.name, run_dir=twin.run_dir) == twin

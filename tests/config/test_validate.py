@@ -16,6 +16,7 @@ from megatron_vp2o.config.schema import (
     Dispatcher,
     GRPOConfig,
     Implementation,
+    KLEstimator,
     KLReference,
     PolicyLoss,
     Resume,
@@ -313,7 +314,12 @@ def test_the_anchor_is_no_reference_of_grpo():
     (found,) = problems(configured({"algorithm.kl_reference": KLReference.anchor}))
     assert "kl_reference=anchor" in found and "algorithm=vp2o" in found
     assert (
-        problems(configured({"algorithm.kl_reference": KLReference.anchor, "algorithm.kl_coef": 0.1}, vp2o=True)) == []
+        problems(
+            configured(
+                {"algorithm.kl_reference": KLReference.anchor, "algorithm.kl_estimator": KLEstimator.k2}, vp2o=True
+            )
+        )
+        == []
     )
 
 
