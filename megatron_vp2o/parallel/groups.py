@@ -6,6 +6,7 @@ Nothing here knows Megatron: `megatron/platform/world.py` fills the bundle in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Groups:
     stage: dist.ProcessGroup
     """All ranks of this pipeline stage: those that see tokens of the same layers."""
     device: torch.device
+    timeout: timedelta | None = None
+    """How long a collective may wait; None: torch's default."""
 
     @property
     def rank(self) -> int:

@@ -131,7 +131,7 @@ def _step(config: TrainConfig, mode: MetaWorld, groups: Groups, width: int, rows
         groups={
             field.name: tuple(torch.distributed.get_process_group_ranks(getattr(groups, field.name)))
             for field in dataclasses.fields(groups)
-            if field.name != "device"
+            if field.name not in ("device", "timeout")
         },
         shapes={name: tuple(parameter.shape) for name, parameter in policy.model.named_parameters()},
         parameters=sum(sizes.values()),

@@ -54,8 +54,9 @@ class MegatronEngine:
             inference=True,
         )
         self.version = -1
-        # Ranks whose sequences meet in an expert all-to-all must decode in lockstep.
-        self._lockstep = self.groups.ep.size() > 1 and self.groups.dp_size > 1
+        # Ranks whose sequences meet in an expert must decode in lockstep: experts on several ranks (EP), or their parts (ETP).
+        shared = self.groups.ep.size() > 1 or self.groups.etp.size() > self.groups.tp.size()
+        self._lockstep = shared and self.groups.dp_size > 1
         self._layers = moe_layers(self.actor)
         self._logged_contexts = 0
         # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.

@@ -226,6 +226,8 @@ def _router_tensors(layer: VP2OMoELayer) -> dict[str, Tensor]:
 def _gates(layer: VP2OMoELayer, inputs_CD: Tensor, router: dict[str, Tensor]) -> Tensor:
     """Dense normalised gates of a layer's router, [C, E], with other tensors in the place of its own if given."""
     module = layer.router
+    if not len(inputs_CD):  # a rank without rows in this minibatch; Megatron's router cannot route nothing
+        return inputs_CD.new_zeros(0, module.weight.shape[0], dtype=torch.float32)
     training = module.training
     module.eval()  # no auxiliary losses, no jitter, no counting
     try:

@@ -55,16 +55,21 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
         context_parallel_size=parallel.context_parallel,
         expert_model_parallel_size=parallel.expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return current_groups()
+    return current_groups(timedelta(minutes=parallel.timeout_minutes))
 
 
-def current_groups() -> Groups:
-    """The groups of a world whose model parallelism Megatron has initialised, here or in somebody else's loop."""
+def current_groups(timeout: timedelta | None = None) -> Groups:
+    """The groups of a world whose model parallelism Megatron has initialised, here or in somebody else's loop.
+
+    Args:
+        timeout: of collectives, for groups that are made later; None: torch's default.
+    """
     assert dist.group.WORLD is not None
     cuda = torch.cuda.is_available()
     return Groups(
@@ -77,6 +82,7 @@ def current_groups() -> Groups:
         expert_dp=parallel_state.get_expert_data_parallel_group(),
         stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        timeout=timeout,
     )
 
 

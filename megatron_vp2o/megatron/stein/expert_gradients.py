@@ -142,6 +142,6 @@ def _same_part(groups: Groups) -> dist.ProcessGroup:
     """All ranks of the stage that hold the same part of each expert's width; made here, since Megatron has no such group."""
     places = gather_places(groups, groups.stage)
     ranks = sorted(place.rank for place in places if place.etp == groups.etp.rank())
-    group = dist.new_group(ranks, use_local_synchronization=True)
+    group = dist.new_group(ranks, timeout=groups.timeout, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
