@@ -28,7 +28,7 @@ from megatron_vp2o.errors import ConfigError, UserError
 
 USAGE_STATUS = 2  # of a run refused for its configuration or its input
 _TRACEBACKS = "HYDRA_FULL_ERROR"  # Hydra's own switch
-_FIRST_WORD_SECONDS = 10.0
+_FIRST_WORD_SECONDS = 5.0
 
 
 def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[..., Any] | None = None) -> None:
@@ -124,7 +124,8 @@ def _refuse(message: str) -> NoReturn:
     """Print the message once for all ranks and exit.
 
     torchrun ends all ranks when the first one fails. So the others give rank 0 time to speak, and speak themselves only
-    if they are still alive then: an error that rank 0 does not have.
+    if they are still alive then: an error that rank 0 does not have. (Once the ranks are on the line with each other,
+    parallel/failure.py does this.)
     """
     rank = _environment("RANK", 0)
     if rank != 0:

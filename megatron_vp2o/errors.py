@@ -29,3 +29,7 @@ class DataError(UserError):
 
 class RewardError(UserError):
     """A reward that could not grade an answer; names the row."""
+
+
+class StartError(UserError):
+    """The ranks of a run did not come together."""

@@ -43,6 +43,7 @@ from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
@@ -89,13 +90,14 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         UserError: for what the configuration's own validation could not see: prompts, checkpoints, data.
+
+    With several ranks call it inside of `failure.ends_all_ranks`: after an exception no rank can go on.
     """
     world.set_threads(config.threads)
     task = make_task(config.task, progress=world.environment_rank() == 0)
     validate_prompts(config, task.max_prompt_tokens)
     validate_vocabulary(config, _tokenizer(config, task).vocab_size)
-    groups = world.start(config.parallel, config.seed)
-    try:
+    with world.joined(config.parallel, config.seed) as groups:
         validate(
             config,
             groups.world_size,
@@ -107,13 +109,11 @@ def train(config: TrainConfig) -> int:
         _resume(run, trainer)
         if groups.rank == 0:
             save_config(config, config.run_dir)
-        with run.sink:
+        with run.sink, failure.tells_all_ranks():  # closing the sink may take its time
             status = trainer.run()
             if status == 0 and config.checkpoint.export_hf:
                 _export(run)
-            return status
-    finally:
-        world.stop()
+    return status
 
 
 def _export(run: Run) -> None:

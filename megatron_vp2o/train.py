@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 from megatron_vp2o.cli import main_with_config
@@ -18,9 +19,13 @@ def run(config: TrainConfig) -> int:
     # as long. Not spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed of an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _prepare_for_signals()
-    from megatron_vp2o.session import train
+    from megatron_vp2o.parallel import failure
 
-    status = train(config)
+    with failure.ends_all_ranks():
+        failure.join(timedelta(minutes=config.parallel.startup_minutes))
+        from megatron_vp2o.session import train
+
+        status = train(config)
     stop.finish()
     told = os.environ.get(STOPPED_FILE)
     if status == PREEMPTED and told is not None:

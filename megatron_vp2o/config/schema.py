@@ -114,6 +114,8 @@ class ParallelConfig:
     """Gather parameters while the next forward runs (distributed optimizer only)."""
     timeout_minutes: Annotated[float, Range(0.01, 10080)] = 30.0
     """How long a collective may wait before the process group is declared dead."""
+    startup_minutes: Annotated[float, Range(0.01, 10080)] = 10.0
+    """How long ranks wait for each other at the start, from the first one's until the last one's Python runs."""
 
 
 @dataclass

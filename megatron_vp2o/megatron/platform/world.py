@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -14,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vp2o.config.schema import ParallelConfig
+from megatron_vp2o.parallel import failure
 from megatron_vp2o.parallel.groups import Groups
 
 
@@ -42,12 +45,17 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     if not dist.is_initialized():
+        store = failure.join(timedelta(minutes=parallel.startup_minutes))
+        if store is not None:
+            store.set_timeout(timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=None if store is None else dist.PrefixStore("default_pg", store),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=parallel.timeout_minutes),
+            timeout=timeout,
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
@@ -61,7 +69,25 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return current_groups(timedelta(minutes=parallel.timeout_minutes))
+    return current_groups(timeout)
+
+
+@contextmanager
+def joined(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
+    """`start` before the body and `stop` after it.
+
+    An exception leaves a world of several ranks as it is: closing it would wait for the others, who wait for this one. They are
+    told, and the process is to end with the exception.
+    """
+    with failure.tells_all_ranks():
+        groups = start(parallel, seed)
+        try:
+            yield groups
+        except BaseException:
+            if groups.world_size == 1:
+                stop()
+            raise
+        stop()
 
 
 def current_groups(timeout: timedelta | None = None) -> Groups:
@@ -102,7 +128,9 @@ def stop_model_parallel() -> None:
 
 
 def stop() -> None:
-    """Leave the world, so that the process ends without warnings and another world can start."""
+    """Leave the world, so that the process ends without warnings and another world can start. A collective: not for a rank that
+    ends by an exception, which the others don't know of (see `joined`)."""
     stop_model_parallel()
+    failure.leave()
     if dist.is_initialized():
         dist.destroy_process_group()

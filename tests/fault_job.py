@@ -1,0 +1,172 @@
+"""Runs of the command line on several ranks, one of which fails at a chosen place: `python -m tests.fault_job SPEC.json`.
+
+Nobody watches the ranks, as torchrun would: they have to end by themselves. Each run is forked from this process, which has
+imported everything and done nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+START_S = 90.0
+"""Until the fault has to come."""
+END_S = 30.0
+"""From the fault until ranks that still run are killed, and count as hanging."""
+BACKWARD = "megatron_vp2o.megatron.learner.scoring:log_probs_and_entropy"
+
+
+@dataclass
+class Fault:
+    """One run.
+
+    Attributes:
+        place: "module:name" of what fails when it is called; "backward" for a hook of autograd.
+        rank: on which rank.
+        call: at the how manieth call, from 1.
+        kind: "error", "refused" (a UserError), "memory", "interrupt", "kill" (SIGKILL) or "exit" (a silent os._exit).
+        seconds: by rank, from the fault to the end of the process; None for a rank that had to be killed.
+    """
+
+    run_dir: str
+    arguments: list[str]
+    ranks: int
+    place: str
+    rank: int
+    call: int
+    kind: str
+    came: bool = False
+    seconds: list[float | None] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+
+def main(spec: Path) -> None:
+    """Do the runs of a file, and write what became of them back into it."""
+    import megatron_vp2o.session  # noqa: F401 - everything heavy, once for all runs
+
+    faults = [Fault(**settings) for settings in json.loads(spec.read_text())]
+    for fault in faults:
+        _do(fault)
+        print(f"{fault.place} on rank {fault.rank}: {fault.seconds} {fault.statuses}", flush=True)
+    spec.write_text(json.dumps([asdict(fault) for fault in faults]))
+
+
+def _do(fault: Fault) -> None:
+    folder = Path(fault.run_dir)
+    folder.mkdir(parents=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [_fork(fault, rank, port) for rank in range(fault.ranks)]
+    ended: dict[int, tuple[float, int]] = {}
+    began, moment = time.monotonic(), folder / "moment"
+    while len(ended) < len(children):
+        for child in children:
+            if child not in ended:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ended[child] = time.monotonic(), os.waitstatus_to_exitcode(status)
+        limit = float(moment.read_text()) + END_S if moment.exists() else began + START_S
+        if time.monotonic() > limit:
+            for child in children:
+                if child not in ended:
+                    os.kill(child, signal.SIGKILL)
+                    ended[child] = float("inf"), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.01)
+    fault.came = moment.exists()
+    start = float(moment.read_text()) if fault.came else began
+    fault.seconds = [None if ended[child][0] == float("inf") else ended[child][0] - start for child in children]
+    fault.statuses = [ended[child][1] for child in children]
+    fault.outputs = [(folder / f"output-{rank}.txt").read_text(errors="replace") for rank in range(fault.ranks)]
+
+
+def _fork(fault: Fault, rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(fault.ranks),
+        LOCAL_WORLD_SIZE=str(fault.ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    descriptor = os.open(Path(fault.run_dir) / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["megatron_vp2o.train", *fault.arguments, f"run_dir={fault.run_dir}/run"]
+    status: Any = 0
+    try:
+        if rank == fault.rank:
+            _lay(fault)
+        from megatron_vp2o.train import main as train
+
+        train()
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:  # a forked child must not go on in its parent's code
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _lay(fault: Fault) -> None:
+    """Put the fault in its place, in this process."""
+    backward = fault.place == "backward"
+    module, _, names = (BACKWARD if backward else fault.place).partition(":")
+    owner: Any = importlib.import_module(module)
+    *path, name = names.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(real, updated=())
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != fault.call:
+            return real(*args, **kwargs)
+        if not backward:
+            _fail(fault)
+        logprobs, entropies = real(*args, **kwargs)
+        logprobs.register_hook(lambda _: _fail(fault))
+        return logprobs, entropies
+
+    mock.patch.object(owner, name, faulty).start()
+
+
+def _fail(fault: Fault) -> NoReturn:
+    moment = Path(fault.run_dir) / "moment"
+    moment.with_suffix(".new").write_text(str(time.monotonic()))
+    moment.with_suffix(".new").rename(moment)
+    message = f"the fault at {fault.place}"
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "exit":
+        os._exit(7)
+    if fault.kind == "refused":
+        from megatron_vp2o.errors import UserError
+
+        raise UserError(message)
+    raise {"error": ValueError, "memory": MemoryError, "interrupt": KeyboardInterrupt}[fault.kind](message)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
