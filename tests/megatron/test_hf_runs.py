@@ -87,7 +87,7 @@ def alone() -> Groups:
     world = dist.group.WORLD
     assert world is not None
     names = [name for name in Groups.__dataclass_fields__ if name != "device"]
-    return Groups(**dict.fromkeys(names, world), device=torch.device("cpu"))
+    return Groups(**dict.fromkeys(names, world), device=torch.device("cpu"), timeout=None)
 
 
 @pytest.mark.slow
