@@ -198,6 +198,8 @@ class Architecture:
     latent_attention: bool = False
     qk_norm_over_heads: bool = False
     """The norm of queries and keys is over all heads together."""
+    latent_norm_epsilon: float | None = None
+    """Of the norms inside of latent attention, where that is not `layernorm_epsilon`; Megatron has no setting for it."""
 
     @property
     def uniform(self) -> bool:

@@ -129,10 +129,11 @@ def test_what_has_no_counterpart_is_refused(change: dict[str, Any], message: str
         architecture({**QWEN3, **change})
 
 
-def test_a_config_that_lacks_something_is_refused() -> None:
-    for name in ("hidden_size", "num_experts", "rope_theta"):
-        with pytest.raises(CheckpointError, match="lacks"):
-            architecture({key: value for key, value in QWEN3.items() if key != name})
+def test_what_a_config_lacks_has_the_value_of_transformers() -> None:
+    for name, value in (("hidden_size", 2048), ("num_experts", 128), ("rope_theta", 10000.0)):
+        model = architecture({key: kept for key, kept in QWEN3.items() if key != name})
+        found = {**model.settings, **model.embedding, "num_experts": model.num_experts}
+        assert found[{"rope_theta": "rotary_base"}.get(name, name)] == value
 
 
 def test_rules_are_well_formed() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
+from megatron_vp2o.hf.families.fields import resolve
 from megatron_vp2o.hf.mapping import Architecture
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
@@ -16,7 +17,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "deepseek_v3": deepseek_v3.architecture,
     "gpt_oss": gpt_oss.architecture,
 }
-"""model_type -> what reads a config.json of it."""
+"""model_type -> what makes a model of a configuration that `fields.resolve` returned."""
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -26,7 +27,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         CheckpointError: its family, or a setting of it, cannot be represented here; the reason is in the message.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f"config.json has model_type={kind!r}, and {', '.join(FAMILIES)} can be converted: "
             "add a module to megatron_vp2o/hf/families for another"
@@ -38,9 +39,4 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             f"the checkpoint is quantised ({method}): its numbers are not the weights. Dequantise it first, e.g. load it "
             "with transformers as bfloat16 and save_pretrained it"
         )
-    try:
-        return FAMILIES[kind](config)
-    except KeyError as error:
-        raise CheckpointError(
-            f"config.json of {kind} lacks {error.args[0]!r}: copy it again from its source"
-        ) from error
+    return FAMILIES[kind](resolve(config))

@@ -1,4 +1,4 @@
-"""What the families share: the rules of a Llama-like decoder, and how a config.json is read.
+"""What the families share: the rules of a Llama-like decoder. Configurations here are those that `fields.resolve` returns.
 
 Shape legend: V vocabulary, D hidden, F intermediate, n query heads, g key/value heads, d head width, E experts.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.families.fields import check
 from megatron_vp2o.hf.mapping import QKV, GateUp, Layers, Part, Rule
 
 LAYER, DECODER = "model.layers.{l}.", "decoder.layers.{l}."
@@ -16,40 +16,9 @@ LAYER, DECODER = "model.layers.{l}.", "decoder.layers.{l}."
 Config = Mapping[str, Any]
 
 
-def require(config: Config, **expected: Any) -> None:
-    """Refuse settings that Megatron has no counterpart of. A setting that is absent has the expected value.
-
-    Raises:
-        CheckpointError: naming the setting, its value and what can be converted.
-    """
-    for name, value in expected.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if (found := config.get(name, allowed[0])) not in allowed:
-            raise CheckpointError(
-                f"config.json has {name}={found!r}, which {config['model_type']} has no Megatron counterpart of here: "
-                f"only {' or '.join(map(repr, allowed))} can be converted"
-            )
-
-
 def experts(config: Config) -> int:
-    """The number of routed experts: transformers 5 and earlier versions name it differently."""
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if name in config:
-            return int(config[name])
-    raise KeyError("num_local_experts")
-
-
-def head_width(config: Config) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope(config: Config) -> dict[str, Any]:
-    """Rotary parameters: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    if config.get("rope_parameters"):
-        return dict(config["rope_parameters"])
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
-    return {"rope_theta": config["rope_theta"], **scaling}
+    """The number of routed experts: the families name it differently."""
+    return int(next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config))
 
 
 def plain_rope(config: Config) -> float:
@@ -58,13 +27,21 @@ def plain_rope(config: Config) -> float:
     Raises:
         CheckpointError: it is scaled.
     """
-    parameters = rope(config)
-    if parameters.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            f"config.json scales its rotary embedding (rope_type={parameters['rope_type']!r}), which is not converted for "
-            f"{config['model_type']}: only 'default' is"
-        )
-    return float(parameters["rope_theta"])
+    rope = config["rope"]
+    check(rope["rope_type"] == "default", config["model_type"], "rope_type", rope["rope_type"], "'default'")
+    return float(rope["rope_theta"])
+
+
+def softmax_first(config: Config, *, normalised: bool) -> bool:
+    """Megatron's `moe_router_pre_softmax`: whether the softmax is over all experts.
+
+    Normalised over the chosen experts, softmax before and after choosing are the same gates, and Megatron has only the
+    second of these; of one expert that gate is always 1, which Megatron refuses (transformer_config.py).
+    """
+    topk = config["num_experts_per_tok"]
+    bound = "2 or more: with one expert a token and gates that add up to 1 the router has no effect, and Megatron refuses it"
+    check(topk > 1 or not normalised, config["model_type"], "num_experts_per_tok", topk, bound)
+    return not normalised
 
 
 def base_settings(config: Config) -> dict[str, Any]:
@@ -74,7 +51,7 @@ def base_settings(config: Config) -> dict[str, Any]:
         "hidden_size": config["hidden_size"],
         "num_attention_heads": config["num_attention_heads"],
         "num_query_groups": config["num_key_value_heads"],
-        "kv_channels": head_width(config),
+        "kv_channels": config["head_dim"],
         "normalization": "RMSNorm",
         "layernorm_epsilon": config["rms_norm_eps"],
         "gated_linear_unit": True,
@@ -94,7 +71,7 @@ def ends(config: Config) -> list[Rule]:
         _whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", shape, vocabulary=True),
         _whole("decoder.final_layernorm.weight", "model.norm.weight", (config["hidden_size"],)),
     ]
-    if not config.get("tie_word_embeddings", False):
+    if not config["tie_word_embeddings"]:
         rules.append(_whole("output_layer.weight", "lm_head.weight", shape, vocabulary=True))
     return rules
 
@@ -113,7 +90,7 @@ def rule(megatron: str, name: str, shape: tuple[int, ...], split: int | None = N
 
 def attention(config: Config, *, bias: bool = False) -> list[Rule]:
     """Grouped-query attention with separate q, k and v."""
-    hidden, width = config["hidden_size"], head_width(config)
+    hidden, width = config["hidden_size"], config["head_dim"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     operation = QKV(groups, width)
 

@@ -8,27 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.families import common
 from megatron_vp2o.hf.families.common import Config, rule
+from megatron_vp2o.hf.families.fields import at_least, check, require
 from megatron_vp2o.hf.mapping import Architecture, Layers, Rule
+
+LATENT_EPSILON = 1e-6
+"""Of the norms of the latents of queries, keys and values: transformers and DeepSeek's own code fix it, whatever
+`rms_norm_eps` is."""
 
 
 def architecture(config: Config) -> Architecture:
     """See `families.architecture`."""
-    common.require(
-        config,
-        attention_bias=False,
-        hidden_act="silu",
-        rope_interleave=True,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        moe_layer_freq=1,
-    )
+    _check(config)
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     inner, shared = config["moe_intermediate_size"], config["moe_intermediate_size"] * config["n_shared_experts"]
-    first = min(config["first_k_dense_replace"], layers)
+    first = max(0, config["first_k_dense_replace"])
     moe_layers = tuple(layer >= first for layer in range(layers))
     rules = [
         *common.ends(config),
@@ -52,13 +47,48 @@ def architecture(config: Config) -> Architecture:
         num_layers=layers,
         vocab_size=config["vocab_size"],
         num_experts=common.experts(config),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
         moe_layers=moe_layers,
         rules=tuple(rules),
         settings=_settings(config, moe_layers, shared) | _rope(config),
-        embedding={"position_embedding_type": "rope", "rotary_base": float(common.rope(config)["rope_theta"])},
+        embedding={"position_embedding_type": "rope", "rotary_base": float(config["rope"]["rope_theta"])},
         latent_attention=True,
+        latent_norm_epsilon=LATENT_EPSILON,
     )
+
+
+def _check(config: Config) -> None:
+    require(config, attention_bias=False, hidden_act=("silu", "swish"), rope_interleave=True)
+    require(config, num_key_value_heads=config["num_attention_heads"])
+    at_least(config, 1, "moe_intermediate_size", "n_shared_experts", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    at_least(config, 1, "n_group", "topk_group")
+    if config["q_lora_rank"] is not None:
+        at_least(config, 1, "q_lora_rank")
+    family, topk, normalised = "deepseek_v3", config["num_experts_per_tok"], bool(config["norm_topk_prob"])
+    first, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    check(first is not None and first < layers, family, "first_k_dense_replace", first, f"less than {layers} layers")
+    # Megatron normalises the gates of two experts and more, and never that of one.
+    bound = f"{'true' if topk > 1 else 'false'} with num_experts_per_tok={topk}, as Megatron's sigmoid router has it"
+    check(normalised == (topk > 1), family, "norm_topk_prob", config["norm_topk_prob"], bound)
+    scale = config["routed_scaling_factor"]
+    check(scale != 0, family, "routed_scaling_factor", scale, "other than 0, which Megatron takes for none")
+    _check_groups(common.experts(config), topk, config["n_group"], config["topk_group"])
+
+
+def _check_groups(experts: int, topk: int, groups: int, chosen: int) -> None:
+    """Refuse routing limited to groups of experts where the two implementations choose groups differently.
+
+    transformers ranks a group by the sum of its best 2 experts (modeling_deepseek_v3.py), Megatron by the sum of its best
+    topk // chosen (moe_utils.py, `group_limited_topk`).
+    """
+    family, each = "deepseek_v3", experts // groups
+    check(experts % groups == 0, family, "n_group", groups, f"a divisor of n_routed_experts={experts}")
+    check(each > 1, family, "n_group", groups, f"such that a group has 2 of n_routed_experts={experts} or more")
+    check(chosen <= groups, family, "topk_group", chosen, f"n_group={groups} or less")
+    check(topk <= chosen * each, family, "num_experts_per_tok", topk, f"{chosen * each}, the experts of topk_group, or less")
+    bound = f"such that num_experts_per_tok={topk} // topk_group is 2, or equal to n_group={groups}: Megatron ranks a group by "
+    bound += "its best num_experts_per_tok // topk_group experts, transformers by its best 2"
+    check(chosen == groups or topk // chosen == 2, family, "topk_group", chosen, bound)
 
 
 def _norms(hidden: int) -> list[Rule]:
@@ -74,7 +104,7 @@ def _norms(hidden: int) -> list[Rule]:
 
 def _attention(config: Config) -> list[Rule]:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    rank, q_rank = config["kv_lora_rank"], config.get("q_lora_rank")
+    rank, q_rank = config["kv_lora_rank"], config["q_lora_rank"]
     plain, rotary, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     ours, theirs = "self_attention.", "self_attn."
     rules = [
@@ -105,11 +135,11 @@ def _attention(config: Config) -> list[Rule]:
 
 
 def _settings(config: Config, moe_layers: tuple[bool, ...], shared: int) -> dict[str, Any]:
-    groups, chosen = config.get("n_group", 1), config.get("topk_group", 1)
+    groups, chosen = config["n_group"], config["topk_group"]
     return common.base_settings(config) | {
         "num_query_groups": config["num_attention_heads"],
         "kv_channels": config["v_head_dim"],
-        "q_lora_rank": config.get("q_lora_rank"),
+        "q_lora_rank": config["q_lora_rank"],
         "kv_lora_rank": config["kv_lora_rank"],
         "qk_head_dim": config["qk_nope_head_dim"],
         "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
@@ -122,30 +152,31 @@ def _settings(config: Config, moe_layers: tuple[bool, ...], shared: int) -> dict
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_pre_softmax": True,
-        "moe_router_num_groups": groups if groups > 1 else None,
-        "moe_router_group_topk": chosen if groups > 1 else None,
+        "moe_router_num_groups": groups if chosen < groups else None,
+        "moe_router_group_topk": chosen if chosen < groups else None,
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
     }
 
 
 def _rope(config: Config) -> dict[str, Any]:
-    parameters = common.rope(config)
-    kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    rope = config["rope"]
+    base, kind = float(rope["rope_theta"]), rope["rope_type"]
     if kind == "default":
         # Megatron scales the softmax by its YaRN settings even without YaRN.
         return {"rope_type": "rope", "rotary_base": base, "rotary_scaling_factor": 1.0, "mscale": 1.0}
-    if kind != "yarn" or not parameters.get("mscale_all_dim") or parameters.get("attention_factor") is not None:
-        raise CheckpointError(
-            f"config.json has rope_type={kind!r}, mscale_all_dim={parameters.get('mscale_all_dim')!r}: only 'default', and "
-            "'yarn' with mscale and mscale_all_dim as DeepSeek has them, can be converted"
-        )
+    family, mscale, all_dim = "deepseek_v3", rope.get("mscale"), rope.get("mscale_all_dim")
+    factor = rope.get("attention_factor")
+    check(factor is None, family, "rope_parameters.attention_factor", factor, "absent")
+    check(rope["truncate"], family, "rope_parameters.truncate", rope["truncate"], "true: Megatron's latent attention rounds")
+    check(mscale or not all_dim, family, "rope_parameters.mscale", mscale, f"given, as mscale_all_dim={all_dim} is")
     return {
         "rope_type": "yarn",
         "rotary_base": base,
-        "rotary_scaling_factor": parameters["factor"],
-        "original_max_position_embeddings": parameters["original_max_position_embeddings"],
-        "beta_fast": parameters.get("beta_fast", 32),
-        "beta_slow": parameters.get("beta_slow", 1),
-        "mscale": parameters["mscale"],
-        "mscale_all_dim": parameters["mscale_all_dim"],
+        "rotary_scaling_factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": rope["beta_fast"],
+        "beta_slow": rope["beta_slow"],
+        # Without one of the two, transformers scales cosine and sine as if they were 1 and 0.
+        "mscale": mscale if all_dim else 1.0,
+        "mscale_all_dim": all_dim or 0.0,
     }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.families import common
 from megatron_vp2o.hf.families.common import EXPERT, Config, rule
+from megatron_vp2o.hf.families.fields import check, require
 from megatron_vp2o.hf.mapping import Architecture, InterleavedGateUp, Layers, Rule, Transpose
 
 
 def architecture(config: Config) -> Architecture:
     """See `families.architecture`."""
-    common.require(config, attention_bias=True, hidden_act="silu", swiglu_alpha=1.702)
+    require(config, attention_bias=True, swiglu_alpha=1.702)
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     rules = [
         *common.ends(config),
@@ -23,14 +23,16 @@ def architecture(config: Config) -> Architecture:
         rule("mlp.router.bias", "mlp.router.bias", (common.experts(config),), layers=Layers.moe),
         *_experts(config["hidden_size"], config["intermediate_size"]),
     ]
-    kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * layers
-    window = config["sliding_window"]
+    windowed = [int(kind == "sliding_attention") for kind in config["layer_types"]]
+    window = config["sliding_window"] if any(windowed) else None
+    good = not any(windowed) or (window is not None and window > 0)
+    check(good, "gpt_oss", "sliding_window", window, "1 or more, as layer_types has layers with a window")
     return Architecture(
         family="gpt_oss",
         num_layers=layers,
         vocab_size=config["vocab_size"],
         num_experts=common.experts(config),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
         moe_layers=(True,) * layers,
         rules=tuple(rules),
         settings=common.base_settings(config)
@@ -39,15 +41,14 @@ def architecture(config: Config) -> Architecture:
             "add_bias_linear": True,
             "activation_func": "quick_gelu",
             "glu_linear_offset": 1.0,
-            "activation_func_clamp_value": config.get("swiglu_limit", 7.0),
+            "activation_func_clamp_value": config["swiglu_limit"],
             "softmax_type": "learnable",
-            # A window of w positions is the token itself and w - 1 before it.
-            "window_size": (window - 1, 0),
-            "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds[:layers]],
             "ffn_hidden_size": config["intermediate_size"],
             "moe_ffn_hidden_size": config["intermediate_size"],
-            "moe_router_pre_softmax": False,
-        },
+            "moe_router_pre_softmax": common.softmax_first(config, normalised=True),
+        }
+        # A window of w positions is the token itself and w - 1 before it.
+        | ({} if window is None else {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}),
         embedding=_rope(config),
     )
 
@@ -66,20 +67,20 @@ def _experts(hidden: int, inner: int) -> list[Rule]:
 
 
 def _rope(config: Config) -> dict[str, Any]:
-    parameters = common.rope(config)
-    if parameters.get("rope_type") != "yarn" or parameters.get("mscale") or parameters.get("attention_factor"):
-        raise CheckpointError(
-            f"config.json has rope_type={parameters.get('rope_type')!r}: only 'yarn' without mscale and attention_factor, "
-            "as GPT-OSS has it, can be converted"
-        )
+    rope = config["rope"]
+    base = float(rope["rope_theta"])
+    if rope["rope_type"] == "default":
+        return {"position_embedding_type": "rope", "rotary_base": base}
+    for name in ("mscale", "attention_factor"):
+        check(not rope.get(name), "gpt_oss", f"rope_parameters.{name}", rope.get(name), "absent")
     return {
         "position_embedding_type": "yarn",
-        "rotary_base": float(parameters["rope_theta"]),
-        "yarn_rotary_scaling_factor": parameters["factor"],
-        "yarn_original_max_position_embeddings": parameters["original_max_position_embeddings"],
-        "yarn_beta_fast": parameters.get("beta_fast", 32.0),
-        "yarn_beta_slow": parameters.get("beta_slow", 1.0),
+        "rotary_base": base,
+        "yarn_rotary_scaling_factor": rope["factor"],
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": rope["beta_fast"],
+        "yarn_beta_slow": rope["beta_slow"],
         "yarn_mscale": None,
         "yarn_mscale_all_dim": None,
-        "yarn_correction_range_round_to_int": parameters.get("truncate", True),
+        "yarn_correction_range_round_to_int": rope["truncate"],
     }

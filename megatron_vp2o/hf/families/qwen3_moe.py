@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from megatron_vp2o.hf.families import common
 from megatron_vp2o.hf.families.common import Config
+from megatron_vp2o.hf.families.fields import at_least, check, require
 from megatron_vp2o.hf.mapping import Architecture, Layers
 
 
 def architecture(config: Config) -> Architecture:
     """See `families.architecture`."""
-    common.require(config, attention_bias=False, hidden_act="silu", use_sliding_window=False)
-    hidden, width, layers = config["hidden_size"], common.head_width(config), config["num_hidden_layers"]
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    require(config, attention_bias=False, hidden_act=("silu", "swish"))
+    at_least(config, 1, "decoder_sparse_step", "moe_intermediate_size")
+    windowed = config["use_sliding_window"] and config["sliding_window"] is not None
+    check(not windowed, "qwen3_moe", "use_sliding_window", True, "false, or sliding_window null")
+    hidden, width, layers = config["hidden_size"], config["head_dim"], config["num_hidden_layers"]
+    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     moe_layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+    check(any(moe_layers), "qwen3_moe", "mlp_only_layers", dense, f"such that, with decoder_sparse_step={step}, a layer has experts")
     rules = [
         *common.ends(config),
         *common.norms(config),
@@ -25,8 +30,7 @@ def architecture(config: Config) -> Architecture:
         "qk_layernorm": True,
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "ffn_hidden_size": config["moe_intermediate_size"],
-        # Normalised over the chosen experts, softmax before and after choosing are the same gates.
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": common.softmax_first(config, normalised=config["norm_topk_prob"]),
     }
     if not all(moe_layers):
         rules += common.swiglu("mlp", "mlp", hidden, config["intermediate_size"], Layers.dense)
@@ -36,7 +40,7 @@ def architecture(config: Config) -> Architecture:
         num_layers=layers,
         vocab_size=config["vocab_size"],
         num_experts=common.experts(config),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
         moe_layers=moe_layers,
         rules=tuple(rules),
         settings=settings,

@@ -114,6 +114,11 @@ def build(
         rotary_base=model.embedding["rotary_base"],
     )
     mark_expert_parameters(gpt)
+    if model.latent_norm_epsilon is not None:
+        for layer in gpt.decoder.layers:
+            for norm in ("q_layernorm", "kv_layernorm"):
+                if hasattr(getattr(layer.self_attention, norm, None), "eps"):
+                    getattr(layer.self_attention, norm).eps = model.latent_norm_epsilon
     return gpt.requires_grad_(False).eval().to(groups.device)
 
 
