@@ -189,6 +189,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _say(report: Any) -> None:
+    for sentence in report.left_out:
+        print(sentence)
     rate = (report.size - report.resumed_bytes) / 1e9 / max(report.seconds, 1e-9)
     print(
         f"{report.target}: {report.tensors} tensors, {report.size / 1e9:.3f} GB in {report.seconds:.1f} s "

@@ -25,6 +25,7 @@ from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf import distributed_files, tensor_files
 from megatron_vp2o.hf.distributed_files import Item, Region, StoredTensors
 from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.hf.left_out import without_extras
 from megatron_vp2o.hf.mapping import Architecture, Copy
 from megatron_vp2o.hf.output import (
     CARRIED,
@@ -82,6 +83,8 @@ class Report:
     resumed_bytes: int
     start_bytes: int
     peak_bytes: int
+    left_out: tuple[str, ...] = ()
+    """Sentences about tensors and files of the source that are not part of the model."""
 
 
 def to_megatron(
@@ -103,9 +106,9 @@ def to_megatron(
     """
     options, layout = options or Options(), layout or Layout()
     begin = _Begin()
-    files = open_folder(source)
-    _check_apart(source, target, options)
     model = architecture(config_of(source))
+    files, left_out = without_extras(open_folder(source), model)
+    _check_apart(source, target, options)
     _check_layout(model, layout)
     plan = make_plan(model, layout=layout, padded_vocab=padded_vocab(model.vocab_size, layout.tensor))
     check_hf(plan, files.entries, str(source))
@@ -153,10 +156,12 @@ def to_megatron(
         files.headers.clear()
         items = (_unpacked(packed) for number in range(count) for packed in workspace.recorded(number)["items"])
         distributed_files.write_rest(workspace.folder, items, plan.shapes, plan.aliases, plan.nothings())
-        write_manifest(workspace, "to_megatron", source, model, count, {"layout": asdict(layout)})
+        more = {"layout": asdict(layout), "left_out": left_out}
+        write_manifest(workspace, "to_megatron", source, model, count, more)
+        report = begin.report(target, tensors, size, run.resumed, left_out)
         if finish is not None:
             finish(workspace.folder, model)
-    return begin.report(target, tensors, size, run.resumed)
+    return report
 
 
 def to_hf(
@@ -386,9 +391,9 @@ class _Begin:
     def __init__(self) -> None:
         self.time, self.cpu, self.memory = time.monotonic(), time.process_time(), peak_memory()
 
-    def report(self, target: Path, tensors: int, size: int, resumed: int) -> Report:
+    def report(self, target: Path, tensors: int, size: int, resumed: int, left_out: Sequence[str] = ()) -> Report:
         seconds, cpu = time.monotonic() - self.time, time.process_time() - self.cpu
-        return Report(target, tensors, size, seconds, cpu, resumed, self.memory, peak_memory())
+        return Report(target, tensors, size, seconds, cpu, resumed, self.memory, peak_memory(), tuple(left_out))
 
 
 def peak_memory() -> int:

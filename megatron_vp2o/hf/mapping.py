@@ -200,6 +200,8 @@ class Architecture:
     """The norm of queries and keys is over all heads together."""
     latent_norm_epsilon: float | None = None
     """Of the norms inside of latent attention, where that is not `layernorm_epsilon`; Megatron has no setting for it."""
+    prediction_layers: int = 0
+    """Layers for multi-token prediction that a file may have after the others."""
 
     @property
     def uniform(self) -> bool:

@@ -75,11 +75,12 @@ def create_files(
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that are not weights, nor a record of ours."""
+    """The files of a Hugging Face folder that are not weights, nor a record of ours, nor an index of files not read."""
+    other = {MANIFEST} | ({tensor_files.INDEX} if (folder / tensor_files.SINGLE).is_file() else set())
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != MANIFEST
+        if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name not in other
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_vp2o.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,6 +76,8 @@ class TensorFiles:
     """File name -> all that comes before the data."""
     indexed: bool
     """Whether an index file names the files."""
+    ignored_index: bool = False
+    """Whether there is an index file that is not read, as transformers does not read it beside a single file."""
 
     @property
     def size(self) -> int:
@@ -158,23 +161,31 @@ def open_folder(folder: Path) -> TensorFiles:
             problems.append(f"{tensor} is not in {file}, where {INDEX} has it")
     if problems:
         raise CheckpointError(listed(f"{folder} is not a whole checkpoint; copy or download it again", problems))
-    return TensorFiles(folder, entries, headers, weight_map is not None)
+    ignored = weight_map is None and (folder / INDEX).is_file()
+    return TensorFiles(folder, entries, headers, weight_map is not None, ignored)
 
 
 def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: name one with a Hugging Face checkpoint in it")
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} has an {ADAPTER}: its weights are those of a base model and an adapter together. Merge them first "
+            "(peft's merge_and_unload, then save_pretrained), or remove the adapter's files to convert what is without it"
+        )
+    if (folder / SINGLE).is_file():  # before the index, as transformers has it
+        return [SINGLE], None
     if (folder / INDEX).is_file():
         try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_json((folder / INDEX).read_bytes())["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = [name for name in names if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{folder / INDEX} cannot be read ({error}): copy it again") from error
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{folder / INDEX} names files outside its folder: it is not to be trusted")
+        if outside or not names:
+            what = f"names {outside[0]!r}, which is outside its folder" if outside else "names no files"
+            raise CheckpointError(f"{folder / INDEX} {what}: copy it again from a source that you trust")
         return names, weight_map
-    if (folder / SINGLE).is_file():
-        return [SINGLE], None
     other = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.safetensors"))
     there = f"; it has {', '.join(other[:3])}, which no index names" if other else ""
     raise CheckpointError(
@@ -195,13 +206,13 @@ def read_header(path: Path) -> tuple[bytes, list[Entry]]:
             if size < 8 or length > min(_MOST_HEADER, size - 8):
                 raise CheckpointError(f"{path} is cut short, or no safetensors file: {size} bytes")
             text = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         entries = parse_header(header, path.name, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed header: {error}") from error
+        raise CheckpointError(f"{path} has a malformed header: {_short(error)}") from error
     end = 8 + length + sum(entry.size for entry in entries)
     if size != end:
         raise CheckpointError(f"{path} has {size} bytes, and its header describes {end}")
@@ -218,10 +229,12 @@ def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry
         if value["dtype"] not in DTYPES:
             raise ValueError(f"{name} has dtype {value['dtype']}")
         first, last = value["data_offsets"]
-        shape = tuple(int(length) for length in value["shape"])
+        shape = tuple(value["shape"])
+        if any(type(number) is not int for number in (first, last, *shape)):
+            raise ValueError(f"{name} has shape {value['shape']} and data_offsets {value['data_offsets']}")
         shape = shapes.setdefault(shape, shape)
-        entry = Entry(sys.intern(name), file, DTYPES[value["dtype"]], shape, start + int(first))
-        ranges.append((int(first), int(last), entry))
+        entry = Entry(sys.intern(name), file, DTYPES[value["dtype"]], shape, start + first)
+        ranges.append((first, last, entry))
     ranges.sort(key=lambda item: item[:2])
     end = 0
     for first, last, entry in ranges:
@@ -233,13 +246,35 @@ def parse_header(header: Mapping[str, Any], file: str, start: int) -> list[Entry
     return [entry for _, _, entry in ranges]
 
 
+def parse_json(text: bytes) -> Any:
+    """JSON in UTF-8. Raises ValueError, also for a name that is given twice and for nesting that no file needs."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json. Raises CheckpointError where it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): a checkpoint needs its config.json") from error
+        raise CheckpointError(f"{path} cannot be read ({_short(error)}): a checkpoint needs its config.json") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object: copy it again")
     return config

@@ -20,6 +20,7 @@ from megatron_vp2o.hf.convert import (
 )
 from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.hf.left_out import without_extras
 from megatron_vp2o.hf.output import recorded_sums
 from megatron_vp2o.hf.plan import Step, check_hf, check_stored, make_plan
 from megatron_vp2o.hf.tensor_files import TensorFiles, bytes_of, config_of, listed, open_folder
@@ -36,9 +37,9 @@ def verify(hf: Path, megatron: Path, *, workers: int = 2, progress: Progress = l
             manifest is there, which side has changed since the conversion.
     """
     problems: list[str] = []
-    files = open_folder(hf)
-    stored = StoredTensors(megatron)
     model = architecture(config_of(hf))
+    files, _ = without_extras(open_folder(hf), model)
+    stored = StoredTensors(megatron)
     plan = make_plan(model, padded_vocab=padded_rows(stored), stored=stored)
     for check in (
         lambda: check_hf(plan, files.entries, str(hf)),

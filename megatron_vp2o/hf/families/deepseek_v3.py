@@ -54,6 +54,7 @@ def architecture(config: Config) -> Architecture:
         embedding={"position_embedding_type": "rope", "rotary_base": float(config["rope"]["rope_theta"])},
         latent_attention=True,
         latent_norm_epsilon=LATENT_EPSILON,
+        prediction_layers=config["num_mtp_layers"],
     )
 
 
@@ -62,6 +63,7 @@ def _check(config: Config) -> None:
     require(config, num_key_value_heads=config["num_attention_heads"])
     at_least(config, 1, "moe_intermediate_size", "n_shared_experts", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
     at_least(config, 1, "n_group", "topk_group")
+    at_least(config, 0, "num_mtp_layers")
     if config["q_lora_rank"] is not None:
         at_least(config, 1, "q_lora_rank")
     family, topk, normalised = "deepseek_v3", config["num_experts_per_tok"], bool(config["norm_topk_prob"])
