@@ -30,8 +30,14 @@ def without_extras(files: TensorFiles, model: Architecture) -> tuple[TensorFiles
     """
     kinds: list[tuple[str, Callable[[str], bool]]] = [
         ("rotary frequencies, which are computed from config.json", lambda name: "rotary_emb.inv_freq" in name),
-        ("layers for multi-token prediction, which training and verification do not use", lambda name: _beyond(name, model)),
-        (f"the output projection: it is {_EMBEDDING}, and config.json ties the two", lambda name: model.tied and name == _OUTPUT),
+        (
+            "layers for multi-token prediction, which training and verification do not use",
+            lambda name: _beyond(name, model),
+        ),
+        (
+            f"the output projection: it is {_EMBEDDING}, and config.json ties the two",
+            lambda name: model.tied and name == _OUTPUT,
+        ),
     ]
     kept, said = dict(files.entries), []
     for what, belongs in kinds:
@@ -41,7 +47,9 @@ def without_extras(files: TensorFiles, model: Architecture) -> tuple[TensorFiles
         for name in names:
             del kept[name]
         if names:
-            said.append(f"{names[0] if len(names) == 1 else f'{len(names)} tensors such as {names[0]}'} left out: {what}")
+            said.append(
+                f"{names[0] if len(names) == 1 else f'{len(names)} tensors such as {names[0]}'} left out: {what}"
+            )
     if files.ignored_index:
         said.append(f"{INDEX} left out: there is a {SINGLE}, which transformers reads instead of what the index names")
     return replace(files, entries=kept), said

@@ -53,7 +53,9 @@ def save(folder: Path, shard: str = "5GB", **config: Any) -> Path:
     """A tiny random Qwen3-MoE (or what `model_type` says)."""
     made = transformers.AutoConfig.for_model(**{"model_type": "qwen3_moe", **SHAPE, **config})
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(folder, max_shard_size=shard)
+    transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(
+        folder, max_shard_size=shard
+    )
     return folder
 
 
@@ -98,7 +100,9 @@ def test_a_stored_output_projection_beside_tied_embeddings(tmp_path: Path) -> No
     loads_cleanly(folder)
     converts(folder, "lm_head.weight left out")
     add(folder, lm_head__weight=torch.randn(40, 16))
-    with pytest.raises(CheckpointError, match=r"tie_word_embeddings=true, and lm_head.weight is not model.embed_tokens"):
+    with pytest.raises(
+        CheckpointError, match=r"tie_word_embeddings=true, and lm_head.weight is not model.embed_tokens"
+    ):
         to_megatron(folder, tmp_path / "other")
 
 
@@ -118,7 +122,9 @@ def test_a_single_file_is_read_before_an_index_as_transformers_does(tmp_path: Pa
     whole = tmp_path / "whole"
     model.save_pretrained(whole)
     shutil.copy(whole / SINGLE, folder / SINGLE)
-    assert (folder / INDEX).is_file() and verify(whole, _converted(folder, tmp_path / "megatron", "index.json left out"))
+    assert (folder / INDEX).is_file() and verify(
+        whole, _converted(folder, tmp_path / "megatron", "index.json left out")
+    )
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -133,7 +139,7 @@ def _converted(folder: Path, target: Path, said: str) -> Path:
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "hf")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="adapter.*Merge"):
+    with pytest.raises(CheckpointError, match=r"adapter.*Merge"):
         to_megatron(folder, tmp_path / "megatron")
 
 
@@ -144,7 +150,9 @@ def _cut(folder: Path, rng: random.Random) -> None:
     path = _weights(folder, rng)
     size = path.stat().st_size
     content = path.read_bytes()
-    path.write_bytes(content[: rng.choice([0, 5, 8, rng.randrange(size), size - 1])] if rng.random() < 0.8 else content + b"\0")
+    path.write_bytes(
+        content[: rng.choice([0, 5, 8, rng.randrange(size), size - 1])] if rng.random() < 0.8 else content + b"\0"
+    )
 
 
 def _weights(folder: Path, rng: random.Random) -> Path:
@@ -163,7 +171,9 @@ def _header(folder: Path, rng: random.Random) -> None:
     if kind == 0:
         entry["dtype"] = rng.choice(["F99", "F16", "I64", 3, None, []])
     elif kind == 1:
-        entry["shape"] = rng.choice([[], [-1], [1e9], ["3"], "16", None, [10**30], [True, 3], [[2]], entry["shape"] + [2]])
+        entry["shape"] = rng.choice(
+            [[], [-1], [1e9], ["3"], "16", None, [10**30], [True, 3], [[2]], entry["shape"] + [2]]
+        )
     elif kind == 2:
         entry["data_offsets"] = rng.choice([[0], [5, 1], ["a", "b"], None, [-8, 8], [0, 10**18], [0.0, 8.0]])
     elif kind == 3:
@@ -191,13 +201,17 @@ def _json(name: str) -> Callable[[Path, random.Random], None]:
         if kind == 0:
             text = text[: rng.randrange(len(text) - 2)]
         elif kind == 1:
-            text = rng.choice([b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe\x00", b"[" * 20000, b"{" + b"9" * 6000 + b"}"])
+            text = rng.choice(
+                [b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe\x00", b"[" * 20000, b"{" + b"9" * 6000 + b"}"]
+            )
         elif kind == 2:  # a key twice
             key = rng.choice(list(json.loads(text)))
             text = text.rstrip()[:-1] + b', "' + key.encode() + b'": 3}'
         elif kind == 3 and name == INDEX:
             where = json.loads(text)
-            where["weight_map"] = rng.choice([None, [], {}, 3, {"a": 3}, {"a": "../x"}, {"a": "x\0y"}, {"a": "no.safetensors"}])
+            where["weight_map"] = rng.choice(
+                [None, [], {}, 3, {"a": 3}, {"a": "../x"}, {"a": "x\0y"}, {"a": "no.safetensors"}]
+            )
             text = json.dumps(where).encode()
         elif kind == 4 and name == INDEX:
             where = json.loads(text)

@@ -18,7 +18,9 @@ Config = Mapping[str, Any]
 
 def experts(config: Config) -> int:
     """The number of routed experts: the families name it differently."""
-    return int(next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config))
+    return int(
+        next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
+    )
 
 
 def plain_rope(config: Config) -> float:

@@ -87,7 +87,13 @@ def _check_groups(experts: int, topk: int, groups: int, chosen: int) -> None:
     check(experts % groups == 0, family, "n_group", groups, f"a divisor of n_routed_experts={experts}")
     check(each > 1, family, "n_group", groups, f"such that a group has 2 of n_routed_experts={experts} or more")
     check(chosen <= groups, family, "topk_group", chosen, f"n_group={groups} or less")
-    check(topk <= chosen * each, family, "num_experts_per_tok", topk, f"{chosen * each}, the experts of topk_group, or less")
+    check(
+        topk <= chosen * each,
+        family,
+        "num_experts_per_tok",
+        topk,
+        f"{chosen * each}, the experts of topk_group, or less",
+    )
     bound = f"such that num_experts_per_tok={topk} // topk_group is 2, or equal to n_group={groups}: Megatron ranks a group by "
     bound += "its best num_experts_per_tok // topk_group experts, transformers by its best 2"
     check(chosen == groups or topk // chosen == 2, family, "topk_group", chosen, bound)
@@ -169,7 +175,13 @@ def _rope(config: Config) -> dict[str, Any]:
     family, mscale, all_dim = "deepseek_v3", rope.get("mscale"), rope.get("mscale_all_dim")
     factor = rope.get("attention_factor")
     check(factor is None, family, "rope_parameters.attention_factor", factor, "absent")
-    check(rope["truncate"], family, "rope_parameters.truncate", rope["truncate"], "true: Megatron's latent attention rounds")
+    check(
+        rope["truncate"],
+        family,
+        "rope_parameters.truncate",
+        rope["truncate"],
+        "true: Megatron's latent attention rounds",
+    )
     check(mscale or not all_dim, family, "rope_parameters.mscale", mscale, f"given, as mscale_all_dim={all_dim} is")
     return {
         "rope_type": "yarn",

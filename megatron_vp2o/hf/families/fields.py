@@ -181,7 +181,15 @@ GPT_OSS_ROPE = {
 }
 """`rope_parameters` of a GPT-OSS file that gives none."""
 
-_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "attention_factor", "mscale", "mscale_all_dim"}
+_ROPE_KEYS = {
+    "rope_theta",
+    "rope_type",
+    "type",
+    "partial_rotary_factor",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+}
 _ROPE_KEYS |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
 
 _ELSEWHERE: dict[str, tuple[Any, ...]] = {
@@ -246,7 +254,9 @@ def check(good: bool, family: str, name: str, value: Any, bound: str) -> None:
     if not good:
         text = repr(value)
         text = text if len(text) <= 100 else text[:100] + "..."
-        raise CheckpointError(f"config.json of {family} has {name}={text}, which cannot be converted: it must be {bound}")
+        raise CheckpointError(
+            f"config.json of {family} has {name}={text}, which cannot be converted: it must be {bound}"
+        )
 
 
 def at_least(found: Mapping[str, Any], least: int, *names: str) -> None:
@@ -321,11 +331,16 @@ def _rope(config: Mapping[str, Any], found: Mapping[str, Any], family: str) -> d
     rope.setdefault("rope_type", rope.pop("type", "default"))
     partial = config.get("partial_rotary_factor")
     rope.setdefault("partial_rotary_factor", partial)
-    for name, value in (("partial_rotary_factor", partial), (f"{what}.partial_rotary_factor", rope["partial_rotary_factor"])):
+    for name, value in (
+        ("partial_rotary_factor", partial),
+        (f"{what}.partial_rotary_factor", rope["partial_rotary_factor"]),
+    ):
         check(value is None or value == 1, family, name, value, "1, or absent: the rotation is of whole heads")
     theta = rope["rope_theta"]
     check(positive(theta), family, "rope_theta", theta, "a positive number")
-    check(rope["rope_type"] in ("default", "yarn"), family, f"{what}.rope_type", rope["rope_type"], "'default' or 'yarn'")
+    check(
+        rope["rope_type"] in ("default", "yarn"), family, f"{what}.rope_type", rope["rope_type"], "'default' or 'yarn'"
+    )
     if rope["rope_type"] == "yarn":
         _check_yarn(config, found, rope, family, what)
     return rope

@@ -17,7 +17,13 @@ def architecture(config: Config) -> Architecture:
     hidden, width, layers = config["hidden_size"], config["head_dim"], config["num_hidden_layers"]
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     moe_layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
-    check(any(moe_layers), "qwen3_moe", "mlp_only_layers", dense, f"such that, with decoder_sparse_step={step}, a layer has experts")
+    check(
+        any(moe_layers),
+        "qwen3_moe",
+        "mlp_only_layers",
+        dense,
+        f"such that, with decoder_sparse_step={step}, a layer has experts",
+    )
     rules = [
         *common.ends(config),
         *common.norms(config),
