@@ -43,7 +43,7 @@ TOLERANCE = 3e-5
 """Largest difference of float32 logits, as a share of their largest magnitude (at least 1)."""
 LARGEST = 12_000_000
 """Parameters of a model that is still tried; a draw of a larger one is drawn again."""
-ABSENT = object()
+ABSENT: Any = object()
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _olmoe(shape: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def _deepseek_v3(shape: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    pick = rng.choice
+    pick: Any = rng.choice
     layers = shape["num_hidden_layers"]
     topk, groups, chosen = pick(
         [(4, 4, 2), (5, 3, 2), (2, 2, 1), (3, 4, 1), (2, 1, 1), (3, 2, 2), (4, 4, 4), (1, 1, 1)]
@@ -183,7 +183,7 @@ def _deepseek_v3(shape: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def _gpt_oss(shape: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    pick = rng.choice
+    pick: Any = rng.choice
     layers = shape["num_hidden_layers"]
     kinds = [pick(["sliding_attention", "full_attention"]) for _ in range(layers)]
     return {
@@ -200,7 +200,7 @@ def _gpt_oss(shape: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def _rotary(family: str, rng: random.Random) -> dict[str, Any]:
     """Rotary settings in the places where files have them."""
-    pick = rng.choice
+    pick: Any = rng.choice
     theta = pick([10000.0, 500.0, 1000000, 150000.0])
     yarn: dict[str, Any] = {
         pick(["rope_type", "type"]): "yarn",
@@ -232,8 +232,8 @@ def _rotary(family: str, rng: random.Random) -> dict[str, Any]:
     return dict(pick(where if rng.random() < many else plain))
 
 
-ODD = (None, 1.5, 3, "8", True, [], [1], {}, float("nan"), float("inf"), 1e308, ABSENT)
-ODD_OF = {
+ODD: tuple[Any, ...] = (None, 1.5, 3, "8", True, [], [1], {}, float("nan"), float("inf"), 1e308, ABSENT)
+ODD_OF: dict[str, tuple[Any, ...]] = {
     "int": (0, -1, 1, 2, 3, 5, 7, 12),
     "float": (0.0, -1.0, 1e-9, 0.5, 3.0, 1e308, float("nan")),
     "bool": (True, False),
@@ -242,7 +242,7 @@ ODD_OF = {
 
 def _spoil(config: dict[str, Any], family: str, rng: random.Random) -> None:
     """Change one setting: an odd value of a field, or a setting of another place."""
-    pick = rng.choice
+    pick: Any = rng.choice
     if rng.random() < 0.6:
         name = pick(sorted(FIELDS[family]))
         kind = FIELDS[family][name][0].split("|")[0]

@@ -33,7 +33,7 @@ SHAPE = {
     "head_dim": 8,
     "pad_token_id": None,
 }
-DEEPSEEK = {
+DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 2,
     "n_routed_experts": 4,
     "n_group": 1,
