@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.core.stein import mix
+from megatron_vp2o.parallel.strided import Pair, StridedCopies, matrix_of
 
 Interval = tuple[int, int]
 
@@ -62,6 +63,8 @@ class Members:
 
 @dataclass(frozen=True)
 class _Piece:
+    """Columns start..stop of a unit, for which one rank is responsible."""
+
     unit: int
     start: int
     stop: int
@@ -69,13 +72,13 @@ class _Piece:
 
 @dataclass
 class _Chunk:
-    """Views for one round. `sent` and `held` speak of this rank's own rows, `mine` of the columns it is responsible for."""
+    """One round. `held` and `sent` speak of this rank's own rows, the rest of the columns that it is responsible for."""
 
     send_splits: list[int]
     receive_splits: list[int]
-    mine: list[tuple[int, Interval]]  # layer and range of each [E, w] matrix in the workspace
+    mine: list[tuple[_Piece, Interval]]  # pieces, and the range of each one's [E, w] matrix in a buffer
     held: list[Tensor] = field(default_factory=list)  # gradient views, by destination
-    sent: list[Interval] = field(default_factory=list)  # the same, in a workspace of messages
+    sent: list[Interval] = field(default_factory=list)  # the same, in a buffer of messages
     received: list[Interval] = field(default_factory=list)  # incoming messages' segments
     placed: list[Interval] = field(default_factory=list)  # the same, in the matrices
 
@@ -86,8 +89,18 @@ class _Chunk:
 
     @property
     def in_order(self) -> bool:
-        """Whether messages arrive as the matrices lie."""
+        """True if received segments are already in matrix order, so that no copy is needed."""
         return self.received == self.placed
+
+
+@dataclass
+class _Copies:
+    """The copies of one round between gradients and the two buffers."""
+
+    pack: StridedCopies  # gradients -> first, by destination
+    gather: StridedCopies  # second, by source -> first, as matrices
+    scatter: StridedCopies  # second, as matrices -> first, by source
+    unpack: StridedCopies  # second, by destination -> gradients
 
 
 class ExpertExchange:
@@ -111,23 +124,24 @@ class ExpertExchange:
         self._local = len(units[0].rows)
         order = sorted(range(members.size), key=lambda rank: (members.shard[rank], members.expert_rank[rank]))
         self._turns = {rank: turn for turn, rank in enumerate(order)}
-        # Products are taken in float32: lower precisions need two float32 copies of a piece besides the two workspaces.
+        # Products are taken in float32: lower precisions need two float32 copies of a piece besides the two buffers.
         self._element_bytes = 2 * first.element_size() + (0 if self.dtype is torch.float32 else 8)
         self.chunks = self._plan(chunk_bytes)
         self.workspace_bytes = max(chunk.elements for chunk in self.chunks) * self._element_bytes
-        self._space: tuple[Tensor, Tensor] | None = None
-        self._views: list[tuple[list[Tensor], ...]] = []
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._copies: list[_Copies] = []
+        self._matrices = [matrix_of(unit.rows) for unit in units] if members.size == 1 else []
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank sends to other ranks in one `apply`, both ways."""
+        """Bytes that this rank sends to other ranks in one `mix`, both ways."""
         own = self.members.rank
         elements = sum(
             sum(splits) - splits[own] for chunk in self.chunks for splits in (chunk.send_splits, chunk.receive_splits)
         )
         return elements * self.dtype.itemsize
 
-    def apply(self, weights_LEE: Tensor) -> None:
+    def mix(self, weights_LEE: Tensor) -> None:
         """Replace every expert's gradient by the weighted sum of all experts' (`core.stein.mix`), in place.
 
         A collective over the group.
@@ -135,66 +149,89 @@ class ExpertExchange:
         Args:
             weights_LEE: w+, float32, the same on all ranks.
         """
+        if self._matrices and None not in self._matrices:
+            self._mix_in_place(weights_LEE)
+        else:
+            self._mix_by_messages(weights_LEE)
+
+    def _mix_in_place(self, weights_LEE: Tensor) -> None:
+        """One rank whose rows lie at equal distances: products read them where they are, and results are copied back."""
+        results, _ = self._workspace()
+        backwards_LEE = weights_LEE.flip(1, 2)  # for rows that lie in reverse order
+        for chunk in self.chunks:
+            for piece, (start, stop) in chunk.mine:
+                matrix_EP, reverse = self._matrices[piece.unit]  # type: ignore[misc]
+                rows_Ew = matrix_EP[:, piece.start : piece.stop]
+                mixed_Ew = results[: stop - start].view(self.experts, -1)
+                weights = backwards_LEE if reverse else weights_LEE
+                self._product(weights[self.units[piece.unit].layer], rows_Ew, mixed_Ew)
+                rows_Ew.copy_(mixed_Ew)
+
+    def _mix_by_messages(self, weights_LEE: Tensor) -> None:
+        """Two buffers. Who reads what, for each round:
+
+        | step | from | to |
+        | --- | --- | --- |
+        | pack | own rows of all columns | first: messages, by destination |
+        | all-to-all | first | second: messages, by source |
+        | gather | second | first: matrices [E, w] of this rank's columns |
+        | product | first | second: mixed matrices |
+        | scatter | second | first: answers, by source |
+        | all-to-all back | first | second: answers, by destination |
+        | unpack | second | own rows of all columns |
+
+        Where messages arrive in matrix order, the product goes from second to first, without gather and scatter. With one
+        rank nothing is sent: messages are packed into the place where they would arrive.
+        """
         first, second = self._workspace()
-        group, alone = self.members.group, self.members.size == 1
-        for chunk, (messages, incoming, matrices, outgoing, results) in zip(self.chunks, self._views, strict=True):
-            sends, receives = sum(chunk.send_splits), sum(chunk.receive_splits)
-            _copy(messages, chunk.held)
-            source, target = first, second
-            if not alone:
-                dist.all_to_all_single(
-                    second[:receives], first[:sends], chunk.receive_splits, chunk.send_splits, group=group
-                )
-                source, target = second, first
+        for chunk, copies in zip(self.chunks, self._copies, strict=True):
+            copies.pack()
+            self._send(second, first, chunk.receive_splits, chunk.send_splits)
+            source, target = second, first
             if not chunk.in_order:
-                _copy(matrices, incoming)
-                source, target = target, source
-            for layer, (start, stop) in chunk.mine:
-                self._mix(
-                    weights_LEE[layer],
+                copies.gather()
+                source, target = first, second
+            for piece, (start, stop) in chunk.mine:
+                self._product(
+                    weights_LEE[self.units[piece.unit].layer],
                     source[start:stop].view(self.experts, -1),
                     target[start:stop].view(self.experts, -1),
                 )
-            source, target = target, source
             if not chunk.in_order:
-                _copy(outgoing, results)
-                source, target = target, source
-            if not alone:
-                dist.all_to_all_single(
-                    target[:sends], source[:receives], chunk.send_splits, chunk.receive_splits, group=group
-                )
-                source = target
-            _copy(chunk.held, _cut(source, chunk.sent))
+                copies.scatter()
+            self._send(second, first, chunk.send_splits, chunk.receive_splits)
+            copies.unpack()
+
+    def _send(self, to: Tensor, out: Tensor, receives: list[int], sends: list[int]) -> None:
+        if self.members.size > 1:
+            dist.all_to_all_single(to[: sum(receives)], out[: sum(sends)], receives, sends, group=self.members.group)
 
     def release(self) -> None:
-        """Give the workspace back until the next `apply`."""
-        self._space, self._views = None, []
+        """Give the workspace back until the next `mix`."""
+        self._buffers, self._copies = None, []
 
-    def _mix(self, weights_EE: Tensor, rows_Ew: Tensor, out_Ew: Tensor) -> None:
+    def _product(self, weights_EE: Tensor, rows_Ew: Tensor, out_Ew: Tensor) -> None:
         if self.dtype is torch.float32:
             mix(weights_EE, rows_Ew, out=out_Ew)
         else:
             out_Ew.copy_(mix(weights_EE, rows_Ew.float()))
 
     def _workspace(self) -> tuple[Tensor, Tensor]:
-        if self._space is None:
+        if self._buffers is None:
             size = max(chunk.elements for chunk in self.chunks)
             first, second = (torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(2))
-            self._space = first, second
+            self._buffers = first, second
             alone = self.members.size == 1
-            arrived, free = (first, second) if alone else (second, first)
-            self._views = [
-                (
-                    _cut(first, chunk.sent),
-                    _cut(arrived, chunk.received),
-                    _cut(free, chunk.placed),
-                    # after mixing, results lie where messages arrived, and go out from the other buffer
-                    _cut(free, chunk.received),
-                    _cut(arrived, chunk.placed),
+            for chunk in self.chunks if not self._matrices or None in self._matrices else ():
+                self._copies.append(
+                    _Copies(
+                        StridedCopies(_pairs(_cut(second if alone else first, chunk.sent), chunk.held)),
+                        StridedCopies(_pairs(_cut(first, chunk.placed), _cut(second, chunk.received))),
+                        StridedCopies(_pairs(_cut(first, chunk.received), _cut(second, chunk.placed))),
+                        StridedCopies(_pairs(chunk.held, _cut(first if alone else second, chunk.sent))),
+                    )
                 )
-                for chunk in self.chunks
-            ]
-        return self._space
+        return self._buffers
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +285,7 @@ class ExpertExchange:
         for piece in pieces[me]:
             size = self.experts * (piece.stop - piece.start)
             offsets.append(cursor)
-            chunk.mine.append((self.units[piece.unit].layer, (cursor, cursor + size)))
+            chunk.mine.append((piece, (cursor, cursor + size)))
             cursor += size
         cursor = 0
         for source in range(members.size):
@@ -291,9 +328,8 @@ def _cut(flat: Tensor, intervals: Sequence[Interval]) -> list[Tensor]:
     return [flat[start:stop] for start, stop in intervals]
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+def _pairs(targets: list[Tensor], sources: list[Tensor]) -> list[Pair]:
+    return list(zip(targets, sources, strict=True))
 
 
 def _check(units: Sequence[Unit], members: Members, experts: int) -> None:

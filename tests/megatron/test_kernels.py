@@ -59,6 +59,40 @@ def test_experts_equal_row_by_row_and_their_gradients_autograd(monkeypatch: pyte
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES_E, [0, 0, 0, 9], [9, 0, 0, 0], [0, 0, 0, 0]])
+def test_grouped_experts_equal_one_by_one(sizes: list[int], accumulate: bool) -> None:
+    """In float32 with widths that grouped products like, against the node that walks over the experts; empty ones, too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    fc1_E2FD, fc2_EDF = random(4, 32, 32), random(4, 32, 16)
+    x_TD, probs_T, weights = random(sum(sizes), 32), random(sum(sizes)), [*fc1_E2FD, *fc2_EDF]
+    leaves = [leaf.detach().requires_grad_() for leaf in (x_TD, probs_T, *weights)]
+    expected_TD = experts._SwiGLUExperts.apply(leaves[0], leaves[1], sizes, *leaves[2:])
+    seed_TD = random(*expected_TD.shape)
+    expected = torch.autograd.grad(expected_TD, leaves, seed_TD)
+    sums: list[Tensor] = []
+    ends_E = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    found_TD = experts._GroupedSwiGLUExperts.apply(
+        leaves[0],
+        leaves[1],
+        ends_E,
+        fc1_E2FD,
+        fc2_EDF,
+        (lambda *gradients: sums.extend(g for stack in gradients for g in stack)) if accumulate else None,
+        *leaves[2:],
+    )
+    torch.testing.assert_close(found_TD, expected_TD)
+    inputs = leaves[:2] if accumulate else leaves
+    found = [*torch.autograd.grad(found_TD, inputs, seed_TD), *sums]
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_experts_together_and_one_at_a_time_are_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     x_TD, probs_T, weights = _expert_inputs(torch.float32)
     together = experts._swiglu_experts(x_TD, probs_T, SIZES_E, weights)

@@ -55,9 +55,9 @@ def _case(*, expert_ranks: int, dtype: str, chunk_bytes: int, transposed_order: 
     addresses = [row.data_ptr() for unit in units for row in unit.rows]
     with mock.patch.object(dist, "all_to_all_single", _counting(sent, members.rank)):
         for _ in range(TIMES):
-            exchange.apply(weights_LEE)
+            exchange.mix(weights_LEE)
     assert addresses == [row.data_ptr() for unit in units for row in unit.rows]
-    first, second = exchange._space or (None, None)
+    first, second = exchange._buffers or (None, None)
     assert first is not None and second is not None
     exchange.release()
     return {

@@ -82,7 +82,7 @@ def test_identity_changes_no_bit_and_the_last_column_of_a_chunk_counts(alone: Me
     kept = rows.clone()
     exchange = ExpertExchange([Unit(0, list(rows), [[(0, 5)]] * 4)], alone, 4, 2 * 4 * 4)
     assert len(exchange.chunks) == 5 and exchange.workspace_bytes == 32 and exchange.bytes_sent == 0
-    exchange.apply(torch.eye(4)[None])
+    exchange.mix(torch.eye(4)[None])
     assert torch.equal(rows, kept)
 
 
@@ -92,7 +92,7 @@ def test_released_workspace_comes_back(alone: Members) -> None:
     expected = weights_LEE[0] @ (weights_LEE[0] @ rows)
     exchange = ExpertExchange([Unit(0, list(rows), [[(0, 5)]] * 4)], alone, 4, 1000)
     for _ in range(2):
-        exchange.apply(weights_LEE)
+        exchange.mix(weights_LEE)
         exchange.release()
     torch.testing.assert_close(rows, expected)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_vp2o.config.schema import Precision, TrainConfig
 from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size
+from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer, moe_layers
 from megatron_vp2o.megatron.platform.compat import auxiliary_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
@@ -57,6 +58,9 @@ class MegatronPolicy:
             self.model,
         )
         self.ddp.broadcast_params()
+        for module in self.model.modules():
+            if isinstance(module, GroupedSequentialMLP):
+                module.add_to_main_grad = not parallel.overlap_grad_reduce
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

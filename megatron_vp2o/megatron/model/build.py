@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vp2o.config.schema import LoadBalancing, ModelConfig, ParallelConfig, PositionEmbedding, Precision
+from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.specs import layer_specs, use_transformer_engine
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters
 from megatron_vp2o.parallel.groups import Groups
@@ -130,7 +131,11 @@ def build_model(
         gpt.requires_grad_(False).eval()
     else:
         initialise(gpt, model, groups, seed)
-    return gpt.to(groups.device)
+    gpt.to(groups.device)
+    for module in gpt.modules():
+        if isinstance(module, GroupedSequentialMLP) and module.uses_grouped_products(groups.device):
+            module.stack_weights()
+    return gpt
 
 
 def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:

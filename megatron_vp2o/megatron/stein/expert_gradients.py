@@ -55,7 +55,7 @@ class ExpertGradients:
         """Attraction, in place. A collective over the expert group (of all replicas, where they share the gradients)."""
         if self._storage() != self._built_on:
             self._build()  # buffers were offloaded and came back elsewhere
-        self.exchange.apply(weights_LEE)
+        self.exchange.mix(weights_LEE)
 
     def norms(self) -> Tensor:
         """Norm of each expert's whole gradient, [L, E]. A collective over the stage's expert groups."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.parallel.strided import matrix_of
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,26 @@ class ExpertWeights:
             stacked = torch.stack([row.of(row.parameter.detach()).view(shape) for row in rows])
         return (stacked.transpose(1, 2) if self.transposed else stacked).float()
 
-    def add_to_output(self, row: int, gradient: Tensor, left_D2: Tensor, right_2F: Tensor) -> None:
-        """Add left right, of rank two, to one expert's gradient (a tensor shaped like its parameter) of the output projection."""
-        flat = self.parts[self.output][row].of(gradient)
-        left_D2, right_2F = left_D2.to(flat.dtype), right_2F.to(flat.dtype)
+    def add_to_outputs(self, gradients: Sequence[Tensor], left_ED2: Tensor, right_E2F: Tensor) -> None:
+        """Add left right, of rank two, to each expert's gradient of the output projection.
+
+        Args:
+            gradients: one a local expert, flat (`Row.of`). Where they lie at equal distances, one product serves all.
+        """
+        dtype = gradients[0].dtype
+        first, second = left_ED2.to(dtype), right_E2F.to(dtype)
         if self.transposed:
-            flat.view(-1, self.hidden).addmm_(right_2F.t(), left_D2.t())
-        else:
-            flat.view(self.hidden, -1).addmm_(left_D2, right_2F)
+            first, second = second.transpose(1, 2), first.transpose(1, 2)
+        shape = first.shape[1], second.shape[2]
+        if (found := matrix_of(gradients)) is not None:
+            matrix, reverse = found
+            if reverse:
+                first, second = first.flip(0), second.flip(0)
+            strides = (matrix.stride(0), shape[1], 1)
+            matrix.as_strided((len(gradients), *shape), strides, matrix.storage_offset()).baddbmm_(first, second)
+            return
+        for flat, one, other in zip(gradients, first, second, strict=True):
+            flat.view(shape).addmm_(one, other)
 
 
 class OutputProjections(Sequence[Tensor]):

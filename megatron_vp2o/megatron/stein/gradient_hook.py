@@ -223,8 +223,9 @@ class SteinHook:
         left_LeD2 = torch.stack([gradient.left_a_LED, gradient.left_b_LED], dim=-1) * scale_Le[..., None, None]
         for index, weights in enumerate(self.weights):
             right_e2F = torch.stack([gradient.right_a[index], gradient.right_b[index]], dim=1)
-            for row, parameter in enumerate(part.parameter for part in weights.parts[weights.output]):
-                weights.add_to_output(row, self.gradients.of(parameter), left_LeD2[index, row], right_e2F[row])
+            rows = weights.parts[weights.output]
+            gradients = [row.of(self.gradients.of(row.parameter)) for row in rows]
+            weights.add_to_outputs(gradients, left_LeD2[index], right_e2F)
 
     def _loss_scale(self) -> float:
         scale = self.optimizer.get_loss_scale() if self.optimizer is not None else 1.0
