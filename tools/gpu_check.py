@@ -47,10 +47,11 @@ def _bench(*arguments: str) -> tuple[str, ...]:
 STAGES = (
     Stage("smoke", 100, ("-m", "tools.gpu_smoke")),
     Stage("ceilings", 40, _bench("ceilings")),
-    Stage("tests", 150, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")),
+    Stage("tests", 150, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
     Stage("layer_qwen3_30b_a3b", 90, _bench("layer", "--shape", "qwen3_30b_a3b")),
     Stage("layer_vp2o_33b_a4b", 90, _bench("layer", "--shape", "vp2o_33b_a4b")),
     Stage("experts", 90, _bench("experts")),
+    Stage("logprobs", 60, _bench("logprobs")),
     Stage("decode", 60, _bench("decode")),
     Stage("step", 100, ("-m", "tools.bench", "step", "--steps", "6")),
 )

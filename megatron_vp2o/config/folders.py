@@ -153,7 +153,7 @@ def _other_run(config: TrainConfig, run_dir: Path) -> Iterator[str]:
         **{
             f"model.{key}": (there["model"][key], value)
             for key, value in here["model"].items()
-            if key not in ("implementation", "recompute")
+            if key not in ("implementation", "recompute", "logits_chunk_mib")
         },
     }
     differing = [

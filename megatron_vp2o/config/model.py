@@ -144,3 +144,6 @@ class ModelConfig:
     """Layer specs: Megatron's local ones (any device) or transformer-engine (CUDA)."""
     recompute: bool = False
     """Full activation recomputation, layer by layer."""
+    logits_chunk_mib: Annotated[float, Range(1e-3, 2**20)] = 256.0
+    """Most MiB of float32 logits that exist at a time on a rank in training and scoring. Where a micro-batch has more,
+    log-probabilities are computed in chunks of tokens, each chunk's logits once more in the backward pass."""

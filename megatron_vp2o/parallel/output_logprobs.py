@@ -45,6 +45,7 @@ def output_log_probs_and_entropy(
     valid_vocab: int,
     group: dist.ProcessGroup,
     chunk_tokens: int,
+    weight_sum_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of `targets` and entropy (nats) of softmax(hidden weight^T / temperature), both differentiable.
 
@@ -57,13 +58,17 @@ def output_log_probs_and_entropy(
         valid_vocab: ids from here on are padding and have probability zero.
         group: tensor-parallel group (its size may be 1).
         chunk_tokens: tokens whose logits are alive at a time.
+        weight_sum_VD: where to add the weight's gradient (Megatron's main_grad); autograd then sees none for the weight.
 
     Returns:
         Two float32 tensors [T], equal on all ranks of the group.
     """
     start = group.rank() * weight_VD.shape[0]
     softmax = _Softmax(temperature, start, max(0, min(valid_vocab - start, weight_VD.shape[0])))
-    return _OutputLogProbs.apply(hidden_TD, weight_VD, targets_T, softmax, group, chunk_tokens)
+    logprob_T, entropy_T = _OutputLogProbs.apply(
+        hidden_TD, weight_VD, targets_T, softmax, group, chunk_tokens, weight_sum_VD
+    )
+    return torch.where(targets_T < valid_vocab, logprob_T, float("-inf")), entropy_T
 
 
 class _OutputLogProbs(torch.autograd.Function):
@@ -76,6 +81,7 @@ class _OutputLogProbs(torch.autograd.Function):
         softmax: _Softmax,
         group: dist.ProcessGroup,
         chunk_tokens: int,
+        weight_sum_VD: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels(hidden_TD)
         local_T = targets_T - softmax.start
@@ -84,7 +90,9 @@ class _OutputLogProbs(torch.autograd.Function):
             for hidden_cD, local_c in zip(hidden_TD.split(chunk_tokens), local_T.split(chunk_tokens), strict=True)
         ]
         empty = hidden_TD.new_zeros(0, dtype=torch.float32)
-        peak_T, total_T, mean_T, chosen_T = (torch.cat(part) for part in zip(*parts, strict=True)) if parts else [empty] * 4
+        peak_T, total_T, mean_T, chosen_T = (
+            (torch.cat(part) for part in zip(*parts, strict=True)) if parts else [empty] * 4
+        )
         if group.size() > 1:  # each rank's sums are relative to its own peak
             highest_T = peak_T.clone()
             dist.all_reduce(highest_T, op=dist.ReduceOp.MAX, group=group)
@@ -97,7 +105,7 @@ class _OutputLogProbs(torch.autograd.Function):
         entropy_T = log_total_T - mean_T / total_T
         normaliser_T = peak_T + log_total_T
         ctx.save_for_backward(hidden_TD, weight_VD, local_T, normaliser_T, entropy_T)
-        ctx.softmax, ctx.chunk_tokens = softmax, chunk_tokens
+        ctx.softmax, ctx.chunk_tokens, ctx.weight_sum_VD = softmax, chunk_tokens, weight_sum_VD
         ctx.set_materialize_grads(False)
         return chosen_T - normaliser_T, entropy_T
 
@@ -109,7 +117,9 @@ class _OutputLogProbs(torch.autograd.Function):
             grad_logprob_T = torch.zeros_like(entropy_T)
         kernels = _kernels(hidden_TD)
         dhidden_TD = torch.empty_like(hidden_TD)
-        dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        dweight_VD = ctx.weight_sum_VD
+        if dweight_VD is None:
+            dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         for begin in range(0, hidden_TD.shape[0], ctx.chunk_tokens):
             chunk = slice(begin, begin + ctx.chunk_tokens)
             dlogits_cV = _logits_gradient(
@@ -123,11 +133,12 @@ class _OutputLogProbs(torch.autograd.Function):
                 ctx.softmax,
             )
             torch.mm(dlogits_cV, weight_VD, out=dhidden_TD[chunk])
-            if weight_VD.dtype is torch.float32:
+            if weight_VD.dtype is dweight_VD.dtype:
                 dweight_VD.addmm_(dlogits_cV.t(), hidden_TD[chunk])
             else:
                 dweight_VD += dlogits_cV.t() @ hidden_TD[chunk]
-        return dhidden_TD, dweight_VD.to(weight_VD.dtype), None, None, None, None
+        own = dweight_VD.to(weight_VD.dtype) if ctx.weight_sum_VD is None else None
+        return dhidden_TD, own, None, None, None, None, None
 
 
 def _kernels(hidden_TD: Tensor) -> ModuleType | None:

@@ -104,7 +104,9 @@ def _training(config: TrainConfig, vocab_size: int, work: Workload, assumed: Ass
     layer = _layer_activations(config, tokens, assumed)
     kept = own * model.hidden_size * element if model.recompute else layer // 2
     found = {"activations": int(in_flight * layers * kept + layer)}
-    found["logits"] = int(tokens * (vocab_size // parallel.tensor_parallel) * assumed.logits_bytes)
+    width = vocab_size // parallel.tensor_parallel
+    alive = min(tokens * width, max(width, int(model.logits_chunk_mib * 2**20) // 4))
+    found["logits"] = int(alive * assumed.logits_bytes)
     if config.algorithm.stein.enabled or hasattr(config.algorithm, "trust_region"):
         matrix = model.hidden_size * model.moe_ffn_hidden_size // parallel.expert_tensor_parallel
         found["output projections"] = model.num_moe_experts // parallel.expert_parallel * matrix * 4

@@ -47,13 +47,16 @@ def small_config(**parallel: Any) -> TrainConfig:
     )
 
 
-def run(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One result a layout; the world's size is the same for all."""
+def run(layouts: list[dict[str, Any]], model: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One result a layout; the world's size is the same for all. `model`: further settings of it."""
     torch.set_num_threads(1)
     results = []
     for layout in layouts:
+        config = small_config(**layout)
+        for name, value in (model or {}).items():
+            setattr(config.model, name, value)
         try:
-            results.append(train(small_config(**layout)))
+            results.append(train(config))
         finally:
             world.stop_model_parallel()
     world.stop()

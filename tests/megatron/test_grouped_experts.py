@@ -17,7 +17,9 @@ from tests.megatron import policy_job  # noqa: E402
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"distributed_optimizer": True}, {"overlap_grad_reduce": True}], ids=["plain", "sharded", "overlapped"]
+    "layout",
+    [{}, {"distributed_optimizer": True}, {"overlap_grad_reduce": True}],
+    ids=["plain", "sharded", "overlapped"],
 )
 def test_training_with_grouped_products_is_the_same(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
     results = []

@@ -1,4 +1,4 @@
-"""Measurements on a CUDA device at the layer shapes of large models: `python -m tools.bench gpu {ceilings,layer,experts,decode}`.
+"""Measurements on a CUDA device at the layer shapes of large models: `python -m tools.bench gpu WHAT`.
 
 Each prints lines `figure NAME VALUE UNIT`, which `tools.gpu_check` collects. `--shrink 16` makes shapes small enough to see
 on a CPU that everything runs; the figures then mean nothing.
@@ -27,7 +27,9 @@ PEAK_TFLOPS = 989.0
 def main(argv: list[str]) -> int:
     """Run one measurement."""
     parser = argparse.ArgumentParser(prog="tools.bench gpu", description=__doc__)
-    parser.add_argument("what", choices=("ceilings", "layer", "experts", "decode"), nargs="?", default="ceilings")
+    parser.add_argument(
+        "what", choices=("ceilings", "layer", "experts", "decode", "logprobs"), nargs="?", default="ceilings"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="qwen3_30b_a3b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", default="64,128,256", help="for `experts`: comma-separated counts")
@@ -40,7 +42,9 @@ def main(argv: list[str]) -> int:
     from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()
-    {"ceilings": ceilings, "layer": layer, "experts": experts, "decode": decode}[arguments.what](arguments)
+    {"ceilings": ceilings, "layer": layer, "experts": experts, "decode": decode, "logprobs": logprobs}[arguments.what](
+        arguments
+    )
     return 0
 
 
@@ -257,6 +261,54 @@ def decode(arguments: argparse.Namespace) -> None:
             figure(f"decode/{name}/per_token_and_layer", seconds / new / arguments.layers * 1e6, "us")
     finally:
         world.stop()
+
+
+def logprobs(arguments: argparse.Namespace) -> None:
+    """Forward and backward from hidden states to log-probabilities at 16,384 tokens and 151,936 ids: time and memory."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
+    from megatron_vp2o.parallel.output_logprobs import output_log_probs_and_entropy
+
+    tokens, vocab, width = 16384 // arguments.shrink, 151_936 // arguments.shrink, 2048 // arguments.shrink
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    generator = torch.Generator(device).manual_seed(0)
+    hidden_TD = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator)
+    weight_VD = torch.randn(vocab, width, device=device, dtype=dtype, generator=generator) * width**-0.5
+    hidden_TD.requires_grad_(), weight_VD.requires_grad_()
+    targets_T = torch.randint(vocab - 100, (tokens,), device=device, generator=generator)
+    same = {"temperature": 1.0, "valid_vocab": vocab - 100, "group": group}
+    results: dict[str, list[torch.Tensor]] = {}
+
+    def plain() -> torch.Tensor:
+        return log_probs_and_entropy(hidden_TD @ weight_VD.t(), targets_T, **same)[0]  # type: ignore[arg-type]
+
+    def chunked(mib: int) -> Callable[[], torch.Tensor]:
+        chunk = max(1, mib * 2**18 // vocab)
+        return lambda: output_log_probs_and_entropy(hidden_TD, weight_VD, targets_T, chunk_tokens=chunk, **same)[0]  # type: ignore[arg-type]
+
+    for name, run in {"plain": plain, "chunks_256": chunked(256), "chunks_1024": chunked(1024)}.items():
+
+        def once(run: Callable[[], torch.Tensor] = run, name: str = name) -> None:
+            logprob_T = run()
+            results[name] = [logprob_T.detach(), *torch.autograd.grad(-logprob_T.mean(), [hidden_TD, weight_VD])]
+
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _median(once, arguments.pairs)
+        figure(f"logprobs/{name}/time", seconds * 1e3, "ms")
+        if cuda:
+            figure(f"logprobs/{name}/peak_memory", (torch.cuda.max_memory_allocated() - before) / 2**30, "GiB")
+        for label, mine, expected in zip(("value", "dhidden", "dweight"), results[name], results["plain"], strict=True):
+            error = (mine.float() - expected.float()).norm() / expected.float().norm()
+            figure(f"logprobs/{name}/difference_{label}", float(error), "relative")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, 
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer, moe_layers
+from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.platform.compat import auxiliary_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
@@ -59,7 +60,7 @@ class MegatronPolicy:
         )
         self.ddp.broadcast_params()
         for module in self.model.modules():
-            if isinstance(module, GroupedSequentialMLP):
+            if isinstance(module, (GroupedSequentialMLP, OutputLayer)):
                 module.add_to_main_grad = not parallel.overlap_grad_reduce
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from megatron_vp2o.megatron.model.output_layer import output_layer_of
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups, max_scalars
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
@@ -114,27 +115,34 @@ def run_schedule(
             padding_NS = scatter_to_sequence_parallel_region(padding_NS.t().contiguous()).t().contiguous()
         if before_forward is not None:
             before_forward(batch)
+        deferred = output_layer is not None and output_layer.defer_for(batch.tokens_NS.numel())
         output = model(
             batch.tokens_NS,
             position_S.expand_as(batch.tokens_NS),
             None if batch.segment_NS is None else _attention_mask(batch.segment_NS),
             padding_mask=padding_NS,
         )
+        if output_layer is not None:
+            output_layer.deferred = False  # who else calls the model wants logits
 
-        def finish(logits_NSV: Tensor, non_loss_data: bool = False) -> Any:
-            logprob, entropy = log_probs_and_entropy(
-                logits_NSV[:, :-1],
-                batch.tokens_NS[:, 1:],
-                temperature=batch.temperature,
-                valid_vocab=valid_vocab,
-                group=groups.tp,
-            )
+        def finish(output_NSX: Tensor, non_loss_data: bool = False) -> Any:
+            targets_NS = batch.tokens_NS[:, 1:]
+            settings: dict[str, Any] = {
+                "temperature": batch.temperature,
+                "valid_vocab": valid_vocab,
+                "group": groups.tp,
+            }
+            if deferred and output_layer is not None:  # hidden states
+                logprob, entropy = output_layer.log_probs(output_NSX[:, :-1], targets_NS, **settings)
+            else:
+                logprob, entropy = log_probs_and_entropy(output_NSX[:, :-1], targets_NS, **settings)
             # position s speaks of the token AT s, which was predicted at s - 1
             pad = torch.nn.functional.pad
             return loss(pad(logprob, (1, 0)), pad(entropy, (1, 0)), batch)
 
         return output, finish
 
+    output_layer = output_layer_of(model)
     forget_loss_scales()
     return get_forward_backward_func()(
         forward_step_func=forward_step,

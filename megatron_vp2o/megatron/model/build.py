@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import LoadBalancing, ModelConfig, ParallelConfig, PositionEmbedding, Precision
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
+from megatron_vp2o.megatron.model.output_layer import own_output_layer
 from megatron_vp2o.megatron.model.specs import layer_specs, use_transformer_engine
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters
 from megatron_vp2o.parallel.groups import Groups
@@ -127,6 +128,7 @@ def build_model(
         rotary_base=model.rotary_base,  # type: ignore[arg-type]  # declared an int, used as a number
     )
     mark_expert_parameters(gpt)
+    own_output_layer(gpt, model.logits_chunk_mib)
     if inference:
         gpt.requires_grad_(False).eval()
     else:

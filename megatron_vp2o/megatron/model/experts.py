@@ -1,9 +1,10 @@
 """Routed experts for the local specs: the parameters of Megatron's SequentialMLP, computed without its overhead.
 
 On CUDA the products of all experts are one grouped call over stacked weights (`stack_weights` makes each expert's parameter a
-view of them), and gradients are added to Megatron's buffer in one operation. On the CPU one autograd node walks over the experts, which is one
-operation a layer for autograd; while all experts' activations fit the cache, they go through each operation together. torch's
-grouped product takes about as long there, weights stacked for it (`python -m tools.bench experts`, 2 cores, 2026-11-21).
+view of them), and gradients are added to Megatron's buffer in one operation. On the CPU one autograd node walks over the
+experts, which is one operation a layer for autograd; while all experts' activations fit the cache, they go through each
+operation together. torch's grouped product takes about as long there, weights stacked for it (`python -m tools.bench experts`,
+2 cores, 2026-11-21).
 
 Shape legend: T tokens dispatched to this rank, sorted by expert; t tokens of one expert; E local experts; D hidden size;
 F expert intermediate size (this rank's shard).
@@ -219,7 +220,9 @@ class GroupedSequentialMLP(SequentialMLP):
     @torch.no_grad()
     def _accumulate(self, *gradients_EXY: Tensor) -> None:
         """Add the gradients of fc1 and fc2, stacked, to the parameters' main_grad."""
-        parts = [[getattr(e, name).weight.main_grad for e in self.local_experts] for name in ("linear_fc1", "linear_fc2")]
+        parts = [
+            [getattr(e, name).weight.main_grad for e in self.local_experts] for name in ("linear_fc1", "linear_fc2")
+        ]
         where = tuple(grad.data_ptr() for part in parts for grad in (part[0], part[-1]))
         if self._main_grads is None or self._main_grads[0] != where:
             self._main_grads = where, [matrix_of([grad.view(-1) for grad in part]) for part in parts]
