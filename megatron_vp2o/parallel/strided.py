@@ -55,7 +55,7 @@ def matrix_of(rows: Sequence[Tensor]) -> tuple[Tensor, bool] | None:
     """
     if len(rows) == 1:
         return rows[0][None], False
-    step = rows[1].storage_offset() - rows[0].storage_offset()
+    step = int(rows[1].storage_offset()) - int(rows[0].storage_offset())
     run = next(_runs([(row, row) for row in rows]))
     if len(run) != len(rows):
         return None
@@ -86,14 +86,14 @@ def _distance(one: Tensor, other: Tensor) -> int | None:
     """Elements from one view to the other; None where they are not of one storage."""
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return None
-    return other.storage_offset() - one.storage_offset()
+    return int(other.storage_offset()) - int(one.storage_offset())
 
 
 def _block(run: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(target, source, order) as matrices; order is None where both go the same way."""
     (target, source), (next_target, next_source), (last_target, last_source) = run[0], run[1], run[-1]
-    step_target = next_target.storage_offset() - target.storage_offset()
-    step_source = next_source.storage_offset() - source.storage_offset()
+    step_target = int(next_target.storage_offset()) - int(target.storage_offset())
+    step_source = int(next_source.storage_offset()) - int(source.storage_offset())
     order = None
     if (step_target < 0) != (step_source < 0):
         order = torch.arange(len(run) - 1, -1, -1, device=target.device)

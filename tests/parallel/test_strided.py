@@ -14,7 +14,8 @@ from megatron_vp2o.parallel.strided import StridedCopies, matrix_of
 def test_copies_are_those_of_single_pairs(seed: int) -> None:
     draw = random.Random(seed)
     base, other = torch.arange(4000.0), -torch.ones(4000)
-    pairs, taken, cursor = [], 0, 0
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    taken = cursor = 0
     for _ in range(draw.randint(1, 6)):  # runs, each forwards or backwards, of its own width and distance
         width, count, gap = draw.randint(1, 9), draw.randint(1, 7), draw.randint(0, 5)
         sources = [base[cursor + i * (width + gap) :][:width] for i in range(count)]
