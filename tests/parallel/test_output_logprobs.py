@@ -82,6 +82,7 @@ def chunked(given: dict[str, Any], group: dist.ProcessGroup) -> list[Tensor]:
     return [value.detach() for value in (logprob_T, entropy_T, *gradients)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "triton", [False, pytest.param(True, marks=pytest.mark.skipif(not TRITON, reason="Triton is not installed"))]
 )
@@ -118,13 +119,14 @@ def test_half_precision_equals_the_plain_path(group: dist.ProcessGroup) -> None:
 
 def test_one_chunk_of_logits_is_alive_at_a_time(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(1) | {"chunk": 2}
-    seen = []
+    seen: list[int] = []
     original = output_logprobs._statistics
-    monkeypatch.setattr(
-        output_logprobs,
-        "_statistics",
-        lambda k, logits, *rest: seen.append(logits.shape[0]) or original(k, logits, *rest),
-    )
+
+    def watched(kernels: Any, logits_cV: Tensor, *rest: Any) -> Any:
+        seen.append(logits_cV.shape[0])
+        return original(kernels, logits_cV, *rest)
+
+    monkeypatch.setattr(output_logprobs, "_statistics", watched)
     chunked(given, group)
     assert seen and max(seen) <= 2 and sum(seen) == given["hidden"].shape[0]
 

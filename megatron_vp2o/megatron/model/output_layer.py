@@ -67,7 +67,7 @@ class OutputLayer(ColumnParallelLinear):
 
 def own_output_layer(gpt: GPTModel, chunk_mib: float) -> None:
     """Make the output layer of a model that is built an `OutputLayer`, if this pipeline stage has one."""
-    layer = getattr(gpt, "output_layer", None)
+    layer: Any = getattr(gpt, "output_layer", None)
     if type(layer) is ColumnParallelLinear:
         layer.__class__ = OutputLayer
         layer.most_logits = int(chunk_mib * 2**20) // 4
