@@ -82,17 +82,21 @@ def chunked(given: dict[str, Any], group: dist.ProcessGroup) -> list[Tensor]:
     return [value.detach() for value in (logprob_T, entropy_T, *gradients)]
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(
-    "triton", [False, pytest.param(True, marks=pytest.mark.skipif(not TRITON, reason="Triton is not installed"))]
-)
 @pytest.mark.parametrize("seed", range(25))
-def test_chunked_equals_autograd(
-    monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup, seed: int, triton: bool
-) -> None:
-    monkeypatch.setattr(output_logprobs, "_USE_TRITON", triton)
+def test_chunked_equals_autograd(group: dist.ProcessGroup, seed: int) -> None:
     given = case(seed)
-    if triton and torch.cuda.is_available():
+    for found, expected in zip(chunked(given, group), plain(given), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("seed", range(6))
+def test_kernels_equal_autograd(monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup, seed: int) -> None:
+    """Interpreted on the CPU where there is no CUDA."""
+    monkeypatch.setattr(output_logprobs, "_USE_TRITON", True)
+    given = case(seed)
+    if torch.cuda.is_available():
         given = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in given.items()}
     for found, expected in zip(chunked(given, group), plain(given), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
