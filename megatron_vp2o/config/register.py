@@ -13,6 +13,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
 
 from megatron_vp2o.config import schema
+from megatron_vp2o.config.rows import RowsTaskConfig
 
 # group -> choice -> dataclass. These choices are the dataclasses as they stand; conf/GROUP/*.yaml are deltas on them.
 GROUPS: dict[str, dict[str, Any]] = {
@@ -20,7 +21,11 @@ GROUPS: dict[str, dict[str, Any]] = {
     "model": {"tiny": schema.ModelConfig},
     "parallel": {"single": schema.ParallelConfig},
     "optimizer": {"adamw": schema.OptimizerConfig},
-    "task": {"countdown": schema.CountdownTaskConfig, "shortest_path": schema.ShortestPathTaskConfig},
+    "task": {
+        "countdown": schema.CountdownTaskConfig,
+        "shortest_path": schema.ShortestPathTaskConfig,
+        "rows": RowsTaskConfig,
+    },
     "rollout": {"in_process": schema.RolloutConfig},
     "evaluation": {"standard": schema.EvaluationConfig},
     "checkpoint": {"standard": schema.CheckpointConfig},

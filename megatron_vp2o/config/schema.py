@@ -156,9 +156,6 @@ class TaskConfig:
     """Distinct held-out problems evaluated during training."""
     test_size: Annotated[int, Range(1, 10**6)] = 200
     """Distinct held-out problems evaluated at the end."""
-    answer_format: AnswerFormat = AnswerFormat.lenient
-    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space and LaTeX's operators,
-    and end in `=target`; strict: the response is the answer and nothing else."""
     tokenizer: Optional[str] = None
     """Folder of a Hugging Face tokenizer, for a model that was trained with it; null for the tasks' own, of characters."""
 
@@ -179,6 +176,9 @@ class CountdownTaskConfig(TaskConfig):
     """Smallest target."""
     max_target: Annotated[int, Range(1, 10**9 - 1)] = 30
     """Largest target."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space and LaTeX's operators,
+    and end in `=target`; strict: the response is the answer and nothing else."""
 
 
 @dataclass
@@ -195,6 +195,9 @@ class ShortestPathTaskConfig(TaskConfig):
     """Grid width."""
     blocked_probability: Annotated[float, DECAY] = 0.2
     """Chance that a cell is blocked."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space or commas between moves;
+    strict: the response is the answer and nothing else."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_vp2o.config.ranges import range_problems
 from megatron_vp2o.config.register import GROUPS
+from megatron_vp2o.config.rows import RowsTaskConfig, rows_problems
 from megatron_vp2o.config.schema import CountdownTaskConfig, ShortestPathTaskConfig, TaskConfig
 from megatron_vp2o.errors import ConfigError
 
@@ -24,6 +25,8 @@ def task_problems(task: TaskConfig) -> Iterator[str]:
             f"task.name={task.name} does not go with the settings of {own}: "
             f"choose the group, task={task.name} (override /task in a recipe), not the name"
         )
+    if isinstance(task, RowsTaskConfig):
+        yield from rows_problems(task)
     if isinstance(task, CountdownTaskConfig):
         for kind in ("number", "target"):
             low, high = getattr(task, f"min_{kind}"), getattr(task, f"max_{kind}")

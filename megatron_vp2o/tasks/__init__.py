@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_vp2o.config.rows import RowsTaskConfig
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.config.tasks import check_task
-from megatron_vp2o.rl.types import Task
+from megatron_vp2o.rl.types import Reward, Task
 from megatron_vp2o.tasks.countdown import CountdownTask
+from megatron_vp2o.tasks.rows import RowsTask
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask
 
 TASKS: dict[str, Callable[..., Task]] = {"countdown": CountdownTask, "shortest_path": ShortestPathTask}
 
 
-def make_task(config: TaskConfig, progress: bool = False) -> Task:
+def make_task(
+    config: TaskConfig, progress: bool = False, *, reward: Reward | None = None, room: int | None = None
+) -> Task:
     """The task `config.name` with its problems prepared: equal configurations give equal problems, on every rank.
 
     Args:
         progress: show a progress bar if preparing takes longer than a second (for one rank only).
+        reward: grades responses of tasks that do not verify themselves.
+        room: most tokens of a prompt that the model can take; only rows of files are chosen by it.
 
     Raises:
         ConfigError: an unknown name, a setting out of bounds, or fewer held-out problems than asked for.
     """
     check_task(config)
+    if isinstance(config, RowsTaskConfig):
+        return RowsTask(config, reward=reward, room=room, progress=progress)
     return TASKS[config.name](config, progress=progress)

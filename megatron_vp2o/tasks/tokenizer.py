@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Tokenizer
@@ -112,6 +112,50 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with nothing added before or after."""
         return self._inner.encode(text, add_special_tokens=False)
+
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of a text that the model is to go on with: with what the tokenizer puts before a text (beginning-of-sequence, where
+        it has one), without what it puts after it."""
+        ids = list(self._inner.encode(text))
+        bare = self.encode(text)
+        while len(ids) > len(bare) and ids[-1] in self.eos_ids and ids[-len(bare) :] != bare:
+            ids.pop()
+        return ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own template of conversations."""
+        template = self._inner.chat_template
+        if isinstance(template, dict):  # several by name, as transformers allows
+            template = template.get("default")
+        return template
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, enable_thinking: bool | None = None) -> str:
+        """A conversation as text, up to where the assistant is to speak (or in the middle of its last message, if that is the
+        assistant's); encoding it adds nothing.
+
+        Args:
+            enable_thinking: handed to the template where it is not None; those of thinking models know it.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        from jinja2.exceptions import TemplateError
+
+        prefilled = messages[-1]["role"] == "assistant"
+        extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        try:
+            text = self._inner.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=not prefilled,
+                continue_final_message=prefilled,
+                **extra,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without padding and end-of-sequence. Other special tokens show by name, as in `CharTokenizer`: left
