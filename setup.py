@@ -42,7 +42,14 @@ EXTRAS = {
         "mypy>=1.15,<3",
         "pyro-ppl>=1.9,<2",  # its SVGD is the independent reference of the Stein field
         "transformers>=5.17,<6",  # Qwen3-MoE as an independent reference in tests
+        "pyarrow>=21,<27",
+        "datasets>=4,<6",
         "setuptools>=77",  # tests/test_packaging.py builds a real wheel with the environment's own; bound as in pyproject
+    ],
+    # task=rows: parquet files, and the datasets library's folders and hub names. JSONL needs neither.
+    "rows": [
+        "pyarrow>=21,<27",
+        "datasets>=4,<6",
     ],
     # A CUDA machine. NVIDIA's Apex is deliberately absent: the PyPI project of that name is a Pyramid web toolkit, not
     # NVIDIA's; Megatron's fused kernels come from transformer-engine, and torch's AdamW replaces Apex's.

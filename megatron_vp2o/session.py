@@ -5,9 +5,11 @@ With `train.py` the composition root: nothing imports it, and it may import ever
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,7 @@ from megatron_vp2o.config.validate import (  # noqa: E402
 )
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
+from megatron_vp2o.errors import ConfigError  # noqa: E402
 from megatron_vp2o.hf.settings import hf_config  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint  # noqa: E402
@@ -54,11 +57,15 @@ from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # no
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
 from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
+from megatron_vp2o.tasks.rows import RowsTask  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
 from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
 
 LOGGED_PER_CONTEXT = 4
 """Contexts that actors log for each one that the trust region looks at: sequences end early, and groups are filtered out."""
+
+ROWS = "rows"  # key of Progress.extra: fingerprint of the rows that a run is trained on
+ROWS_FILE = "rows.json"  # in the run folder: what was read, and what was left out
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +101,8 @@ def train(config: TrainConfig) -> int:
     With several ranks call it inside of `failure.ends_all_ranks`: after an exception no rank can go on.
     """
     world.set_threads(config.threads)
-    task = make_task(config.task, progress=world.environment_rank() == 0)
+    room = config.model.max_sequence_length - config.rollout.sampling.max_new_tokens
+    task = make_task(config.task, progress=world.environment_rank() == 0, room=room)
     validate_prompts(config, task.max_prompt_tokens)
     validate_vocabulary(config, _tokenizer(config, task).vocab_size)
     with world.joined(config.parallel, config.seed) as groups:
@@ -109,6 +117,7 @@ def train(config: TrainConfig) -> int:
         _resume(run, trainer)
         if groups.rank == 0:
             save_config(config, config.run_dir)
+            _report_rows(config, task)
         with run.sink, failure.tells_all_ranks():  # closing the sink may take its time
             status = trainer.run()
             if status == 0 and config.checkpoint.export_hf:
@@ -263,8 +272,30 @@ def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPoli
 def _resume(run: Run, trainer: TrainingLoop) -> None:
     found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / "checkpoints")
     if found is None:
+        if isinstance(run.task, RowsTask):
+            trainer.progress.extra[ROWS] = run.task.fingerprint
         run.sink.start()
         return
-    trainer.restore(run.saver.load(found))
+    progress = run.saver.load(found)
+    _same_rows(run, progress)
+    trainer.restore(progress)
     run.sink.start(trainer.progress.step)
     logger.info("resumed from %s at step %d", found, trainer.progress.step)
+
+
+def _same_rows(run: Run, progress: dict[str, Any]) -> None:
+    """Refuse to go on with other rows than the run began with: its position among them would mean others."""
+    if not isinstance(run.task, RowsTask):
+        return
+    before = progress["extra"].get(ROWS)
+    if before is not None and before != run.task.fingerprint:
+        raise ConfigError(
+            f"run_dir={run.config.run_dir} was trained on other rows than task.path={run.task.config.path} has now (files, "
+            "their order or weights changed): put them back, or start a new run from its weights with init_from and another name"
+        )
+
+
+def _report_rows(config: TrainConfig, task: Task) -> None:
+    if isinstance(task, RowsTask):
+        text = json.dumps(task.report(), indent=1, ensure_ascii=False)
+        (Path(config.run_dir) / ROWS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -81,7 +81,15 @@ def test_metadata_says_licence_pythons_and_extras(wheel: Path) -> None:
     text = metadata(wheel)
     assert "License-Expression: Apache-2.0" in text
     assert re.search(r"Requires-Python: (>=3\.11,<3\.13|<3\.13,>=3\.11)", text)
-    assert set(re.findall(r"Provides-Extra: (\S+)", text)) == {"dev", "gpu", "nemo", "nemo-toolkit", "eval", "vllm"}
+    assert set(re.findall(r"Provides-Extra: (\S+)", text)) == {
+        "dev",
+        "rows",
+        "gpu",
+        "nemo",
+        "nemo-toolkit",
+        "eval",
+        "vllm",
+    }
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class RowsTaskConfig(TaskConfig):
 
     def paths(self) -> list[str]:
         """`path` as a list."""
-        return [self.path] if isinstance(self.path, str) else list(self.path or [])
+        return list(self.path) if isinstance(self.path, (list, tuple)) else [] if self.path is None else [self.path]
 
 
 def rows_problems(task: RowsTaskConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_vp2o.data.documents import Document, Documents
+from megatron_vp2o.data.shuffle import Order, shuffled
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import TrainBatch
 
@@ -80,7 +81,7 @@ class PackedBatches(Iterator[TrainBatch]):
         self.vocab_size = vocab_size
         self._position = 0
         self._offset = 0
-        self._order: tuple[int, np.ndarray] | None = None  # the permutation of the current epoch
+        self._order: tuple[int, Order] | None = None  # the permutation of the current epoch
         self._open: tuple[int, Document] | None = None  # the document at the current position
 
     @property
@@ -161,8 +162,7 @@ class PackedBatches(Iterator[TrainBatch]):
         if self._open is None or self._open[0] != self._position:
             epoch, place = divmod(self._position, len(self.documents))
             if self._order is None or self._order[0] != epoch:
-                order = np.random.default_rng((self.seed & 0xFFFFFFFF, epoch)).permutation(len(self.documents))
-                self._order = (epoch, order)
+                self._order = (epoch, shuffled(len(self.documents), (self.seed & 0xFFFFFFFF, epoch)))
             index = int(self._order[1][place])
             document = self.documents.get(index, epoch)
             self._check(document, index)

@@ -1,6 +1,7 @@
 """Which prompts a step sees, and how its rollouts become optimizer steps.
 
-Everything is a function of (seed, step): there is no hidden iterator state, so resuming needs nothing but the step number.
+Everything is a function of the seed and of the position, the number of prompts drawn before: there is no hidden iterator
+state, so a run goes on where it stood, also with another number of prompts a step.
 
 Shape legend: N sequences of this data-parallel rank, S padded sequence length, P prompts, G group size.
 """
@@ -12,29 +13,30 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from megatron_vp2o.data.shuffle import Order, shuffled
 from megatron_vp2o.rl.types import GATE_ROW, Problem, Rollouts, Split, Task, TrainBatch
 
 
 class PromptSchedule:
-    """Training problems in shuffled epochs; step i takes the next `per_step` ones, dealt in contiguous parts to ranks."""
+    """Training problems in shuffled epochs; a step takes the next `per_step` ones, dealt in contiguous parts to ranks."""
 
     def __init__(self, task: Task, *, per_step: int, seed: int, dp_rank: int, dp_size: int) -> None:
         self.task, self.per_step, self.seed = task, per_step, seed
         self.local = per_step // dp_size
         self.first = dp_rank * self.local
         self._epoch = -1
-        self._order: np.ndarray = np.empty(0, dtype=np.int64)
+        self._order: Order = shuffled(1, (0,))
 
-    def __call__(self, step: int) -> tuple[list[Problem], list[int]]:
-        """This rank's problems of a step (counted from 0), and for each its position among all prompts ever drawn."""
-        positions = [step * self.per_step + self.first + i for i in range(self.local)]
+    def __call__(self, position: int) -> tuple[list[Problem], list[int]]:
+        """This rank's problems of the step before which `position` prompts were drawn, and each one's own position."""
+        positions = [position + self.first + i for i in range(self.local)]
         return [self._at(position) for position in positions], positions
 
     def _at(self, position: int) -> Problem:
         size = self.task.size(Split.train)
         epoch, offset = divmod(position, size)
         if epoch != self._epoch:
-            self._order, self._epoch = np.random.default_rng((self.seed, epoch)).permutation(size), epoch
+            self._order, self._epoch = shuffled(size, (self.seed, epoch)), epoch
         return self.task.problem(Split.train, int(self._order[offset]), variant=epoch)
 
 

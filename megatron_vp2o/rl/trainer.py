@@ -38,6 +38,7 @@ from megatron_vp2o.rl.types import (
 )
 
 REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"  # keys of Progress.extra
+POSITION = "position"  # another one: prompts drawn
 ROW = "row"  # key of a batch's extras
 
 
@@ -95,6 +96,7 @@ class RLTrainer(TrainingLoop):
             updates = self._updates(batch, step)
             metrics |= _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
         self._count(metrics, watch)
+        self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
         return metrics
 
     def _refresh_actors(self) -> None:
@@ -111,8 +113,12 @@ class RLTrainer(TrainingLoop):
         counts = progress.extra.setdefault(REFRESHES, {})
         counts[reason.value] = counts.get(reason.value, 0) + 1
 
+    def position(self, step: int) -> int:
+        """Prompts drawn before this step. Kept in checkpoints, because a resumed run may take another number a step."""
+        return int(self.progress.extra.get(POSITION, step * self.settings.prompts_per_step))
+
     def _generate(self, step: int) -> tuple[list[Problem], Rollouts]:
-        problems, uids = self.prompts(step)
+        problems, uids = self.prompts(self.position(step))
         sampling = SamplingParams(
             self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
         )

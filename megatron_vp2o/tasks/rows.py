@@ -62,7 +62,7 @@ class RowsTask:
             for index, out, keys in zip(indexes, dropped, taken, strict=True)
         ]
         if not sum(map(len, kept)):
-            raise DataError(f"no row is left for training: {self._summary(indexes)}")
+            raise DataError(f"no row of task.path={config.path} is left for training: {self._summary(indexes)}")
         self._indexes, self._training = indexes, Training(kept, weights, config.seed)
         self.counts |= {"training": sum(map(len, kept)), **{s.name: len(rows) for s, rows in self._held_out.items()}}
         digests = [index.digest for index in indexes] + [str(w) for w in weights]
@@ -268,8 +268,8 @@ class RowsTask:
         if len(keys) < sum(counts.values()):
             raise ConfigError(
                 f"task.validation_size={self.config.validation_size} and task.test_size={self.config.test_size} ask for "
-                f"{sum(counts.values())} held-out prompts, but there are {len(keys)}: choose fewer, or name files of their own "
-                "with task.validation_path and task.test_path"
+                f"{sum(counts.values())} held-out prompts, but task.path={self.config.path} has "
+                f"{len(keys)}: choose fewer, or name files of their own with task.validation_path and task.test_path"
             )
         first = rows_with(indexes, seed, keys)
         places: dict[int, tuple[Index, int]] = {}
