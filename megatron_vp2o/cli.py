@@ -11,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -24,11 +26,13 @@ from megatron_vp2o.config.explain import COMPOSITION_ERRORS, explain
 from megatron_vp2o.config.register import register, resource_dir
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.validate import validate
+from megatron_vp2o.config.written import as_written, is_swept, without_quotes
 from megatron_vp2o.errors import ConfigError, UserError
 
 USAGE_STATUS = 2  # of a run refused for its configuration or its input
 _TRACEBACKS = "HYDRA_FULL_ERROR"  # Hydra's own switch
 _FIRST_WORD_SECONDS = 5.0
+_LONGEST_LABEL = 200  # bytes; a folder's name has at most 255
 
 
 def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[..., Any] | None = None) -> None:
@@ -68,6 +72,8 @@ def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[...
     # Hydra prints composition errors itself, over several lines, unless it is told to let them through.
     os.environ[_TRACEBACKS] = "1"
     try:
+        options, overrides = _parse(sys.argv[1:])
+        sys.argv[1:] = [*options, *as_written(overrides)]
         with ExitStack() as cleanup:
             if _environment("RANK", 0) != 0 and {"--multirun", "-m", "hydra.mode=MULTIRUN"} & set(sys.argv):
                 # Hydra writes a sweep's multirun.yaml from every process; rank 0's is the one to keep.
@@ -106,12 +112,47 @@ def _job_config(node: DictConfig) -> TrainConfig:
         raise ConfigError(explain(error)) from error
     job = HydraConfig.get()
     if job.mode is RunMode.MULTIRUN:
-        # What the sweep varies: the job's overrides that are not on the command line as they stand.
-        varied = [override for override in job.overrides.task if override not in sys.argv]
-        label = ",".join(varied).replace(os.sep, "_") or str(job.job.num)
+        # What the sweep varies. Hydra respells what is fixed (False to false, 1e-3 to 0.001), but not its key.
+        fixed = {
+            override.partition("=")[0].lstrip("+~") for override in _parse(sys.argv[1:])[1] if not is_swept(override)
+        }
+        varied = [text for text in job.overrides.task if text.partition("=")[0].lstrip("+~") not in fixed]
+        label = _folder_name(",".join(map(without_quotes, varied))) or str(job.job.num)
         config.name = f"{config.name},{label}"
         config.run_dir = str(Path(config.run_dir) / label)
     return config
+
+
+def _folder_name(text: str) -> str:
+    """A text as the name of a folder: on one line, without a slash, and cut to a length that file systems take."""
+    name = "".join(character if character.isprintable() and character != os.sep else "_" for character in text)
+    if len(os.fsencode(name)) <= _LONGEST_LABEL:
+        return name
+    start = os.fsencode(name)[:_LONGEST_LABEL].decode("utf-8", "ignore")
+    return f"{start}...{blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+def _parse(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options, each with its value, and the overrides: argparse itself wants all overrides side by side."""
+    takes_value = {
+        option: action.nargs != "?" or action.choices
+        for action in get_args_parser()._actions
+        for option in action.option_strings
+        if action.nargs != 0
+    }
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        wanted = takes_value.get(word, False)
+        if rest and (wanted is True or (wanted and rest[0] in wanted)):
+            options.append(rest.pop(0))
+    return options, overrides
 
 
 def _configure_logging() -> None:

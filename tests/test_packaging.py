@@ -110,6 +110,12 @@ def test_every_requirement_without_an_extra_has_a_lower_bound(wheel: Path) -> No
     assert free == []
 
 
+def test_what_a_run_with_a_tokenizer_folder_imports_is_no_extra(wheel: Path) -> None:
+    lines = [line.removeprefix("Requires-Dist: ") for line in metadata(wheel).splitlines() if "Requires-Dist" in line]
+    plain = {Requirement(line).name for line in lines if "extra ==" not in line}
+    assert {"transformers", "tokenizers", "safetensors"} <= plain
+
+
 def test_apex_of_pypi_is_asked_for_nowhere(wheel: Path) -> None:
     assert not re.search(r"^Requires-Dist: apex\b", metadata(wheel), re.MULTILINE)
 

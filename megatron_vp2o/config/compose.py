@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from megatron_vp2o.config.explain import CLASSES_OF_A_GROUP, COMPOSITION_ERRORS, explain, unknown_setting
 from megatron_vp2o.config.register import register
 from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.config.written import as_written
 from megatron_vp2o.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def compose(name: str = "train", overrides: Sequence[str] = (), *, config_dir: s
     )
     try:
         with context:
-            return to_config(hydra.compose(config_name=name, overrides=list(overrides)))
+            return to_config(hydra.compose(config_name=name, overrides=as_written(overrides)))
     except ConfigError:
         raise
     except COMPOSITION_ERRORS as error:

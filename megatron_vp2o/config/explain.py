@@ -59,6 +59,9 @@ def unknown_setting(key: str, chosen: Mapping[str, type | None] | None = None) -
         known[group] = [own] if own is not None and own in classes.values() else list(classes.values())
     combinations = (dict(zip(known, classes, strict=True)) for classes in itertools.product(*known.values()))
     names = list(dict.fromkeys(name for classes in combinations for name in setting_names(**classes)))
+    if key in names:  # a recipe with a dotted key: OmegaConf takes it for one name
+        nested = "{".join(f"{part}: " for part in key.split(".")) + "..." + "}" * key.count(".")
+        return f"{key!r} is no key of a recipe, where sections are nested: write `{nested}`"
     section, _, leaf = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == section]
     own_names = {name.rpartition(".")[2]: name for name in siblings}
@@ -104,7 +107,8 @@ def explain(error: BaseException) -> str:
         asked = re.match(r"Could not override '([^']+)'", str(error))  # OmegaConf names only the part it stumbled at
         key = asked[1] if asked and asked[1].startswith(f"{key}.") else key
         return where + unknown_setting(key, _chosen(cause.object_type))
-    return f"{where}{key}: {_line(str(cause.msg or cause).split('full_key:')[0])}"
+    reason = _line(str(cause.msg or cause).split("full_key:")[0])
+    return f"{where}{key}: {reason}" if key else f"{where}{reason}"
 
 
 def _missing(error: MissingConfigException) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_vp2o.config import schema
 from megatron_vp2o.config.ranges import range_of
-from megatron_vp2o.config.register import GROUPS, recipe_names, resource_dir
+from megatron_vp2o.config.register import GROUPS, recipe_files, resource_dir
 
 INTRODUCTION = """\
 # Configuration
@@ -121,10 +121,7 @@ def _head_comment(text: str) -> str:
 
 def reference() -> str:
     """The whole of docs/configuration.md."""
-    recipes = [
-        f"- `{name}`" + _head_comment((resource_dir("recipes") / f"{name}.yaml").read_text(encoding="utf-8"))
-        for name in recipe_names()
-    ]
+    recipes = [f"- `{name}`" + _head_comment(path.read_text(encoding="utf-8")) for name, path in recipe_files().items()]
     parts = [INTRODUCTION.rstrip(), "## Recipes", "\n".join(recipes), section("The run", "", schema.TrainConfig)]
     for group, classes in GROUPS.items():
         parts += [f"## `{group}`", choices(group)]

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -14,6 +15,10 @@ from omegaconf import MISSING, OmegaConf
 
 from megatron_vp2o.config import schema
 from megatron_vp2o.config.rows import RowsTaskConfig
+from megatron_vp2o.config.written import WrittenFiles
+
+#: Folder in recipes/ of those that nobody has run: for hardware that we did not have.
+PLANNED = "planned"
 
 # group -> choice -> dataclass. These choices are the dataclasses as they stand; conf/GROUP/*.yaml are deltas on them.
 GROUPS: dict[str, dict[str, Any]] = {
@@ -46,17 +51,42 @@ def resource_dir(kind: Literal["conf", "recipes"]) -> Path:
     raise FileNotFoundError(f"{kind}/ is neither in {package} nor beside it: reinstall megatron_vp2o")
 
 
+def recipe_files() -> dict[str, Path]:
+    """Files of the recipes by the names that `--config-name` takes, without `train` itself; the planned ones come last."""
+    return {path.stem: path for folder in _recipe_folders() for path in sorted(folder.glob("*.yaml"))}
+
+
 def recipe_names() -> list[str]:
-    """Names that `--config-name` takes, without `train` itself."""
-    return sorted(path.stem for path in resource_dir("recipes").glob("*.yaml"))
+    """Names of all recipes; the planned ones, which nobody has run yet, come last."""
+    return list(recipe_files())
+
+
+def recipe_list() -> str:
+    """The recipes for a help text: first what has been run."""
+    ready = [f"  {name}" for name, path in recipe_files().items() if path.parent.name != PLANNED]
+    planned = [f"  {name}" for name, path in recipe_files().items() if path.parent.name == PLANNED]
+    return "\n".join([*ready, "", "Recipes for large models on GPUs: planned, never run", *planned])
+
+
+def _recipe_folders() -> list[Path]:
+    return [resource_dir("recipes"), resource_dir("recipes") / PLANNED]
+
+
+def group_choices(group: str) -> list[str]:
+    """What `GROUP=` takes: the dataclasses, and the shipped files of conf/GROUP."""
+    return sorted({*GROUPS[group], *(path.stem for path in (resource_dir("conf") / group).glob("*.yaml"))})
+
+
+def _group_list() -> str:
+    return "\n".join(f"  {group}: {', '.join(group_choices(group))}" for group in GROUPS)
 
 
 class ResourceSearchPath(SearchPathPlugin):
     """Puts `recipes/` and `conf/` on Hydra's search path, so that a recipe is found by its name alone."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for kind in ("recipes", "conf"):
-            search_path.append(provider="megatron_vp2o", path=f"file://{resource_dir(kind)}")
+        for folder in (*_recipe_folders(), resource_dir("conf")):
+            search_path.append(provider="megatron_vp2o", path=f"file://{folder}")
 
 
 @cache
@@ -69,6 +99,6 @@ def register() -> None:
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
     Plugins.instance().register(ResourceSearchPath)
-    OmegaConf.register_new_resolver(
-        "vp2o_recipes", lambda: "\n".join(f"  {name}" for name in recipe_names()), replace=True
-    )
+    SourcesRegistry.instance().types["file"] = WrittenFiles
+    OmegaConf.register_new_resolver("vp2o_recipes", recipe_list, replace=True)
+    OmegaConf.register_new_resolver("vp2o_groups", _group_list, replace=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 
 from megatron_vp2o.config.exp_manager import exp_manager_problems
 from megatron_vp2o.config.folders import folder_problems
+from megatron_vp2o.config.parameters import count_on_rank
 from megatron_vp2o.config.ranges import as_yaml, range_problems
 from megatron_vp2o.config.schema import (
     AlgorithmConfig,
@@ -33,6 +35,9 @@ from megatron_vp2o.config.schema import (
 )
 from megatron_vp2o.config.tasks import task_problems
 from megatron_vp2o.errors import ConfigError
+
+SMALLEST_VOCABULARY = 104
+"""Ids of the tasks' own tokenizer, which a model has where its settings name no number."""
 
 
 def validate(
@@ -272,10 +277,23 @@ def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> I
     if cuda_devices == 0:
         for setting in _needs_transformer_engine(config):
             yield (f"{setting} needs a GPU, and this machine has none: use model.implementation=auto")
+        yield from _host_memory(config, local_world_size)
     elif local_world_size > cuda_devices:
         yield (
             f"{local_world_size} processes on a node with {cuda_devices} GPUs: "
             f"start at most {cuda_devices} (torchrun --nproc-per-node)"
+        )
+
+
+def _host_memory(config: TrainConfig, local_world_size: int) -> Iterator[str]:
+    """What training certainly takes on the CPU: weights, the actor's, gradients and two moments, in float32."""
+    vocabulary = config.model.vocab_size or SMALLEST_VOCABULARY
+    count = count_on_rank(config.model, config.parallel, vocabulary).total
+    needed, there = 20 * count * local_world_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        yield (
+            f"the model has {count / 1e9:.3g}e9 parameters on each rank, and {local_world_size} of them take at least "
+            f"{needed / 2**30:.4g} GiB of this machine's {there / 2**30:.3g} GiB: choose a smaller model.*, or more machines"
         )
 
 

@@ -17,6 +17,9 @@ import numpy as np
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Split, Task, Tokenizer
 
+CHECKED_BYTES = 2**26
+"""How much of a JSONL file is read before a run starts: half a second."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -67,12 +70,13 @@ class JsonlText:
     """The text in one field of each line of a JSONL file, tokenised when it is read, with an end-of-sequence.
 
     Only the byte offsets of the lines are kept in memory (8 bytes each), found in one pass over the file when this is
-    made. Lines of white space are not documents. The first document is read at once, so that a wrong field name is
-    found early; a bad line further on is found when its turn comes.
+    made. Lines of white space are not documents. Lines are read at once as far as CHECKED_BYTES, so that what is wrong
+    is found before anything is spent; a bad line further on, or one that only the tokenizer refuses, when its turn comes.
 
     Raises:
-        ConfigError: if there is no such file or nothing in it, and, with the number of the line, for what is no JSON
-            object, lacks the field, or holds text that the tokenizer refuses with a ValueError or KeyError.
+        ConfigError: if there is no such file or nothing in it, if all texts are empty, and, with the number of the line, for
+            what is no JSON object, lacks the field, or holds text that is no Unicode or that the tokenizer refuses with a
+            ValueError or KeyError.
     """
 
     splittable = True
@@ -95,6 +99,7 @@ class JsonlText:
         if not self._offsets:
             raise ConfigError(f"{self.path} has no documents: it needs one JSON object a line")
         self.get(0, 0)
+        self._check_start()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -102,19 +107,51 @@ class JsonlText:
     def get(self, index: int, epoch: int) -> Document:
         self._file.seek(self._offsets[index])
         line = self._file.readline()
+        text = self._text(index, line)
         try:
-            record = json.loads(line)
+            tokens = self.tokenizer.encode(text)
+        except (KeyError, ValueError) as error:
+            raise self._bad_line(index, f"the tokenizer refuses it ({error})", line) from error
+        return Document(np.array([*tokens, self.tokenizer.eos_id], dtype=np.int64), 0)
+
+    def _check_start(self) -> None:
+        """Read the first lines, without the tokenizer, which takes a hundred times as long."""
+        empty = 0
+        for index, offset in enumerate(self._offsets):
+            if offset > CHECKED_BYTES:
+                break
+            self._file.seek(offset)
+            empty += not self._text(index, self._file.readline())
+        else:
+            index += 1
+        if empty == index:
+            raise ConfigError(
+                f"{self.path}: the texts in the field {self.text_field!r} of all {index} lines that were read are empty: "
+                "there is nothing to learn; name the field of the text with algorithm.data.text_field"
+            )
+
+    def _text(self, index: int, line: bytes) -> str:
+        """The text of a line; `index` says which document it is, for the error."""
+        try:
+            # Numbers are not used. As integers, those of more than 4300 digits would be refused by Python.
+            record = json.loads(line, parse_int=float)
         except UnicodeDecodeError:
             raise self._bad_line(index, "not UTF-8", line) from None
         except json.JSONDecodeError as error:
             raise self._bad_line(index, f"not JSON ({error.msg} at column {error.colno})", line) from None
-        if not isinstance(record, dict) or not isinstance(record.get(self.text_field), str):
+        except RecursionError:
+            raise self._bad_line(index, "nested too deeply to be read", line) from None
+        text = record.get(self.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
             raise self._bad_line(index, f'no object with text in its field "{self.text_field}"', line)
         try:
-            tokens = self.tokenizer.encode(record[self.text_field])
-        except (KeyError, ValueError) as error:
-            raise self._bad_line(index, f"the tokenizer refuses it ({error})", line) from error
-        return Document(np.array([*tokens, self.tokenizer.eos_id], dtype=np.int64), 0)
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = (
+                f"not Unicode (half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start})"
+            )
+            raise self._bad_line(index, problem, line) from None
+        return text
 
     def _bad_line(self, index: int, problem: str, line: bytes) -> ConfigError:
         number, left = 1, self._offsets[index]

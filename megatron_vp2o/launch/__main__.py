@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_vp2o.config.reference import field_docstrings
-from megatron_vp2o.config.register import recipe_names
+from megatron_vp2o.config.register import recipe_list
 from megatron_vp2o.errors import ConfigError, UserError
 from megatron_vp2o.launch.checks import check
 from megatron_vp2o.launch.jobs import make_jobs, world_size
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    parts = [USAGE, "Recipes", *(f"  {name}" for name in recipe_names())]
+    parts = [USAGE, "Recipes", recipe_list()]
     seen: set[str] = set()
     for name, cls in (("local", ExecutorSettings), ("torchrun", TorchrunSettings), ("slurm", SlurmSettings)):
         more = " (and those above)" if seen else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,10 @@ def ends_in(folder: Path) -> list[int]:
     return []
 
 
+#: What transformers raises for files that are damaged, of another kind, or need a package that is not installed.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a local folder, whatever its kind; never downloads and never runs code from the folder.
 
@@ -219,8 +224,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     try:
         inner = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # tokenizers, in Rust, raises Exception itself for a file of another version or kind.
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"transformers cannot read the tokenizer in {folder}: {str(error).partition(chr(10))[0]}"
+            f"transformers {metadata.version('transformers')} cannot read the tokenizer in {folder} ({reason}): "
+            "save it anew with this version's save_pretrained, or name another folder"
         ) from error
     return HuggingFaceTokenizer(inner, ends_in(path))

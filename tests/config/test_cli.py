@@ -218,3 +218,50 @@ def test_the_entry_point_imports_nothing_heavy_before_the_run(tmp_path, argument
         timeout=60,
     )
     assert "HEAVY []" in done.stdout, done.stderr
+
+
+def test_a_fixed_setting_does_not_enter_the_folders_of_a_sweep_however_it_is_spelt(command):
+    fixed = ["model.recompute=false", "optimizer.lr=1e-3", "logging.wandb_project='a b'", "evaluation.pass_at=[1, 4]"]
+    result = command("--multirun", *fixed, "seed=1,2")
+    assert [config.run_dir for config in result.configs] == ["runs/run/seed=1", "runs/run/seed=2"]
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(command):
+    result = command(
+        "seed=1,2", "--multirun", "algorithm.steps=51", "--config-name", "countdown_tiny_supervised", "name=x"
+    )
+    assert (result.status, result.errors) == (0, "")
+    assert [(config.seed, config.algorithm.steps, config.name) for config in result.configs] == [
+        (1, 51, "x,seed=1"),
+        (2, 51, "x,seed=2"),
+    ]
+    result = command("optimizer.lr=0.5", "--cfg", "job", "-p", "optimizer", "optimizer.min_lr=0.1")
+    assert "lr: 0.5\n" in result.output and "min_lr: 0.1\n" in result.output
+
+
+def test_a_sweep_over_many_settings_has_folders_that_a_file_system_takes(command, tmp_path):
+    swept = [
+        "algorithm.trust_region.max_consecutive_rejections=7,8",
+        "algorithm.stein.initial_power_iterations=33,34",
+        "algorithm.specialization.orthogonality_token_fraction=0.5",
+        "algorithm.trust_region.contexts_per_rank=77",
+        f"notes={'y' * 300},{'z' * 300}",
+    ]
+
+    def action(config):
+        Path(config.run_dir).mkdir(parents=True)
+        return 0
+
+    result = command("algorithm=vp2o", "--multirun", *swept, action=action)
+    folders = [path.name for path in (tmp_path / "runs" / "run").iterdir() if path.is_dir()]
+    assert (result.status, len(folders)) == (0, 8)
+    assert all("max_consecutive_rejections=" in name and "contexts" not in name for name in folders)
+
+
+@pytest.mark.parametrize("name", ["2026_11_26", "1e3", "007", "true", "0x10"])
+def test_a_name_that_looks_like_a_number_stays_as_it_is(command, tmp_path, name):
+    assert [config.run_dir for config in command(f"name={name}").configs] == [f"runs/{name}"]
+    (tmp_path / "mine.yaml").write_text(f"defaults: [train, _self_]\nname: {name}\n")
+    assert [config.name for config in command("--config-dir", ".", "--config-name", "mine").configs] == [name]
+    swept = command("--multirun", f"name={name},other")
+    assert [config.name for config in swept.configs] == [f"{name},name={name}", "other,name=other"]

@@ -70,6 +70,15 @@ MISTAKES = [
     (["steps"], ["steps", "KEY=VALUE"]),
     (["optimizer.lr=1,2"], ["optimizer.lr=1,2", "--multirun"]),
     (["algorithm=null"], ["group override"]),
+    (["model.recompute=7"], ["model.recompute=7 must be true or false"]),
+    (["model.recompute=1.0"], ["model.recompute=1.0 must be true or false"]),
+    (["optimizer.lr=true"], ["optimizer.lr", "'True'"]),
+    (["optimizer.lr='1e-3'"], ["optimizer.lr='1e-3'", "must be a number: write it without quotes"]),
+    (["optimizer={lr: '1'}"], ["optimizer.lr='1'", "without quotes"]),
+    (["model.recompute='true'"], ["model.recompute='true'", "must be true or false"]),
+    (["algorithm.steps=1.5"], ["algorithm.steps", "'1.5'", "Integer"]),
+    (["algorithm.steps=null"], ["algorithm.steps", "not Optional"]),
+    (["task.rows=9"], ["task.rows is a setting of task=shortest_path, but this run has another task"]),
 ]
 
 
@@ -103,6 +112,13 @@ def test_unknown_recipe_names_the_closest():
         ),
         ("defaults: [train, {override /modle: tiny}, _self_]\n", "there is no group 'modle'; did you mean 'model'"),
         ("name: alone\n", "not built on `train`"),
+        ("defaults: [train, _self_]\noptimizer.lr: 1\n", "sections are nested: write `optimizer: {lr: ...}`"),
+        (
+            "defaults: [train, _self_]\nmodel: {recompute: 7}\n",
+            "in mine.yaml: model.recompute: 7 must be true or false",
+        ),
+        ('defaults: [train, _self_]\noptimizer: {lr: "1"}\n', "in mine.yaml: optimizer.lr='1' is text"),
+        ("defaults: [train, _self_]\noptimizer: 3\n", "in mine.yaml: Merge error"),
         ("defaults: [train, _self_]\nalgorithm: [1,\n", "cannot read a YAML file"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_vp2o.config.compose import compose
-from megatron_vp2o.config.register import GROUPS, recipe_names, resource_dir
+from megatron_vp2o.config.register import GROUPS, PLANNED, recipe_files, recipe_list, recipe_names, resource_dir
 from megatron_vp2o.config.schema import DataSource, SupervisedConfig, TrainConfig
 from megatron_vp2o.config.validate import validate
 
@@ -38,6 +38,18 @@ def repeated(body: dict, base: TrainConfig, prefix: str = "") -> list[str]:
 
 def test_there_are_recipes():
     assert {"countdown_tiny_supervised", "countdown_tiny_grpo"} <= set(recipe_names())
+
+
+def test_planned_recipes_are_in_a_folder_of_their_own():
+    for path in recipe_files().values():
+        assert ("Planned, never run" in path.read_text()) == (path.parent.name == PLANNED), path
+
+
+def test_help_shows_first_what_has_been_run():
+    text = recipe_list()
+    ready, planned = text.split("planned, never run")
+    assert "countdown_tiny_vp2o" in ready and "64xh100" not in ready
+    assert "vp2o_33b_a4b_countdown4_8k_64xh100" in planned
 
 
 def world_size(name: str) -> int:
@@ -100,7 +112,7 @@ def test_large_twins_differ_in_the_algorithm_only(name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_repeats_no_default(name, tmp_path):
-    body = yaml.safe_load((resource_dir("recipes") / f"{name}.yaml").read_text())
+    body = yaml.safe_load(recipe_files()[name].read_text())
     defaults = body.pop("defaults")
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump({"defaults": defaults}))
     assert repeated(body, compose("bare", config_dir=tmp_path)) == []

@@ -409,6 +409,14 @@ def test_what_needs_a_gpu(monkeypatch):
     assert "4 processes on a node with 2 GPUs" in problems(configured({}), 4, cuda_devices=2, local_world_size=4)[0]
 
 
+def test_a_model_that_this_machine_cannot_hold():
+    large = configured({"model.hidden_size": 2**17, "model.moe_ffn_hidden_size": 2**17})
+    validate(large)  # elsewhere perhaps
+    (found,) = problems(large, cuda_devices=0)
+    assert "parameters on each rank" in found and "GiB of this machine's" in found
+    validate(configured({}), cuda_devices=0)
+
+
 def test_prompts_and_responses_fit_together():
     config = configured({"model.max_sequence_length": 40, "rollout.sampling.max_new_tokens": 24})
     validate_prompts(config, 16)

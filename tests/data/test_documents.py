@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vp2o.data import documents as module
 from megatron_vp2o.data.documents import JsonlText, TaskDemonstrations
 from megatron_vp2o.data.packing import PackedBatches
 from megatron_vp2o.errors import ConfigError
@@ -114,14 +115,29 @@ def test_jsonl_reads_every_line_in_any_order(tmp_path):
         ('{"text": 5}', 'line 3: no object with text in its field "text"'),
         ('["text"]', 'line 3: no object with text in its field "text"'),
         ('{"text": "aBc"}', "line 3: the tokenizer refuses it .*'B'"),
+        ('{"text": "a\\ud83d"}', r"line 3: not Unicode \(half of a surrogate pair, \\ud83d, at character 1\)"),
+        ('{"text": "\\ude00a"}', r"line 3: not Unicode \(half of a surrogate pair"),
+        ('{"text": ' + "9" * 5000 + "}", 'line 3: no object with text in its field "text"'),
+        ("[" * 100_000 + "]" * 100_000, "line 3: nested too deeply to be read"),
+        ('{"text": "abc", "other": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001, "line 3: nested too deeply"),
+        ('{"text": null}', 'line 3: no object with text in its field "text"'),
+        ("null", 'line 3: no object with text in its field "text"'),
     ],
+    ids=lambda value: value[:30],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
-    documents = JsonlText(write(tmp_path, '{"text": "abc"}', "", line, '{"text": "abc"}'), "text", Letters())
+@pytest.mark.parametrize("checked", [True, False], ids=["at the start", "in its turn"])
+def test_a_bad_line_is_named(tmp_path, monkeypatch, line, message, checked):
+    path = write(tmp_path, '{"text": "abc"}', "", line, '{"text": "abc"}')
+    if checked and "tokenizer" not in message:
+        with pytest.raises(ConfigError, match=f"text.jsonl, {message}"):
+            JsonlText(path, "text", Letters())
+        return
+    monkeypatch.setattr(module, "CHECKED_BYTES", 1)
+    documents = JsonlText(path, "text", Letters())
     documents.get(2, 0)
     with pytest.raises(ConfigError, match=f"text.jsonl, {message}") as caught:
         documents.get(1, 0)
-    assert line in str(caught.value) and "algorithm.data.text_field" in str(caught.value)
+    assert line[:80] in str(caught.value) and "algorithm.data.text_field" in str(caught.value)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
@@ -129,6 +145,28 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     path.write_bytes(b'{"text": "ok"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(ConfigError, match="line 2: not UTF-8"):
         JsonlText(path, "text", Letters()).get(1, 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1", "cp1252", "shift-jis"])
+def test_other_encodings_are_named_before_the_run(tmp_path, encoding):
+    words = ("abc", "日本" if encoding == "shift-jis" else "naïve")
+    path = tmp_path / "text.jsonl"
+    path.write_bytes("".join(f'{{"text": "{word}"}}\n' for word in words).encode(encoding))
+    with pytest.raises(ConfigError, match=r"text.jsonl, line [12]: not (UTF-8|JSON)"):
+        JsonlText(path, "text", Letters())
+
+
+def test_a_byte_order_mark_and_numbers_of_any_length_do_no_harm(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "abc", "id": ' + b"7" * 5000 + b"}\n")
+    documents = JsonlText(path, "text", Letters())
+    assert Letters().decode(documents.get(0, 0).tokens.tolist()) == "abc"
+
+
+def test_only_empty_texts_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="all 3 lines that were read are empty: there is nothing to learn"):
+        JsonlText(write(tmp_path, *['{"text": ""}'] * 3), "text", Letters())
+    assert len(JsonlText(write(tmp_path, '{"text": ""}', '{"text": "a"}'), "text", Letters())) == 2
 
 
 def test_files_that_cannot_be_used_are_refused_at_once(tmp_path):

@@ -197,3 +197,35 @@ def test_graders_see_no_end_and_every_other_special_token(tmp_path: Path) -> Non
         body = ids[:-1] if ids and ids[-1] in (1, 3) else ids
         expected = NOT_TEXT if {1, 3} & set(body) else "".join(names[i] for i in body)
         assert response_text(tokenizer, ids) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"version": "9.0", "model": {"type": "Hologram"}}',
+        "[]",
+        "{}",
+        "null",
+        '"text"',
+        "\ud83d",
+        '{"model": null}',
+        "\0",
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError, match="cannot read the tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"tokenizer_class": 3}', '{"tokenizer_class": "Nobody", "eos_token": []}']
+)
+def test_settings_of_a_tokenizer_that_cannot_be_read(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
