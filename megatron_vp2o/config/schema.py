@@ -201,6 +201,54 @@ class ShortestPathTaskConfig(TaskConfig):
 
 
 @dataclass
+class AddendsTaskConfig(TaskConfig):
+    """Numbers with a given sum, none above a given bound: tens to hundreds of right answers a problem."""
+
+    name: str = "addends"
+    """Which task."""
+    addends: Annotated[int, Range(2, 6)] = 3
+    """How many numbers to write."""
+    min_target: Annotated[int, Range(2, 9999)] = 20
+    """Smallest sum."""
+    max_target: Annotated[int, Range(2, 9999)] = 119
+    """Largest sum."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Problems with fewer right answers are left out."""
+
+
+@dataclass
+class ColoringTaskConfig(TaskConfig):
+    """Colour the nodes of a small graph so that no edge joins two of the same colour."""
+
+    name: str = "coloring"
+    """Which task."""
+    nodes: Annotated[int, Range(3, 9)] = 7
+    """Nodes of each graph."""
+    edges: Annotated[int, Range(1, 36)] = 8
+    """Edges of each graph."""
+    colors: Annotated[int, Range(2, 5)] = 3
+    """Colours there are."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Graphs with fewer right answers are left out."""
+
+
+@dataclass
+class OpenPathTaskConfig(TaskConfig):
+    """A shortest way from corner to corner of a grid with few blocked cells: tens of right answers a problem."""
+
+    name: str = "open_path"
+    """Which task."""
+    rows: Annotated[int, Range(2, 12)] = 5
+    """Grid height."""
+    columns: Annotated[int, Range(2, 12)] = 5
+    """Grid width."""
+    blocked_probability: Annotated[float, DECAY] = 0.15
+    """Chance that a cell is blocked."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Grids with fewer right answers are left out."""
+
+
+@dataclass
 class SamplingConfig:
     """How tokens are drawn."""
 

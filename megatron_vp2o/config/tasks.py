@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from megatron_vp2o.config.ranges import range_problems
 from megatron_vp2o.config.register import GROUPS
 from megatron_vp2o.config.rows import RowsTaskConfig, rows_problems
-from megatron_vp2o.config.schema import CountdownTaskConfig, ShortestPathTaskConfig, TaskConfig
+from megatron_vp2o.config.schema import (
+    AddendsTaskConfig,
+    ColoringTaskConfig,
+    CountdownTaskConfig,
+    ShortestPathTaskConfig,
+    TaskConfig,
+)
 from megatron_vp2o.errors import ConfigError
 
 
@@ -32,6 +38,16 @@ def task_problems(task: TaskConfig) -> Iterator[str]:
             low, high = getattr(task, f"min_{kind}"), getattr(task, f"max_{kind}")
             if low > high:
                 yield f"task.min_{kind}={low} and task.max_{kind}={high}: choose the smaller first"
+    if isinstance(task, AddendsTaskConfig):
+        if task.min_target > task.max_target:
+            yield f"task.min_target={task.min_target} and task.max_target={task.max_target}: choose the smaller first"
+        elif task.max_target < task.addends:
+            yield (
+                f"task.max_target={task.max_target} is no sum of task.addends={task.addends} numbers from 1 on: "
+                f"choose at least {task.addends}"
+            )
+    if isinstance(task, ColoringTaskConfig) and task.edges > (most := task.nodes * (task.nodes - 1) // 2):
+        yield f"task.edges={task.edges}: task.nodes={task.nodes} nodes have at most {most} edges; choose no more"
     if isinstance(task, ShortestPathTaskConfig) and task.rows * task.columns < 2:
         yield f"task.rows={task.rows} and task.columns={task.columns}: choose at least two cells"
 

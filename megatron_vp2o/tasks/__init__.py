@@ -8,11 +8,20 @@ from megatron_vp2o.config.rows import RowsTaskConfig
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.config.tasks import check_task
 from megatron_vp2o.rl.types import Reward, Task
+from megatron_vp2o.tasks.addends import AddendsTask
+from megatron_vp2o.tasks.coloring import ColoringTask
 from megatron_vp2o.tasks.countdown import CountdownTask
+from megatron_vp2o.tasks.open_path import OpenPathTask
 from megatron_vp2o.tasks.rows import RowsTask
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask
 
-TASKS: dict[str, Callable[..., Task]] = {"countdown": CountdownTask, "shortest_path": ShortestPathTask}
+TASKS: dict[str, Callable[..., Task]] = {
+    "countdown": CountdownTask,
+    "shortest_path": ShortestPathTask,
+    "addends": AddendsTask,
+    "coloring": ColoringTask,
+    "open_path": OpenPathTask,
+}
 
 
 def make_task(
