@@ -9,6 +9,10 @@ TORCH ?= torch==2.13.0
 # Further arguments of pytest, of the training runs of `make run`, and of the benchmarks.
 TESTARGS ?=
 RUNARGS ?=
+# Which study `make study` runs (study/NAME.yaml), with what further arguments, and how many runs side by side.
+STUDY ?= smoke
+STUDYARGS ?=
+SLOTS ?= $(shell nproc 2>/dev/null || echo 1)
 BENCHARGS ?=
 # Processes of the training runs of `make run`. Two with one thread each are faster than one with two.
 RANKS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 > 1 ? 2 : 1)}')
@@ -31,7 +35,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run demo-trust-region test install-launch launch test-slurm smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python install install-dev run study demo-trust-region test install-launch launch test-slurm smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -58,6 +62,9 @@ demo-trust-region: install ## After `make run`: a learning rate 30 times too lar
 	$(TRAIN) --config-name countdown_tiny_vp2o name=trust_region $(DEMO) \
 		algorithm.trust_region.delta=0.012 algorithm.trust_region.max_backtracks=10 $(RUNARGS)
 	$(PY) tools/report.py runs/unclipped runs/trust_region
+
+study: install ## Variants x tasks x seeds, each run once: table and page in runs/study/STUDY [STUDY=smoke SLOTS=2 STUDYARGS=...]
+	OMP_NUM_THREADS=1 $(PY) -m megatron_vp2o.study $(STUDY) --slots $(SLOTS) $(STUDYARGS)
 
 convert-to-megatron: install ## Hugging Face to Megatron: HF=folder OUT=new folder [TP= PP= EP= ETP= CONVERTARGS=]
 	$(PY) -m tools.convert to-megatron '$(HF)' '$(OUT)' --tp $(TP) --pp $(PP) --ep $(EP) --etp $(ETP) $(CONVERTARGS)

@@ -95,6 +95,15 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What every rank of the group has, in rank order."""
+    if group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank is: its rank in the world, and in its groups of experts."""
@@ -108,11 +117,7 @@ class Place:
 def gather_places(groups: Groups, group: dist.ProcessGroup) -> list[Place]:
     """Of all ranks of a group, in its order. A collective over the group."""
     own = Place(groups.rank, groups.ep.rank(), groups.etp.rank(), groups.expert_dp.rank())
-    if group.size() == 1:
-        return [own]
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone
+    return gather_objects(own, group)
 
 
 def _collective_device(group: dist.ProcessGroup) -> torch.device:

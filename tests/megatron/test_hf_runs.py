@@ -105,7 +105,7 @@ def test_transformers_reproduces_the_evaluation_of_an_exported_run(tmp_path: Pat
     engine: Any = TransformersEngine(model, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     groups = alone()
     try:
-        found = evaluate(
+        found, _ = evaluate(
             engine,
             make_task(config.task),
             Split.validation,

@@ -1,0 +1,1 @@
+"""Studies: variants x tasks x seeds as data, run once each and compared with intervals."""

@@ -1,0 +1,68 @@
+"""`python -m megatron_vp2o.study NAME`: run what is missing of a study, then write its table and page."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from megatron_vp2o.errors import UserError
+from megatron_vp2o.study.report import markdown
+from megatron_vp2o.study.results import collect, write_table
+from megatron_vp2o.study.runner import run_all
+from megatron_vp2o.study.spec import jobs, load_study
+
+TABLE, PAGE = "results.csv", "results.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 where every run is done, 1 where some failed or are left, 2 for what is no study."""
+    options = _options(arguments)
+    try:
+        study = load_study(options.study)
+        folder = Path(options.folder or Path("runs") / "study" / study.name)
+        todo, failures = jobs(study, folder), []
+        if not options.table_only:
+            until = None if options.minutes is None else time.time() + 60 * options.minutes
+            prefix = shlex.split(options.prefix)
+            failures = run_all(
+                todo, folder, slots=options.slots, prefix=prefix, preload=study.preload, until=until, say=_say
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results = collect(todo)
+    write_table(results, folder / TABLE)
+    page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    print(f"{folder / TABLE}\n{folder / PAGE}")
+    for failure in failures:
+        print(f"failed: {failure.job.name} (status {failure.status})", file=sys.stderr)
+    return 0 if len(results) == len(todo) else 1
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m megatron_vp2o.study", description=__doc__)
+    parser.add_argument("study", help="name of a file in study/, or the path of one")
+    parser.add_argument("--folder", help="where its runs go (default: runs/study/NAME)")
+    parser.add_argument("--slots", type=_count, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--prefix", default="", help="words before each run's command, `nice -n 10` for instance")
+    parser.add_argument("--minutes", type=float, help="start nothing after so long, and let what runs save and stop")
+    parser.add_argument("--table-only", action="store_true", help="run nothing; write table and page of what is done")
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of runs: choose 1 or more")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""A study's results in Markdown: one table a task, differences from the baseline with intervals, what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vp2o.study.results import Result
+from megatron_vp2o.study.runner import Failure
+from megatron_vp2o.study.spec import WARM_UP, Job, Study
+from megatron_vp2o.study.statistics import Array, Estimate, at_accuracy, bootstrap, front, holm, paired_difference
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A variant on one task, over the seeds that it and the baseline have both finished."""
+
+    variant: str
+    seeds: list[int]
+    accuracy: Estimate
+    distinct: Estimate
+    accuracy_difference: Estimate
+    distinct_difference: Estimate
+    matched: (
+        float | None
+    )  # distinct answers on validation minus the baseline's, where both first have the same accuracy
+    degradation: float  # best accuracy on validation minus the last, mean over seeds
+    tokens_per_solution: float  # generated tokens for one right answer on test
+
+
+def markdown(
+    study: Study, jobs: Sequence[Job], results: Sequence[Result], failures: Sequence[Failure], command: str
+) -> str:
+    """The page."""
+    done = {result.job.name for result in results}
+    lines = [f"## {study.name}", "", study.description.strip(), ""]
+    commits, machines = ({r.done[key] for r in results} for key in ("commit", "machine"))
+    lines += [
+        f"`{command}`, commit {', '.join(sorted(commits)) or 'none'}, {'; '.join(sorted(machines)) or 'no machine'}. "
+        f"{len(done)} of {len(jobs)} runs are finished."
+    ]
+    left = [job.name for job in jobs if job.name not in done]
+    if left:
+        lines += ["", f"Not finished: {', '.join(left)}."]
+    for failure in failures:
+        lines += ["", f"Failed: {failure.job.name}, status {failure.status}."]
+    for task in study.tasks:
+        lines += ["", *_task(study, task, [r for r in results if r.job.task == task])]
+    return "\n".join(lines) + "\n"
+
+
+def _task(study: Study, task: str, results: list[Result]) -> list[str]:
+    rows = compare(study, results)
+    lines = [f"### {task}", ""]
+    warm = [r for r in results if r.job.variant == WARM_UP]
+    if warm:
+        first, ceiling = warm[0], warm[0].ceiling()
+        lines += [
+            f"Test problems: {len(first.problems)}, {first.problems[0]['samples']} samples each. Warm-up: accuracy "
+            f"{first.accuracy_P().mean():.3f}, {first.distinct_P().mean():.2f} distinct right answers. "
+            + (
+                "Its own distribution, given that every sample is right, would show "
+                f"{ceiling:.1f} (rejection-sampling ceiling, a lower bound: mean over the problems that it solved)."
+                if ceiling is not None
+                else "It solved no problem, so there is no rejection-sampling ceiling."
+            ),
+            "",
+        ]
+    if not rows:
+        return [*lines, "No variant has a seed in common with the baseline yet."]
+    best = front({row.variant: (row.accuracy.mean, row.distinct.mean) for row in rows})
+    others = [row for row in rows if row.variant != study.baseline]
+    p = holm({row.variant: row.distinct_difference.p for row in others})
+    lines += [
+        "| variant | seeds | accuracy (pass@1) | distinct right answers | accuracy - baseline | distinct - baseline "
+        "| Holm p (distinct) | distinct - baseline at equal accuracy | late loss of accuracy | tokens per right answer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        own = row.variant == study.baseline
+        cells = [
+            f"{row.variant}{' *' if row.variant in best else ''}",
+            " ".join(map(str, row.seeds)),
+            str(row.accuracy),
+            str(row.distinct),
+            "baseline" if own else str(row.accuracy_difference),
+            "baseline" if own else str(row.distinct_difference),
+            "" if own else f"{p[row.variant]:.3f}",
+            "" if own or row.matched is None else f"{row.matched:+.2f}",
+            f"{row.degradation:.3f}",
+            f"{row.tokens_per_solution:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Test split; 95 % intervals from a bootstrap over seeds and problems, differences paired by both. `*`: no other variant "
+        "is better in accuracy or distinct answers without being worse in the other. With one seed the intervals are over "
+        "problems only.",
+    ]
+    return lines
+
+
+def compare(study: Study, results: Sequence[Result]) -> list[Compared]:
+    """Each variant beside the baseline, in the study's order; variants without a seed in common with it are left out."""
+    by_variant = {variant: {r.job.seed: r for r in results if r.job.variant == variant} for variant in study.variants}
+    baseline = by_variant[study.baseline]
+    rows = []
+    for variant, runs in by_variant.items():
+        seeds = sorted(runs.keys() & baseline.keys())
+        if not seeds:
+            continue
+        ours, theirs = [runs[s] for s in seeds], [baseline[s] for s in seeds]
+        accuracy_SP, distinct_SP = _stack(ours, "accuracy"), _stack(ours, "distinct")
+        rows.append(
+            Compared(
+                variant,
+                seeds,
+                bootstrap(accuracy_SP),
+                bootstrap(distinct_SP),
+                paired_difference(accuracy_SP, _stack(theirs, "accuracy")),
+                paired_difference(distinct_SP, _stack(theirs, "distinct")),
+                _matched(ours, theirs),
+                float(np.mean([max(r.series["eval/pass@1"]) - r.series["eval/pass@1"][-1] for r in ours])),
+                _tokens_per_solution(ours),
+            )
+        )
+    return rows
+
+
+def _stack(runs: Sequence[Result], what: str) -> Array:
+    return np.stack([run.accuracy_P() if what == "accuracy" else run.distinct_P() for run in runs])
+
+
+def _matched(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
+    """Mean over seeds, each at the highest accuracy that both runs reached; None where no seed has one above the start."""
+    differences = []
+    for own, other in zip(ours, theirs, strict=True):
+        level = min(max(run.series["eval/pass@1"]) for run in (own, other))
+        if level <= max(run.series["eval/pass@1"][0] for run in (own, other)):
+            continue
+        here, there = (
+            at_accuracy(run.series["eval/pass@1"], run.series["eval/distinct"], level) for run in (own, other)
+        )
+        if here is not None and there is not None:
+            differences.append(here - there)
+    return float(np.mean(differences)) if differences else None
+
+
+def _tokens_per_solution(runs: Sequence[Result]) -> float:
+    accuracy = np.mean([run.final["test/pass@1"] for run in runs])
+    length = np.mean([run.final["test/response_length"] for run in runs])
+    return float(length / accuracy) if accuracy > 0 else float("inf")

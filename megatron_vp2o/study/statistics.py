@@ -1,0 +1,103 @@
+"""Comparing variants: paired bootstrap over seeds and problems, Holm's correction, fronts, accuracy-matched differences.
+
+Shape legend: S seeds, P problems (the same ones, in the same order, for every seed and variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 4000
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, and a two-sided bootstrap p-value against 0 (differences only)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(values_SP: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of values by seed and problem, with a percentile interval from resampling seeds and problems, each as a whole.
+
+    Seeds and problems are crossed, so both are drawn with replacement, and a problem keeps its values over seeds together. With
+    one seed the interval is over problems only, and says nothing of other seeds.
+
+    Raises:
+        ValueError: for nothing.
+    """
+    seeds, problems = values_SP.shape
+    if not values_SP.size:
+        raise ValueError("no values to estimate a mean from")
+    random = np.random.default_rng(seed)
+    weights_S = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    weights_P = random.multinomial(problems, np.full(problems, 1 / problems), size=resamples) / problems
+    means = np.einsum("rs,sp,rp->r", weights_S, values_SP, weights_P, optimize=True)
+    low, high = np.quantile(means, [0.025, 0.975])
+    # at least one in the tail: no p-value of 0 from a finite number of resamples
+    tail = (1 + min((means <= 0).sum(), (means >= 0).sum())) / (resamples + 1)
+    return Estimate(float(values_SP.mean()), float(low), float(high), float(min(1.0, 2 * tail)))
+
+
+def paired_difference(ours_SP: Array, theirs_SP: Array, **options: int) -> Estimate:
+    """Mean of ours minus theirs, paired by seed and problem. Raises ValueError where they have not the same shape."""
+    if ours_SP.shape != theirs_SP.shape:
+        raise ValueError(f"cannot pair {ours_SP.shape} seeds and problems with {theirs_SP.shape}")
+    return bootstrap(ours_SP - theirs_SP, **options)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number (Holm 1979): reject those below 0.05, and one error among them stays below 0.05."""
+    corrected: dict[str, float] = {}
+    largest = 0.0
+    for i, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p))
+        corrected[name] = largest
+    return corrected
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Names that no other is at least as good as in both coordinates and better in one."""
+    return {
+        name
+        for name, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a > x or b > y) for other, (a, b) in points.items() if other != name)
+    }
+
+
+def at_accuracy(accuracy: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """A metric where a run's accuracy first reaches `level`, between its evaluations by straight lines; None if never.
+
+    Args:
+        accuracy: of the run's evaluations, in order.
+        values: the metric at the same evaluations.
+    """
+    if accuracy and accuracy[0] >= level:
+        return values[0]
+    for i in range(1, len(accuracy)):
+        if accuracy[i] >= level:
+            share = (level - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return None
+
+
+def expected_distinct(counts: Sequence[int], draws: int) -> float:
+    """Different answers expected among `draws` draws, with replacement, from the frequencies of a sample.
+
+    From the warm-up's right answers this is what its own distribution, given that the answer is right, would show: the ceiling of
+    every method whose target keeps the ratios between right answers. Answers that the sample missed are missed here too, so
+    it is a lower bound of the ceiling.
+    """
+    total = sum(counts)
+    return sum(1.0 - (1.0 - count / total) ** draws for count in counts)

@@ -1,0 +1,66 @@
+"""`make study STUDY=smoke`: killed in the middle and started again, with a variant that fails, it comes to the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from megatron_vp2o.study.spec import FOLDER
+from tests.distributed import ROOT
+
+
+def start(study: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_vp2o.study", study, "--folder", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def table(folder: Path) -> list[str]:
+    """Lines without what differs: folders are not in it, and commit and machine are the same here."""
+    return (folder / "results.csv").read_text().splitlines()
+
+
+def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
+    whole = start("smoke", tmp_path / "whole")
+    output, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0, output
+    page = (tmp_path / "whole" / "results.md").read_text()
+    assert "5 of 5 runs are finished" in page and "| grpo" in page and "| answers" in page
+    assert len(table(tmp_path / "whole")) == 1 + 5
+
+    # the same study with a variant that cannot be: its runs fail, and the others do not care
+    body = yaml.safe_load((ROOT / FOLDER / "smoke.yaml").read_text())
+    body["variants"]["broken"] = ["algorithm.group_size=1"]
+    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(body))
+    folder = tmp_path / "killed"
+    first = start(str(tmp_path / "smoke.yaml"), folder)
+    run = folder / "addends" / "grpo" / "seed_1"
+    deadline = time.time() + 100
+    while not (run / "checkpoints").is_dir() and time.time() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=30)
+    assert (run / "checkpoints").is_dir() and not (run / "done.json").exists(), "killed in the middle of a run"
+    warm_up = (folder / "addends" / "warm_up" / "done.json").stat().st_mtime_ns
+
+    second = start(str(tmp_path / "smoke.yaml"), folder)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 1, output
+    assert "failed: addends/broken/seed_1" in output and "group_size=1" in output
+    assert (folder / "addends" / "warm_up" / "done.json").stat().st_mtime_ns == warm_up, "nothing is run twice"
+    assert table(folder) == table(tmp_path / "whole")
+    assert "Failed: addends/broken/seed_2" in (folder / "results.md").read_text()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]

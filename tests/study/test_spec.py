@@ -1,0 +1,89 @@
+"""Studies as data: what is shipped is valid, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_vp2o.config.compose import compose
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.study.runner import DONE, is_done, run_all
+from megatron_vp2o.study.spec import FOLDER, WARM_UP, jobs, load_study, parse_study
+
+GOOD = {
+    "tasks": {"addends": {"warm_up": "addends_tiny_supervised", "recipe": "addends_tiny_grpo"}},
+    "variants": {"grpo": [], "vp2o": ["algorithm=vp2o"]},
+    "seeds": [1, 2],
+    "baseline": "grpo",
+}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_study_composes(path):
+    study = load_study(path.stem)
+    found = jobs(study, Path("folder"))
+    assert len(found) == len(study.tasks) * (1 + len(study.variants) * len(study.seeds))
+    assert len({job.name for job in found}) == len({job.folder for job in found}) == len(found)
+    composed = {}
+    for job in found:
+        if job.seed in (0, study.seeds[0]):
+            config = compose(job.arguments[1], list(job.arguments[2:]))
+            assert config.run_dir == job.folder and (job.variant == WARM_UP or config.seed == job.seed)
+            composed[job.name] = config
+    assert composed
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        ({"baseline": "nobody"}, "baseline=nobody"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"seeds": []}, "seeds=[]"),
+        ({"seeds": ["x"]}, "'x'"),
+        ({"variants": {"grpo": [], "A b": []}}, "'A b'"),
+        ({"variants": {"grpo": [], "warm_up": []}}, "warm_up"),
+        ({"tasks": {"addends": {"recipe": "x"}}}, "needs warm_up and recipe"),
+        ({"sedes": [1]}, "sedes is unknown"),
+    ],
+)
+def test_what_is_wrong_is_said(change, quoted):
+    with pytest.raises(ConfigError, match=r"study\.yaml") as error:
+        parse_study("study", {**GOOD, **change}, "study.yaml")
+    assert quoted in str(error.value)
+
+
+def test_an_unknown_study_names_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"STUDY=nothing.*smoke"):
+        load_study("nothing")
+
+
+def test_a_changed_study_does_not_pass_for_the_old_one(tmp_path):
+    first, second = (
+        jobs(parse_study("s", {**GOOD, "overrides": overrides}, "s"), tmp_path)[0]
+        for overrides in ([], ["optimizer.lr=1e-4"])
+    )
+    place = Path(first.folder)
+    place.mkdir(parents=True)
+    assert not is_done(first)
+    (place / DONE).write_text(json.dumps({"arguments": list(first.arguments)}))
+    assert is_done(first)
+    with pytest.raises(ConfigError, match="other arguments"):
+        is_done(second)
+
+
+def test_two_processes_do_not_run_one_study(tmp_path):
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run_all([], tmp_path, slots=1)
+            except ConfigError:
+                os._exit(3)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
