@@ -214,6 +214,10 @@ class AddendsTaskConfig(TaskConfig):
     """Largest sum."""
     min_answers: Annotated[int, Range(1, 10**6)] = 10
     """Problems with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space, and end in
+    `=target`;
+    strict: the response is the answer and nothing else."""
 
 
 @dataclass
@@ -230,6 +234,10 @@ class ColoringTaskConfig(TaskConfig):
     """Colours there are."""
     min_answers: Annotated[int, Range(1, 10**6)] = 10
     """Graphs with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space or commas
+    between colours;
+    strict: the response is the answer and nothing else."""
 
 
 @dataclass
@@ -246,6 +254,10 @@ class OpenPathTaskConfig(TaskConfig):
     """Chance that a cell is blocked."""
     min_answers: Annotated[int, Range(1, 10**6)] = 10
     """Grids with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space or commas
+    between moves;
+    strict: the response is the answer and nothing else."""
 
 
 @dataclass
