@@ -43,7 +43,7 @@ from megatron_vp2o.megatron.model.build import DTYPES, initialise, transformer_c
 from megatron_vp2o.megatron.model.norm import RMSNorm  # noqa: E402
 from megatron_vp2o.megatron.model.specs import layer_specs  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.platform.compat import auxiliary_losses, mark_expert_parameters, replace_in_spec  # noqa: E402
+from megatron_vp2o.megatron.platform.compat import _tracked_losses, mark_expert_parameters, replace_in_spec  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from tests.megatron.cases import Case  # noqa: E402
 
@@ -220,3 +220,28 @@ def _load(folder: str, gpt: GPTModel, optimizer: Any, parallel: ParallelConfig) 
     gpt.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def auxiliary_losses(micro_batches: int) -> dict[str, float]:
+    """Mean per layer and micro-batch of the router losses since the last call, before their coefficients; clears them.
+
+    A collective over all ranks of the model: call it everywhere.
+
+    Returns:
+        "moe/load_balancing_loss" and "moe/z_loss", those that are switched on; equal on all ranks.
+    """
+    from megatron.core import parallel_state
+
+    result: dict[str, float] = {}
+    for name, entry in _tracked_losses().items():
+        values_L = entry["values"]
+        dist.all_reduce(values_L, group=parallel_state.get_pipeline_model_parallel_group())
+        if entry["reduce_group"] is not None:
+            dist.all_reduce(values_L, group=entry["reduce_group"])
+        mean = values_L.sum() / (len(values_L) * micro_batches)
+        # What a rank holds now is its own tokens' share or already the whole; a mean over all ranks serves both.
+        dist.all_reduce(mean, op=dist.ReduceOp.AVG)
+        key = "moe/z_loss" if name == "z_loss" else "moe/load_balancing_loss"
+        result[key] = result.get(key, 0.0) + mean.item()
+        values_L.zero_()
+    return result

@@ -22,7 +22,7 @@ from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score
 from megatron_vp2o.megatron.model.attention import KVCache
-from megatron_vp2o.megatron.model.build import build_model
+from megatron_vp2o.megatron.model.build import build_model, weight_tensors
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
@@ -70,9 +70,7 @@ class MegatronEngine:
     def refresh(self, version: int) -> None:
         """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
         self.policy.gather_parameters()
-        for mine, learned in zip(self.actor.parameters(), self.policy.model.parameters(), strict=True):
-            mine.copy_(learned)
-        for mine, learned in zip(self.actor.buffers(), self.policy.model.buffers(), strict=True):
+        for mine, learned in zip(self._tensors(), weight_tensors(self.policy.model), strict=True):
             mine.copy_(learned)
         self.version = version
 
@@ -93,7 +91,7 @@ class MegatronEngine:
                 mine.data.copy_(old)
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.actor.parameters(), *self.actor.buffers()]
+        return weight_tensors(self.actor)
 
     @torch.no_grad()
     def generate(

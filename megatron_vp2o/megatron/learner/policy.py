@@ -15,13 +15,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_vp2o.config.schema import Precision, TrainConfig
+from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
 from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
-from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size
+from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer, moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
-from megatron_vp2o.megatron.platform.compat import auxiliary_losses
+from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
 from megatron_vp2o.rl.types import GATE_ROW, Objective, StepStats, TrainBatch
@@ -80,7 +80,11 @@ class MegatronPolicy:
             [self.ddp],
         )
         self.clip_grad = settings.clip_grad
+        self._layers = moe_layers(self.ddp)
         self._specialised = self._specialise(config)
+        aux_loss = config.model.moe_aux_loss_coeff > 0 and config.model.moe_router_load_balancing_type is not LoadBalancing.none
+        on = {LOAD_BALANCING: aux_loss, Z_LOSS: config.model.moe_z_loss_coeff > 0}
+        self._router_losses = [name for name, present in on.items() if present]
         self._sampled: tuple[list[VP2OMoELayer], int] | None = None
         self._stride = 1
         self.scheduler = OptimizerParamScheduler(
@@ -99,8 +103,8 @@ class MegatronPolicy:
         self._wire_schedule(parallel.overlap_grad_reduce, parallel.overlap_param_gather)
         self._tokens = 0
 
-    def _specialise(self, config: TrainConfig) -> list[VP2OMoELayer]:
-        """The layers that attach specialisation losses."""
+    def _specialise(self, config: TrainConfig) -> bool:
+        """Whether the layers attach specialisation losses."""
         settings = config.algorithm.specialization
         losses = Specialization(
             settings.orthogonality_coef,
@@ -108,10 +112,9 @@ class MegatronPolicy:
             settings.orthogonality_token_fraction,
             settings.variance_coef,
         )
-        layers = moe_layers(self.ddp) if losses else []
-        for layer in layers:
+        for layer in self._layers if losses else ():
             layer.specialise(losses)
-        return layers
+        return bool(losses)
 
     def _wire_schedule(self, overlap_grads: bool, overlap_params: bool) -> None:
         """The callbacks through which Megatron's schedules reach the data-parallel wrapper and the optimizer."""
@@ -131,12 +134,8 @@ class MegatronPolicy:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self._specialised:
-            sums = sum_scalars(
-                {"loss": float(batch.loss_mask_NS.sum()), "valid": float(batch.length_N.sum())}, self.groups.dp
-            )
-            for layer in self._specialised:
-                layer.loss_tokens_per_token = sums["loss"] / max(sums["valid"], 1.0)
+        if self._specialised or self._router_losses:
+            self._begin_step(batch)
         parts = [part for part, _ in micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)]
 
         def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -151,8 +150,28 @@ class MegatronPolicy:
         )
         metrics = self._reduce(reported)
         self._tokens = int(metrics["tokens"])
-        metrics.update(auxiliary_losses(len(parts)))
+        metrics.update(
+            router_losses(
+                [layer.router for layer in self._layers],
+                self._router_losses,
+                int(self.model.config.num_layers),
+                self.groups.world,
+            )
+        )
         return metrics
+
+    def _begin_step(self, batch: TrainBatch) -> None:
+        """Tell the layers of how many tokens the whole step is: their losses are means over them."""
+        sums = sum_scalars(
+            {
+                "loss": float(batch.loss_mask_NS.sum()),
+                "valid": float(batch.length_N.sum()),
+                "sequences": float((batch.length_N > 0).sum()),
+            },
+            self.groups.dp,
+        )
+        for layer in self._layers:
+            layer.begin_step(StepTokens(**sums))
 
     def sample_contexts(self, layers: list[VP2OMoELayer], per_rank: int) -> None:
         """From now on these layers keep the router's inputs at up to `per_rank` response tokens of each step."""
@@ -244,7 +263,7 @@ class MegatronPolicy:
     def checksum(self) -> int:
         """Of this rank's weights, for comparison with what an engine says it holds."""
         self.gather_parameters()
-        return weights_checksum([*self.model.parameters(), *self.model.buffers()])
+        return weights_checksum(weight_tensors(self.model))
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU."""

@@ -26,8 +26,8 @@ from megatron_vp2o.rl.types import TrainBatch
 def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -> list[tuple[TrainBatch, Tensor]]:
     """Cut a batch into micro-batches of similar lengths, each trimmed to its longest row, with the rows they hold.
 
-    Every rank gets the same number (collectives must pair up); a rank that has too few rows adds dummy ones without
-    loss tokens.
+    Every rank gets the same number (collectives must pair up); a rank that has too few rows adds dummy ones, all padding, so
+    that they count nowhere.
     """
     rows = len(batch.length_N)
     count = max(1, int(max_scalars({"count": -(-rows // size)}, groups.dp)["count"]))
@@ -62,7 +62,7 @@ def _dummy(batch: TrainBatch, width: int) -> TrainBatch:
     return replace(
         batch,
         tokens_NS=batch.tokens_NS.new_zeros(1, width),
-        length_N=batch.length_N.new_ones(1),
+        length_N=batch.length_N.new_zeros(1),
         loss_mask_NS=batch.loss_mask_NS.new_zeros(1, width),
         extras={k: v.new_zeros((1, width) if v.dim() == 2 else (1,)) for k, v in batch.extras.items()},
         segment_NS=None if batch.segment_NS is None else batch.segment_NS.new_zeros(1, width),

@@ -181,6 +181,20 @@ def _cut(full: Tensor, name: str, split: int, rank: int, size: int) -> Tensor:
     return full.chunk(size, dim=split)[rank]
 
 
+def weight_tensors(model: torch.nn.Module) -> list[Tensor]:
+    """What makes the model compute what it computes, in a fixed order: parameters and persistent buffers (expert bias).
+
+    Counters that a training step begins and ends (tokens by expert) are no part of it; an actor's twin has others of them.
+    """
+    buffers = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return [*model.parameters(), *buffers]
+
+
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"local_experts\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"(linear_fc[12])\.weight(\d+)$")

@@ -22,6 +22,7 @@ from megatron_vp2o.core.choices import Orthogonality
 from megatron_vp2o.core.diagnostics import output_overlap
 from megatron_vp2o.core.specialization import orthogonality_loss, variance_loss
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.megatron.model.router import ObservedRouter, StepTokens
 from megatron_vp2o.megatron.model.routing_statistics import RoutingStatistics
 
 OVERLAP_TOKENS = 256
@@ -65,25 +66,6 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return combined
 
 
-class ObservedRouter(TopKRouter):
-    """TopKRouter that leaves its logits with whoever asked for them."""
-
-    keep_logits = False
-    logits_TE: Tensor | None = None
-
-    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """See the base class."""
-        if self.keep_logits:
-            self.logits_TE = logits.reshape(-1, logits.shape[-1])
-        return super().routing(logits, *args, **kwargs)
-
-    def take_scores(self) -> Tensor:
-        """The router's scores of the last micro-batch before any selection, [T, E] float32: softmax or sigmoid."""
-        assert self.logits_TE is not None
-        logits_TE, self.logits_TE = self.logits_TE.float(), None
-        return logits_TE.softmax(-1) if self.score_function == "softmax" else logits_TE.sigmoid()
-
-
 @dataclass(frozen=True)
 class Specialization:
     """Which specialisation losses a layer attaches (VP2O section 3.2, after Guo et al., arXiv 2505.22323)."""
@@ -111,9 +93,8 @@ class VP2OMoELayer(MoELayer):
 
     statistics: RoutingStatistics | None = None
     specialization = Specialization()
-    loss_tokens_per_token = 1.0
-    """Loss tokens over valid tokens of the step, all ranks: makes the losses means over valid tokens where Megatron divides by
-    loss tokens (calculate_per_token_loss)."""
+    step_tokens: StepTokens | None = None
+    """Set before each step by a policy that divides gradients by loss tokens (calculate_per_token_loss)."""
     _routed: _Routed | None = None
     gate_log: list[Tensor] | None = None
     """Where the gates of every forward pass go, [T, E] dense; None keeps none."""
@@ -171,6 +152,12 @@ class VP2OMoELayer(MoELayer):
             )
         self.specialization = losses
 
+    def begin_step(self, step_tokens: StepTokens) -> None:
+        """Tell layer and router what the coming micro-batches are parts of."""
+        self.step_tokens = step_tokens
+        if isinstance(self.router, ObservedRouter):
+            self.router.begin_step(step_tokens)
+
     def contexts(self) -> Tensor:
         """Router inputs kept since `drop_contexts`, [C, D]."""
         if not self._contexts:
@@ -185,7 +172,7 @@ class VP2OMoELayer(MoELayer):
         if not isinstance(self.router, ObservedRouter):
             raise ConfigError(
                 f"{feature} needs Megatron's TopKRouter, and layer {self.layer_number} has a {type(self.router).__name__}: "
-                "derive it from megatron_vp2o.megatron.model.moe_layer.ObservedRouter"
+                "derive it from megatron_vp2o.megatron.model.router.ObservedRouter"
             )
 
     def _outputs_meet(self) -> bool:
@@ -279,7 +266,9 @@ class VP2OMoELayer(MoELayer):
 
     def _scale(self) -> float | None:
         """Loss tokens a valid token, where Megatron divides gradients by loss tokens; None where it averages micro-batches."""
-        return self.loss_tokens_per_token if self.config.calculate_per_token_loss else None
+        if not self.config.calculate_per_token_loss:
+            return None
+        return 1.0 if self.step_tokens is None else self.step_tokens.loss_per_valid
 
 
 def moe_layers(model: Any) -> list[VP2OMoELayer]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from packaging.version import Version
 
 from megatron_vp2o.errors import ConfigError
@@ -247,31 +246,6 @@ def forget_loss_scales() -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
-
-
-def auxiliary_losses(micro_batches: int) -> dict[str, float]:
-    """Mean per layer and micro-batch of the router losses since the last call, before their coefficients; clears them.
-
-    A collective over all ranks of the model: call it everywhere.
-
-    Returns:
-        "moe/load_balancing_loss" and "moe/z_loss", those that are switched on; equal on all ranks.
-    """
-    from megatron.core import parallel_state
-
-    result: dict[str, float] = {}
-    for name, entry in _tracked_losses().items():
-        values_L = entry["values"]
-        dist.all_reduce(values_L, group=parallel_state.get_pipeline_model_parallel_group())
-        if entry["reduce_group"] is not None:
-            dist.all_reduce(values_L, group=entry["reduce_group"])
-        mean = values_L.sum() / (len(values_L) * micro_batches)
-        # What a rank holds now is its own tokens' share or already the whole; a mean over all ranks serves both.
-        dist.all_reduce(mean, op=dist.ReduceOp.AVG)
-        key = "moe/z_loss" if name == "z_loss" else "moe/load_balancing_loss"
-        result[key] = result.get(key, 0.0) + mean.item()
-        values_L.zero_()
-    return result
 
 
 def forget_auxiliary_losses() -> None:
