@@ -48,7 +48,7 @@ from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
-from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
+from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
@@ -90,6 +90,13 @@ class Run:
     @property
     def transform(self) -> Transform:
         return no_transform if self.hook is None or not _observed(self.config) else self.hook.transform
+
+
+    @property
+    def stepper(self) -> Stepper:
+        if self.region is not None:
+            return self.region
+        return PlainSteps(self.policy) if self.hook is None else PlainSteps(self.policy, self.hook)
 
 
 def train(config: TrainConfig) -> int:
@@ -224,6 +231,7 @@ def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
         batches=batches(_documents(run, settings)),
         held_out=held_out,
         transform=run.transform,
+        stepper=run.stepper,
     )
 
 
@@ -258,7 +266,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         refresh=_refresh_policy(config, vp2o),
         reference=reference,
         transform=run.transform,
-        stepper=run.region,
+        stepper=run.stepper,
         meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
     )
 

@@ -5,7 +5,7 @@ Shape legend: N sequences of a micro-batch, S positions, R data-parallel ranks.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class Stepper(Protocol):
     """Takes an optimizer step once gradients are ready."""
 
     def begin(self) -> None:
-        """Before gradients are transformed."""
+        """Before the forward pass of a step: everything that its passes and the transform move is to be remembered."""
 
     def step(self) -> StepStats: ...
 
@@ -34,17 +34,39 @@ class Stepper(Protocol):
         """These are what the coming steps train on."""
 
 
-class PlainSteps:
-    """Every step as the optimizer proposes it."""
+class Carrier(Protocol):
+    """Has state that forward, backward or transform move on, and that must be put back where the step does not happen."""
 
-    def __init__(self, policy: Policy) -> None:
+    def carry(self) -> Any:
+        """That state, as it is now."""
+        ...
+
+    def put_back(self, carried: Any) -> None:
+        """Return to what `carry` returned."""
+        ...
+
+
+class PlainSteps:
+    """Every step as the optimizer proposes it; one that it skips leaves no trace.
+
+    Args:
+        carriers: whose state goes back when a step is skipped, besides the policy's.
+    """
+
+    def __init__(self, policy: Policy, *carriers: Carrier) -> None:
         self._policy = policy
+        self._carriers: tuple[Carrier, ...] = (policy, *carriers)
+        self._carried: list[Any] = []
 
     def begin(self) -> None:
-        """Nothing to remember."""
+        self._carried = [carrier.carry() for carrier in self._carriers]
 
     def step(self) -> StepStats:
-        return self._policy.optimizer_step()
+        stats = self._policy.optimizer_step()
+        if stats.skipped:
+            for carrier, carried in zip(self._carriers, self._carried, strict=True):
+                carrier.put_back(carried)
+        return stats
 
     def set_anchor(self) -> None:
         """Nothing to compare with."""

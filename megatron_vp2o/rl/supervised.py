@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 from megatron_vp2o.data.packing import PackedBatches
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
+from megatron_vp2o.rl.control import PlainSteps, Stepper
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.objectives import next_token
 from megatron_vp2o.rl.types import Policy
@@ -48,11 +49,13 @@ class SupervisedTrainer(TrainingLoop):
         batches: PackedBatches,
         held_out: Callable[[bool], dict[str, float]],
         transform: Transform = no_transform,
+        stepper: Stepper | None = None,
     ) -> None:
         super().__init__(config, groups, sink, saver)
         assert isinstance(config.algorithm, SupervisedConfig)
         self.settings = config.algorithm
         self.policy, self.batches, self.held_out, self.transform = policy, batches, held_out, transform
+        self.stepper: Stepper = stepper or PlainSteps(policy)
 
     def restore(self, progress: dict[str, object]) -> None:
         super().restore(progress)
@@ -62,9 +65,10 @@ class SupervisedTrainer(TrainingLoop):
         """Forward, backward, transform, optimizer."""
         batch = next(self.batches)
         with watch("train"):
+            self.stepper.begin()
             reduced = self.policy.forward_backward(batch, next_token, self.settings.micro_batch_size)
             transformed = self.transform()
-            stats = self.policy.optimizer_step()
+            stats = self.stepper.step()
         progress = self.progress
         progress.samples += self.settings.global_batch_size
         progress.tokens += stats.tokens

@@ -261,6 +261,14 @@ class Policy(Protocol):
 
     def optimizer_step(self) -> StepStats: ...
 
+    def carry(self) -> Any:
+        """What forward and backward passes change besides gradients (buffers, random generators), as it is now."""
+        ...
+
+    def put_back(self, carried: Any) -> None:
+        """Return to what `carry` returned: the step did not happen."""
+        ...
+
     def checksum(self) -> int:
         """Of this rank's weights."""
         ...

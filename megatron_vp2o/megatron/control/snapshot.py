@@ -1,7 +1,8 @@
-"""The learner's state of before a step: put back bit for bit, or gone towards by halves.
+"""A copy of the learner's optimizer state from before a step: `restore` returns to it exactly, `halve` goes half of the way back.
 
 What is kept is what this rank's optimizer owns: its parameters (float32 masters, or its shard of them under the distributed
-optimizer) and their moments. Model weights follow from those.
+optimizer), their moments, and the entries of its parameter groups. Model weights follow from those. Buffers, random generators
+and the Stein hook's state change earlier, in the forward and backward passes: see `MegatronPolicy.carry`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ class Snapshot:
     """State of a policy's optimizers and schedule, taken now.
 
     Args:
-        on_host: keep it in host memory.
+        on_host: keep it in host memory. With CUDA it is page-locked, and copies run beside the host's work: they are ordered
+            before the step by the stream that makes them.
     """
 
     @torch.no_grad()
     def __init__(self, policy: MegatronPolicy, *, on_host: bool = False) -> None:
         self._policy = policy
         self._schedule = policy.scheduler.num_steps
-        self._device = torch.device("cpu") if on_host else None
+        self._on_host = on_host
         self._kept = [
             _Kept(
                 parameter, self._copy(parameter), {k: self._copy(v) for k, v in inner.state.get(parameter, {}).items()}
@@ -42,32 +44,27 @@ class Snapshot:
             for group in inner.param_groups
             for parameter in group["params"]
         ]
-        self._group_steps = [group.get("step") for inner in _inner(policy) for group in inner.param_groups]
+        self._groups = [
+            {key: self._copy(value) for key, value in group.items() if key != "params"}
+            for inner in _inner(policy)
+            for group in inner.param_groups
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Parameters, moments, masters and schedule as they were. Collective over data-parallel ranks (distributed optimizer)."""
-        policy, kept = self._policy, iter(self._kept)
+        policy, kept, groups = self._policy, iter(self._kept), iter(self._groups)
         for inner in _inner(policy):
             for group in inner.param_groups:
                 for parameter in group["params"]:
                     old = next(kept)
-                    parameter.data.copy_(old.value)
-                    if not old.state:
+                    parameter.data.copy_(old.value, non_blocking=True)
+                    if old.state:
+                        _put_back(inner.state[parameter], old.state)
+                    else:
                         inner.state.pop(parameter, None)
-                        continue
-                    state = inner.state[parameter]
-                    for key, value in old.state.items():
-                        if isinstance(value, Tensor):
-                            state[key].copy_(value)
-                        else:
-                            state[key] = value
-        steps = iter(self._group_steps)
-        for inner in _inner(policy):
-            for group in inner.param_groups:
-                step = next(steps)
-                if "step" in group:
-                    group["step"] = step
+                # Some optimizers count steps in the group, and begin with the first: what was not there goes again.
+                _put_back(group, {"params": group["params"], **next(groups)})
         _publish(policy)
         policy.scheduler.num_steps = self._schedule
         policy.scheduler.step(increment=0)
@@ -76,13 +73,30 @@ class Snapshot:
     def halve(self) -> None:
         """Half of the way back to the parameters as they were; moments stay. Collective, as `restore`."""
         for old in self._kept:
-            old.parameter.data.copy_(torch.lerp(old.value.to(old.parameter.device), old.parameter.data, 0.5))
+            value = old.value.to(old.parameter.device, non_blocking=True)
+            old.parameter.data.copy_(torch.lerp(value, old.parameter.data, 0.5))
         _publish(self._policy)
 
     def _copy(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.detach().clone() if self._device is None else value.detach().to(self._device, copy=True)
+        if not self._on_host:
+            return value.detach().clone()
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return host.copy_(value.detach(), non_blocking=True)
+
+
+def _put_back(entries: dict[str, Any], old: dict[str, Any]) -> None:
+    """Give a dictionary its old entries, tensors into the tensors that are there."""
+    for key in entries.keys() - old.keys():
+        del entries[key]
+    for key, value in old.items():
+        if isinstance(value, Tensor) and isinstance(entries.get(key), Tensor):
+            entries[key].copy_(value, non_blocking=True)
+        elif isinstance(value, Tensor):
+            entries[key] = value.clone()
+        else:
+            entries[key] = value
 
 
 def _inner(policy: MegatronPolicy) -> list[torch.optim.Optimizer]:

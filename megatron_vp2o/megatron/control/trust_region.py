@@ -43,7 +43,7 @@ class TrustRegion:
         self.steps_rejected = 0
         self.steps_halved = 0
         self._anchor: dict[str, Tensor] | None = None
-        self._carried = hook.carry()
+        self._carried = policy.carry(), hook.carry()
         self._logged: LoggedGates | None = None
         policy.sample_contexts(hook.layers, settings.contexts_per_rank)
 
@@ -110,8 +110,13 @@ class TrustRegion:
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before the gradients of a step are transformed: what the transform carries along must be put back on rejection."""
-        self._carried = self.hook.carry()
+        """Before the forward pass: what the passes and the transform move must be put back if the step does not happen."""
+        self._carried = self.policy.carry(), self.hook.carry()
+
+    def _put_back(self) -> None:
+        carried, hook = self._carried
+        self.policy.put_back(carried)
+        self.hook.put_back(hook)
 
     @torch.no_grad()
     def step(self) -> StepStats:
@@ -124,20 +129,24 @@ class TrustRegion:
         before = Snapshot(self.policy, on_host=settings.snapshot_on_host) if enforce else None
         stats = self.policy.optimizer_step()
         if stats.skipped:
+            self._put_back()
             self._drop_contexts()
             return stats
         halvings = 0
+        present = self.hook.carry()  # each attempt is measured from here, as if it had been the only one
         metrics = first = self._measure()
         decision = self._judge(metrics, 0)
         while before is not None and decision.outcome is Outcome.backtrack:
             halvings += 1
             before.halve()
+            self._carried[0].halve()
+            self.hook.put_back(present)
             metrics = self._measure()
             decision = self._judge(metrics, halvings)
         rejected = decision.outcome is Outcome.reject
         if before is not None and rejected:
             before.restore()
-            self.hook.put_back(self._carried)
+            self._put_back()
         self._drop_contexts()
         self._count(rejected, halvings, first["trust_region/distance"])
         metrics |= {

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
+from megatron_vp2o.megatron.learner.carried import Carried
 from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
@@ -248,6 +249,14 @@ class MegatronPolicy:
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=1)
         return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=self._tokens)
+
+    def carry(self) -> Carried:
+        """What the coming forward and backward passes change besides gradients, as it is now: for `put_back`."""
+        return Carried.of(self.model)
+
+    def put_back(self, carried: Carried) -> None:
+        """Return to what `carry` said: the step did not happen."""
+        carried.put_back()
 
     def optimizers(self) -> list[Any]:
         """Megatron's optimizers that have parameters on this rank."""

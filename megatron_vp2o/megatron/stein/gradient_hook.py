@@ -112,14 +112,14 @@ class SteinHook:
         """Tell the hook that prototypes are behind the weights; after `transform` it assumes so itself."""
         self._prototypes_current = False
 
-    def carry(self) -> tuple[SteinState | None, int]:
+    def carry(self) -> tuple[SteinState | None, int, bool]:
         """What goes on from step to step, as it is now; tensors are never changed in place, so nothing is copied."""
-        return (None if self.state is None else replace(self.state)), self._steps
+        return (None if self.state is None else replace(self.state)), self._steps, self._prototypes_current
 
-    def put_back(self, carried: tuple[SteinState | None, int]) -> None:
+    def put_back(self, carried: tuple[SteinState | None, int, bool]) -> None:
         """Return to what `carry` said: the step did not happen."""
-        self.state, self._steps = carried
-        self._prototypes_current = self.state is not None
+        state, self._steps, self._prototypes_current = carried
+        self.state = None if state is None else replace(state)
 
     @property
     def steps(self) -> int:
@@ -172,10 +172,7 @@ class SteinHook:
         """Masks, kernel and weights from this step's counts and the present prototypes; moves the average of C on."""
         settings, state = self.settings, self.state
         assert state is not None
-        current_LEE = coactivation_scores(counts_LEE, tokens_L).float()
-        state.coactivation_LEE = scores_LEE = update_average(
-            state.coactivation_LEE, current_LEE, settings.coactivation_ema
-        )
+        scores_LEE = self._move_average(state, counts_LEE, tokens_L)
         active_LE = active_experts(counts_LEE)
         near_LEE = attraction_mask(
             scores_LEE, active_LE, neighbours=settings.neighbours, threshold=settings.coactivation_threshold
@@ -190,6 +187,18 @@ class SteinHook:
             repulsion_weights(kernel_LEE, far_LEE, near_LEE, settings.normalisation),
             far_LEE,
         )
+
+    def _move_average(self, state: SteinState, counts_LEE: Tensor, tokens_L: Tensor) -> Tensor:
+        """The average of C with this step in it. A step without a token says nothing of C, and leaves the average alone."""
+        current_LEE = coactivation_scores(counts_LEE, tokens_L).float()
+        before_LEE = state.coactivation_LEE
+        moved_LEE = update_average(before_LEE, current_LEE, self.settings.coactivation_ema)
+        if before_LEE is not None:
+            state.coactivation_LEE = torch.where(tokens_L[:, None, None] > 0, moved_LEE, before_LEE)
+            return state.coactivation_LEE
+        if bool((tokens_L > 0).any()):  # the run's first steps only: else there is an average
+            state.coactivation_LEE = moved_LEE
+        return moved_LEE
 
     def _repel(self, field: Field) -> Tensor:
         """Add the repulsion to the output projections' gradients. Returns |repulsion| / |attraction| by layer."""
