@@ -428,7 +428,8 @@ class GRPOConfig(AlgorithmConfig):
     advantage_epsilon: Annotated[float, Range(1e-12, 1000)] = 1e-6
     """Added to the standard deviation."""
     filter_uniform_groups: bool = True
-    """Leave out groups whose rewards are all equal (they carry no gradient); they are counted."""
+    """Leave out groups whose rewards are all equal (they carry no gradient); they are counted. false keeps their tokens in the
+    loss's denominator, which makes the gradient smaller by the share of tokens that the other groups have."""
     kl_coef: Annotated[float, COEFFICIENT] = 0.0
     """beta, weight of the KL to the reference; with kl_estimator=reward in nats of the whole response."""
     kl_estimator: KLEstimator = KLEstimator.k3

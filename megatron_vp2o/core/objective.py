@@ -22,7 +22,7 @@ class PolicyInputs:
     """What a policy objective may look at. Values outside `mask_NS` are ignored, whatever they are (NaN included)."""
 
     logprobs_NS: Tensor  # log pi of each token, with gradient
-    behaviour_logprobs_NS: Tensor  # log mu, of the actor that generated it, under its sampling distribution
+    behaviour_logprobs_NS: Tensor  # log mu, of the actor that generated it, at its temperature
     advantages_N: Tensor  # one per sequence
     mask_NS: Tensor  # bool, tokens that count
     reference_logprobs_NS: Tensor | None = None  # log pi_ref

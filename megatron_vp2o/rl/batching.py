@@ -43,9 +43,12 @@ class PromptSchedule:
 def policy_batch(
     rollouts: Rollouts, advantages_N: torch.Tensor, keep_N: torch.Tensor, temperature: float
 ) -> TrainBatch:
-    """The rollouts that carry a gradient, as one batch with what the objective needs."""
+    """The rollouts that carry a gradient, as one batch with what the objective needs.
+
+    Behaviour log-probabilities are those without the nucleus, which is what the learner computes too: docs/method.md.
+    """
     mask_NS = rollouts.response_mask_NS()[keep_N]
-    extras = {"behaviour_logprobs": rollouts.logprobs_NS[keep_N], "advantages": advantages_N[keep_N]}
+    extras = {"behaviour_logprobs": rollouts.model_logprobs_NS[keep_N], "advantages": advantages_N[keep_N]}
     if rollouts.gates is not None:
         extras[GATE_ROW] = rollouts.gates.row_N[keep_N]
     return TrainBatch(

@@ -217,14 +217,16 @@ class RLTrainer(TrainingLoop):
     def _mismatch(self, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
         """How far the engine's log-probabilities are from recomputed ones under the same weights.
 
-        With a fresh actor the first update recomputed them anyway; otherwise the actor scores some of its own rollouts.
+        With a fresh actor the first update recomputed them anyway; otherwise, or where it had no token, the actor scores some
+        of its own rollouts. Absent where there is none.
         """
-        if "logprob_mismatch_max" in updates[0]:
+        if "logprob_mismatch_max" in updates[0] and updates[0]["tokens"] > 0:
             return {"policy/logprob_mismatch": updates[0]["logprob_mismatch_max"]}
         some = rollouts.rows(torch.arange(min(self.settings.micro_batch_size, len(rollouts.total_len_N))))
         recomputed_NS = self.engine.log_probs(some, self.sampling.temperature)
-        difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else 0.0
-        return max_scalars({"policy/logprob_mismatch": difference}, self.groups.dp)
+        difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else -1.0
+        largest = max_scalars({"difference": difference}, self.groups.dp)["difference"]
+        return {"policy/logprob_mismatch": largest} if largest >= 0 else {}
 
     def _count(self, metrics: dict[str, float], watch: Stopwatch) -> None:
         progress = self.progress

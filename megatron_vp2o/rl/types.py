@@ -160,7 +160,7 @@ class Rollouts:
         Tensor  # float32; log-probability under the sampling distribution of the token AT s; 0 outside responses
     )
     model_logprobs_NS: (
-        Tensor  # the same under softmax(logits / temperature), without the nucleus; what a learner recomputes
+        Tensor  # the same under softmax(logits / temperature), without the nucleus: log mu, what a learner recomputes
     )
     finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
     weight_version: int  # of the actor weights that generated them
