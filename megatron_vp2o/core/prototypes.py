@@ -87,6 +87,88 @@ def power_iteration(
     return torch.where(flipped_LE1, -prototypes_LED, prototypes_LED), residual_LE1[..., 0]
 
 
+class Converged(NamedTuple):
+    """What `converged_prototypes` found."""
+
+    prototypes_LED: Tensor
+    residual_LE: Tensor
+    """As `power_iteration` has it: the angle by which one more of its steps would turn the prototype."""
+    angle_LE: Tensor
+    """By how much the last iteration turned the prototype, radians."""
+
+
+def converged_prototypes(
+    weights: Sequence[Tensor], prototypes_LED: Tensor, *, angle: float, most: int, reduce: Reduce = local_sum
+) -> Converged:
+    """The principal eigenvector of M, until its direction has come to rest, with the sign of the start.
+
+    Power iteration needs some 1/gap steps, and fresh weights have hardly a gap between their singular values: its steps become
+    small long before it arrives, and it then creeps on for thousands of them. Here each iteration takes the best vector in
+    the span of v, its residual and the last change (locally optimal conjugate gradients: Knyazev, SIAM J. Sci. Comput. 23,
+    2001), which needs the square root of that number. It reads the weights once for all three.
+
+    Args:
+        weights: L of [E, D, F], in the precision to compute in.
+        prototypes_LED: unit vectors to start from.
+        angle: an expert has arrived when an iteration turns it by less than this, radians, after which it stays as it is: its
+            result does not depend on the others'.
+        most: iterations, if it does not arrive before; >= 1.
+        reduce: adds partial sums over the expert-tensor-parallel ranks, [L, E, 3, D] each iteration.
+    """
+    start_LED, change_LED = prototypes_LED, torch.zeros_like(prototypes_LED)
+    value_LED = gram_product(weights, prototypes_LED, reduce)
+    angle_LE = residual_LE = torch.full_like(prototypes_LED[..., 0], torch.inf)
+    moving_LE = torch.ones_like(angle_LE, dtype=torch.bool)
+    for iteration in range(most):
+        basis_LE3D = _search_space(prototypes_LED, value_LED, change_LED)
+        images_LE3D = _block_product(weights, basis_LE3D, reduce)
+        value_LED = images_LE3D[:, :, 0]
+        residual_LE = torch.where(moving_LE, _residual(prototypes_LED, value_LED), residual_LE)
+        inner_LE33 = (basis_LE3D @ images_LE3D.transpose(-1, -2)).double()
+        weights_LE3 = torch.linalg.eigh((inner_LE33 + inner_LE33.transpose(-1, -2)) / 2).eigenvectors[..., -1]
+        weights_LE3 = (weights_LE3 * torch.where(weights_LE3[..., :1] < 0, -1.0, 1.0)).to(basis_LE3D.dtype)
+        change_LED = (weights_LE3[..., 1:, None] * basis_LE3D[:, :, 1:]).sum(2)
+        turned_LED = weights_LE3[..., :1] * prototypes_LED + change_LED
+        image_LED = (weights_LE3[..., None] * images_LE3D).sum(2)
+        angle_LE = torch.where(moving_LE, torch.atan2(change_LED.norm(dim=-1), weights_LE3[..., 0]), angle_LE)
+        turns_LE1 = (moving_LE & (image_LED.norm(dim=-1) > _TINY))[..., None]
+        prototypes_LED = torch.where(turns_LE1, turned_LED / turned_LED.norm(dim=-1, keepdim=True), prototypes_LED)
+        value_LED = torch.where(turns_LE1, image_LED, value_LED)
+        moving_LE = moving_LE & (angle_LE >= angle)
+        if iteration % 8 == 7 and not bool(moving_LE.any()):  # asking stalls a GPU's queue
+            break
+    flipped_LE1 = (prototypes_LED * start_LED).sum(-1, keepdim=True) < 0
+    return Converged(torch.where(flipped_LE1, -prototypes_LED, prototypes_LED), residual_LE, angle_LE)
+
+
+def _search_space(vectors_LED: Tensor, images_LED: Tensor, changes_LED: Tensor) -> Tensor:
+    """An orthonormal basis [L, E, 3, D] of v, its residual and the last change; zero where one adds nothing."""
+    basis = [vectors_LED]
+    for candidate_LED in (images_LED, changes_LED):
+        length_LE1 = candidate_LED.norm(dim=-1, keepdim=True)
+        for _ in range(2):  # once leaves the rounding of what it takes away
+            for vector_LED in basis:
+                candidate_LED = candidate_LED - (candidate_LED * vector_LED).sum(-1, keepdim=True) * vector_LED
+        left_LE1 = candidate_LED.norm(dim=-1, keepdim=True)
+        new_LE1 = left_LE1 > 1e-6 * length_LE1
+        basis.append(torch.where(new_LE1, candidate_LED / left_LE1, 0.0))
+    return torch.stack(basis, dim=2)
+
+
+def _block_product(weights: Sequence[Tensor], blocks_LE3D: Tensor, reduce: Reduce) -> Tensor:
+    """M u for three vectors an expert, summed over shards: [L, E, 3, D]."""
+    parts = [
+        torch.bmm(torch.bmm(block_E3D, weight_EDF), weight_EDF.transpose(1, 2))
+        for weight_EDF, block_E3D in zip(weights, blocks_LE3D, strict=True)
+    ]
+    return reduce(torch.stack(parts))
+
+
+def _residual(vectors_LED: Tensor, images_LED: Tensor) -> Tensor:
+    rayleigh_LE1 = (vectors_LED * images_LED).sum(-1, keepdim=True)
+    return (images_LED - rayleigh_LE1 * vectors_LED).norm(dim=-1) / rayleigh_LE1[..., 0].clamp(min=_TINY)
+
+
 class RankTwo(NamedTuple):
     """A gradient with respect to the stored weights, `left_a right_a^T + left_b right_b^T`, [D, F] an expert."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_vp2o.core.choices import Kernel, TemperatureScaling
 from megatron_vp2o.core.kernels import kernel_matrix, kernel_pull, temperature
 from megatron_vp2o.core.prototypes import (
+    converged_prototypes,
     gram_product,
     initial_prototypes,
     power_iteration,
@@ -153,3 +154,45 @@ def test_projective_kernel_does_not_see_signs() -> None:
 @pytest.mark.parametrize(("scaling", "expected"), [("log", 2.0), ("sqrt", 2.0), ("none", 2.0)])
 def test_temperature_of_one_expert(scaling: str, expected: float) -> None:
     assert temperature(2.0, 1, TemperatureScaling[scaling]) == expected
+
+
+def test_settled_prototypes_are_principal_directions():
+    """Against eigh in float64, for spectra without a gap, of low rank, and of zeros; none depends on its neighbours."""
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.randn(40, 90, generator=generator)
+    low_rank = torch.randn(40, 1, generator=generator) @ torch.randn(1, 90, generator=generator)
+    two_rank = low_rank + 0.5 * torch.randn(40, 1, generator=generator) @ torch.randn(1, 90, generator=generator)
+    steep = flat * torch.logspace(0, -6, 40)[:, None]
+    weight_EDF = torch.stack([flat, low_rank, two_rank, steep, torch.zeros_like(flat), 1e-6 * flat])
+    start_LED = initial_prototypes([1], range(6), 40, seed=0)
+    found = converged_prototypes([weight_EDF], start_LED, angle=1e-4, most=500)
+    vectors_ED = found.prototypes_LED[0].double()
+    gram_EDD = weight_EDF.double() @ weight_EDF.double().transpose(1, 2)
+    top_ED = torch.linalg.eigh(gram_EDD).eigenvectors[..., -1]
+    cosine_E = (vectors_ED * top_ED).sum(-1).abs()
+    assert all(cosine_E[expert] > 1 - 1e-5 for expert in (0, 1, 2, 3, 5)), cosine_E
+    assert torch.equal(found.prototypes_LED[0, 4], start_LED[0, 4])  # nothing to turn to
+    torch.testing.assert_close(found.prototypes_LED.norm(dim=-1), torch.ones(1, 6))
+    assert ((found.prototypes_LED * start_LED).sum(-1) >= 0).all()
+    assert found.residual_LE[0, :4].max() < 1e-3
+    alone = converged_prototypes([weight_EDF[2:3]], start_LED[:, 2:3], angle=1e-4, most=500)
+    torch.testing.assert_close(alone.prototypes_LED[0, 0], found.prototypes_LED[0, 2])
+
+
+@pytest.mark.parametrize("hidden,width", [(768, 2048), (256, 192)])
+def test_updates_of_unmoved_weights_do_not_turn_settled_prototypes(hidden, width):
+    """Fresh weights have hardly a spectral gap: 64 power steps leave prototypes that creep on, which D would call movement."""
+    generator = torch.Generator().manual_seed(hidden)
+    weights = [0.02 * torch.randn(3, hidden, width, generator=generator)]
+    start_LED = initial_prototypes([1], range(3), hidden, seed=0)
+
+    def creep(prototypes_LED: Tensor) -> float:
+        later_LED = prototypes_LED
+        for _ in range(16):
+            later_LED, _ = power_iteration(weights, later_LED, 2)
+        return (later_LED - prototypes_LED).norm(dim=-1).max().item()
+
+    settled = converged_prototypes(weights, start_LED, angle=1e-4, most=256)
+    assert settled.angle_LE.max() < 1e-4
+    assert creep(settled.prototypes_LED) < 1e-3
+    assert creep(power_iteration(weights, start_LED, 64)[0]) > 0.02  # what the test is there for

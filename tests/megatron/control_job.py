@@ -127,6 +127,22 @@ def rejections(layout: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def intervals(layout: dict[str, Any]) -> dict[str, Any]:
+    """D of three steps by prototype_interval, and of weights that do not move at all, measured 16 times."""
+    torch.set_num_threads(1)
+    moved, unmoved = {}, []
+    for interval in (1, 2, 5):
+        learner = Learner({**layout, "stein": {"prototype_interval": interval, "enabled": False, "monitor": True}})
+        moved[str(interval)] = [learner.step(batch, WIDE).metrics["trust_region/distance"] for batch in range(5)]
+        world.stop_model_parallel()
+        learner = Learner({**layout, "stein": {"prototype_interval": interval}})
+        learner.policy.forward_backward(global_batch(0, range(ROWS)), next_token, micro_batch_size=3)
+        unmoved.append([learner.region._measure()["trust_region/distance"] for _ in range(16)][-1])
+        world.stop_model_parallel()
+    world.stop()
+    return {"moved": moved, "unmoved": unmoved}
+
+
 def fresh(layouts: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Actors with the learner's weights: what they log while decoding is what the learner's forward pass finds."""
     torch.set_num_threads(1)

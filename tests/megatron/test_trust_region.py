@@ -77,3 +77,13 @@ def test_logged_gates_are_those_of_the_learner() -> None:
         for (found,) in run_distributed("tests.megatron.control_job:fresh", ranks, [layout]):
             assert found["contexts"] > 5 and found["recomputed"] == 0, (layout, found)
             assert found["logged"] < 1e-5, (layout, found)
+
+
+@pytest.mark.distributed
+def test_intervals_do_not_blind_the_trust_region() -> None:
+    """D is measured from up-to-date prototypes whatever prototype_interval is, and is 0 where nothing moved."""
+    (found,) = run_distributed("tests.megatron.control_job:intervals", 1, {})
+    assert all(distance > 1e-3 for distance in found["moved"]["1"])
+    for interval in ("2", "5"):
+        assert found["moved"][interval] == pytest.approx(found["moved"]["1"], rel=1e-5), interval
+    assert all(distance < 1e-3 for distance in found["unmoved"]), found["unmoved"]

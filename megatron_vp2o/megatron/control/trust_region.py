@@ -56,7 +56,7 @@ class TrustRegion:
         self.hook.weights_changed()
         self._anchor = {}
         if self.hook.layers:
-            self._anchor["prototypes"] = self.hook.update_prototypes().clone()
+            self._anchor["prototypes"] = self.hook.settle_prototypes().clone()
         for layer in self.hook.layers:
             for name, tensor in _router_tensors(layer).items():
                 self._anchor[f"{name}.{layer.layer_number}"] = tensor.detach().clone()
@@ -190,7 +190,7 @@ class TrustRegion:
         layers = int(self.policy.model.config.num_layers)
         sums_L4 = torch.zeros(layers, 4, dtype=torch.float64, device=self.groups.device)
         if self.hook.layers:
-            prototypes_LED = self.hook.update_prototypes()
+            prototypes_LED = self.hook.update_prototypes(always=True)
             for index, layer in enumerate(self.hook.layers):
                 inputs_CD = layer.contexts()
                 parts = deviation(

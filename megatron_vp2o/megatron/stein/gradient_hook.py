@@ -30,7 +30,13 @@ from megatron_vp2o.core.coactivation import (
     update_average,
 )
 from megatron_vp2o.core.kernels import kernel_matrix, kernel_pull, temperature
-from megatron_vp2o.core.prototypes import RankTwo, initial_prototypes, power_iteration, prototype_gradient
+from megatron_vp2o.core.prototypes import (
+    RankTwo,
+    converged_prototypes,
+    initial_prototypes,
+    power_iteration,
+    prototype_gradient,
+)
 from megatron_vp2o.core.stein import attraction_weights, repulsion_weights
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
@@ -40,6 +46,9 @@ from megatron_vp2o.megatron.stein.expert_gradients import ExpertGradients
 from megatron_vp2o.megatron.stein.expert_weights import ExpertWeights, OutputProjections, expert_weights
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 
+SETTLED_ANGLE = 1e-4
+"""A prototype rests when an iteration turns it by less than this many radians. What is left of its way is below 0.01 then, and
+later updates of unmoved weights turn it by some 1e-5 each: nothing beside a delta of 0.1."""
 PROTOTYPE_SEED = 0
 """Seed of the directions from which power iteration starts; its result does not depend on it."""
 
@@ -243,24 +252,18 @@ class SteinHook:
     # --- prototypes ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update_prototypes(self) -> Tensor:
-        """Bring the prototypes up to the present weights (or keep them, between `prototype_interval`s): [L, E, D].
+    def update_prototypes(self, *, always: bool = False) -> Tensor:
+        """Bring the prototypes up to the present weights: [L, E, D]. A collective over the expert groups.
 
-        A collective over the expert groups. Twice between two optimizer steps does the work once.
+        A second call before the weights change returns the same.
+
+        Args:
+            always: also between two `prototype_interval`s: for who measures how far the weights have moved.
         """
         settings = self.settings
         if self.state is None:
-            start_LeD = initial_prototypes(
-                [weights.layer for weights in self.weights],
-                range(self.weights[0].first, self.weights[0].first + self.weights[0].experts),
-                self.weights[0].hidden,
-                PROTOTYPE_SEED,
-            ).to(self.groups.device)
-            local_LeD, residual_Le = power_iteration(
-                self._projections(), start_LeD, settings.initial_power_iterations, self._reduce
-            )
-            self.state = SteinState(self._gather(local_LeD), self._gather(residual_Le))
-        elif not self._prototypes_current and self._steps % settings.prototype_interval == 0:
+            return self.settle_prototypes()
+        if not self._prototypes_current and (always or self._steps % settings.prototype_interval == 0):
             local_LeD, residual_Le = power_iteration(
                 self._projections(),
                 self.state.prototypes_LED[:, self._own()].contiguous(),
@@ -268,6 +271,34 @@ class SteinHook:
                 self._reduce,
             )
             self.state.prototypes_LED, self.state.residual_LE = self._gather(local_LeD), self._gather(residual_Le)
+        self._prototypes_current = True
+        return self.state.prototypes_LED
+
+    @torch.no_grad()
+    def settle_prototypes(self) -> Tensor:
+        """Bring the prototypes up to the present weights until their directions rest: [L, E, D]. A collective, as above.
+
+        For the start, and for anchors: distances from an unsettled prototype would take its own arrival for movement.
+        """
+        first = self.weights[0]
+        if self.state is None:
+            start_LeD = initial_prototypes(
+                [weights.layer for weights in self.weights],
+                range(first.first, first.first + first.experts),
+                first.hidden,
+                PROTOTYPE_SEED,
+            ).to(self.groups.device)
+        else:
+            start_LeD = self.state.prototypes_LED[:, self._own()].contiguous()
+        found = converged_prototypes(
+            self._projections(),
+            start_LeD,
+            angle=SETTLED_ANGLE,
+            most=self.settings.initial_power_iterations,
+            reduce=self._reduce,
+        )
+        average_LEE = None if self.state is None else self.state.coactivation_LEE
+        self.state = SteinState(self._gather(found.prototypes_LED), self._gather(found.residual_LE), average_LEE)
         self._prototypes_current = True
         return self.state.prototypes_LED
 
