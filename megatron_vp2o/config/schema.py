@@ -332,7 +332,7 @@ class SteinConfig:
     """n, power iterations a prototype takes at each update, and terms of its derivative."""
     initial_power_iterations: Annotated[int, Range(1, 10_000)] = 256
     """Most (accelerated) iterations that find the prototypes at the start, from random directions, and settle them whenever the
-    trust region takes an anchor; they end when directions turn by less than 1e-4 radians, after some 80 for fresh weights."""
+    trust region takes an anchor; they end when directions turn by less than 1e-5 radians, after some 100 for fresh weights."""
     prototype_interval: Annotated[int, COUNT] = 1
     """Optimizer steps between prototype updates. A trust region measures prototypes, and so updates them, at every step."""
     chunk_mib: Annotated[float, Range(1e-6, 10**6)] = 256.0

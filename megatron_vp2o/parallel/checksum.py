@@ -8,23 +8,41 @@ import torch
 from torch import Tensor
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDTH = 2**12
+"""Words in a row of the table that a tensor is laid out in."""
+_ROWS = 2**8
+"""Rows of that table that are weighted at once: bounds the workspace to 8 MiB."""
 
 
 @torch.no_grad()
 def weights_checksum(tensors: Sequence[Tensor]) -> int:
-    """Of the bits of all tensors, 64 bits wide. Equal weights give equal sums; one other bit, or two tensors that changed
-    places, another.
+    """64 bits that depend on every bit of all tensors, and on where it is. Equal weights give equal checksums.
 
-    The bits of each tensor are added up as integers, and the sums weighted by position, modulo 2^64.
+    Each word is weighted by an odd number that its place in its tensor gives, each tensor's sum by one that the tensor's place
+    gives, modulo 2^64. Another value of one word always changes the result, because odd weights are invertible. So do words that
+    change places, within a tensor (two experts in a stacked one) or between two, but for coincidences of one in 2^64.
     """
-    sums = [
-        tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()]).sum(dtype=torch.int64)
-        for tensor in tensors
-        if tensor.numel()
-    ]
+    sums = [_weighted_sum(tensor) for tensor in tensors if tensor.numel()]
     if not sums:
         return 0
     sums_N = torch.stack(sums)
-    # odd weights keep every bit of a sum: multiplication by them is invertible modulo 2^64
-    odd_N = (torch.arange(len(sums), device=sums_N.device, dtype=torch.int64) * 0x9E3779B97F4A7C1 + 1) | 1
-    return int((sums_N * odd_N).sum().item())
+    return int((sums_N * _odd(len(sums), sums_N.device)).sum().item())
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    rows, rest = divmod(len(words), _WIDTH)
+    column_W = _odd(_WIDTH, words.device)
+    parts = [
+        (part.to(torch.int64) * column_W).sum(1) for part in words[: rows * _WIDTH].view(rows, _WIDTH).split(_ROWS)
+    ]
+    parts.append((words[rows * _WIDTH :].to(torch.int64) * column_W[:rest]).sum()[None])
+    sums_R = torch.cat(parts)
+    return (sums_R * _odd(len(sums_R), words.device, 0x7A3D70A3D70A3D71)).sum()
+
+
+def _odd(count: int, device: torch.device, step: int = 0x1E3779B97F4A7C15) -> Tensor:
+    """Different odd numbers, without a pattern that words could share: the squares mix high bits into low differences."""
+    index_N = torch.arange(1, count + 1, device=device, dtype=torch.int64)
+    mixed_N = index_N * step
+    return (mixed_N ^ ((mixed_N >> 29) * index_N)) | 1

@@ -14,6 +14,7 @@ enable_cpu()
 from megatron_vp2o.config.schema import ModelConfig, TrainConfig  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.model.attention import KVCache  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
 
@@ -94,13 +95,19 @@ def test_samples_do_not_depend_on_batch_order_or_company(engine):
     assert [backwards.response(n) for n in range(3)] == [together.response(9 + n) for n in range(3)]
 
 
-def test_small_batches_give_the_same_sequences(engine):
+@pytest.mark.parametrize("limit", [1, 3, 4, 7, 9, 1024])
+def test_small_batches_give_the_same_sequences(engine, monkeypatch, limit):
+    """Groups larger than the limit are cut, too: never more than max_batch_size sequences are decoded at once."""
     sampling = SamplingParams(1.0, 1.0, 12, seed=7)
     whole = engine.generate(PROMPTS, range(4), sampling, group_size=4)
-    engine.max_batch_size = 4
+    rows = []
+    select = KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda cache, index: (rows.append(len(index)), select(cache, index))[1])
+    monkeypatch.setattr(engine, "max_batch_size", limit)
     parts = engine.generate(PROMPTS, range(4), sampling, group_size=4)
-    engine.max_batch_size = 1024
     assert [parts.response(n) for n in range(16)] == [whole.response(n) for n in range(16)]
+    torch.testing.assert_close(parts.logprobs_NS, whole.logprobs_NS, atol=1e-5, rtol=0)
+    assert max(rows) <= limit and (limit > 16 or max(rows) > limit // 2)
 
 
 def test_stops_at_end_of_sequence_and_at_the_limit(engine):
@@ -148,6 +155,8 @@ def test_the_actor_is_a_snapshot(engine):
         stale = engine.generate(PROMPTS, range(4), sampling)
         assert [stale.response(n) for n in range(4)] == before and stale.weight_version == 0
         with engine.at_learner_weights():
+            pairs = zip(engine.actor.parameters(), engine.policy.model.parameters(), strict=True)
+            assert all(mine.data_ptr() == learned.data_ptr() for mine, learned in pairs)  # no third copy
             fresh = [engine.generate(PROMPTS, range(4), sampling).response(n) for n in range(4)]
         assert fresh == [greedy_without_cache(engine, prompt, 12) for prompt in PROMPTS] != before
         again = engine.generate(PROMPTS, range(4), sampling)

@@ -14,6 +14,7 @@ from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform import world
+from megatron_vp2o.megatron.stein import gradient_hook  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook, install
 from megatron_vp2o.rl.objectives import next_token
 from tests.megatron import stein_job
@@ -49,10 +50,11 @@ def gradients(hook: SteinHook) -> dict[tuple[int, str, int], torch.Tensor]:
 
 
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
-def test_the_field_is_that_of_loops_in_float64(scale: str) -> None:
+def test_the_field_is_that_of_loops_in_float64(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything from the definitions: kernel and masks by loops, repulsion by autograd through the power steps."""
     settings = {"neighbours": 2, "eta": 0.3, "tau": 0.7, "power_iterations": 3, "repulsion_scale": scale}
-    with learner(stein={**settings, "initial_power_iterations": 2000}) as (policy, hook):
+    monkeypatch.setattr(gradient_hook, "SETTLED_ANGLE", 1e-6)  # as near as float32 comes
+    with learner(stein=settings) as (policy, hook):
         assert hook is not None
         backward(policy)
         before = gradients(hook)
@@ -269,3 +271,16 @@ def test_specialisation_lowers_what_it_penalises() -> None:
 def test_the_job_is_deterministic() -> None:
     first, second = (stein_job.run([{}], 2)[0] for _ in range(2))
     assert first == second
+
+
+def test_a_repulsion_that_drowns_the_gradients_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    for scale, eta, told in (("absolute", 1e4, 1), ("absolute", 1e-6, 0), ("relative", 50.0, 0)):
+        caplog.clear()
+        with learner(stein={"repulsion_scale": scale, "eta": eta, "neighbours": 1}) as (policy, hook):
+            assert hook is not None
+            for _ in range(2):
+                backward(policy)
+                ratio = hook.transform()["stein/repulsion_ratio"]
+            messages = [record.message for record in caplog.records if "repulsion between experts" in record.message]
+            assert len(messages) == told, (scale, eta, ratio)
+            assert not told or ("repulsion_scale=relative" in messages[0] and "eta=10000" in messages[0])

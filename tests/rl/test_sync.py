@@ -77,3 +77,23 @@ def test_the_checksum_sees_one_bit_and_an_exchange() -> None:
     halves = [torch.ones(3, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.float64)]
     assert weights_checksum(halves) == weights_checksum([half.clone() for half in halves]) != 0
     assert weights_checksum([]) == weights_checksum([torch.zeros(0)]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_checksum_depends_on_where_words_are(dtype: torch.dtype) -> None:
+    """Stacked experts that changed places, rows, columns, single words, and values that moved from one word to another."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((4, 30, 50), (3, 64, 128), (2, 7), (8, 4096), (2, 4096 * 257)):
+        stacked = torch.randn(shape, generator=generator).to(dtype)
+        reference = weights_checksum([stacked])
+        flat = stacked.flatten()
+        others = [stacked.flip(0), stacked.roll(1, -1), flat.roll(1), flat.flip(0)]
+        for i, j in torch.randint(len(flat), (20, 2), generator=generator).tolist():
+            swapped = flat.clone()
+            swapped[i], swapped[j] = flat[j], flat[i]
+            others += [swapped] if flat[i] != flat[j] else []
+            changed = flat.clone()
+            changed[i] = -changed[i]
+            others.append(changed)
+        assert all(weights_checksum([other.contiguous()]) != reference for other in others)
+        assert weights_checksum([stacked.clone()]) == reference

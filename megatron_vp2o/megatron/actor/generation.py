@@ -80,15 +80,21 @@ class MegatronEngine:
 
     @contextmanager
     def at_learner_weights(self) -> Iterator[None]:
-        """Generate with the learner's weights inside; a stale snapshot is put aside and restored."""
-        version = self.version
-        kept = [tensor.clone() for tensor in self._tensors()]
-        self.refresh(version)
+        """Generate with the learner's weights inside, without a copy of either; gates are not logged there.
+
+        The actor's tensors stand for the learner's meanwhile, and get their own values back after it.
+        """
+        self.policy.gather_parameters()
+        contexts, self._logged_contexts = self._logged_contexts, 0
+        kept = [tensor.data for tensor in self._tensors()]
         try:
+            for mine, learned in zip(self._tensors(), weight_tensors(self.policy.model), strict=True):
+                mine.data = learned.data
             yield
         finally:
-            for mine, old in zip(self._tensors(), kept, strict=True):
-                mine.data.copy_(old)
+            for mine, own in zip(self._tensors(), kept, strict=True):
+                mine.data = own
+            self._logged_contexts = contexts
 
     def _tensors(self) -> list[Tensor]:
         return weight_tensors(self.actor)
@@ -101,17 +107,17 @@ class MegatronEngine:
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
         longest = int(max_scalars({"n": max((len(p) for p in prompts), default=1)}, self.groups.dp)["n"])
-        per_batch = max(1, self.max_batch_size // group_size)
-        batches = -(-len(prompts) // per_batch)
+        batches = self._batches(len(prompts), group_size)
         if self._lockstep:
-            batches = int(max_scalars({"n": batches}, self.groups.dp)["n"])
+            most = int(max_scalars({"n": len(batches)}, self.groups.dp)["n"])
+            batches += [(slice(0, 0), range(1))] * (most - len(batches))
         width = longest + sampling.max_new_tokens
         drawn = len(prompts) * group_size * sampling.max_new_tokens
         stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
         parts, logged = [], []
-        for b in range(batches):
-            chosen = slice(b * per_batch, (b + 1) * per_batch)
-            part, part_gates = self._generate_batch(prompts[chosen], uids[chosen], sampling, group_size, width, stride)
+        for chosen, members in batches:
+            firsts = [uid * group_size for uid in uids[chosen]]
+            part, part_gates = self._generate_batch(prompts[chosen], firsts, sampling, members, width, stride)
             if prompts[chosen]:
                 parts.append(part)
                 logged.append(part_gates)
@@ -128,22 +134,38 @@ class MegatronEngine:
             tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version, gates
         )
 
+    def _batches(self, prompts: int, group_size: int) -> list[tuple[slice, range]]:
+        """Prompts that are decoded together, with the members of their groups: at most `max_batch_size` sequences each."""
+        most = self.max_batch_size
+        if group_size <= most:
+            per_batch = most // group_size
+            return [(slice(first, first + per_batch), range(group_size)) for first in range(0, prompts, per_batch)]
+        return [
+            (slice(prompt, prompt + 1), range(first, min(first + most, group_size)))
+            for prompt in range(prompts)
+            for first in range(0, group_size, most)
+        ]
+
     def _generate_batch(
         self,
         prompts: Sequence[Sequence[int]],
-        uids: Sequence[int],
+        firsts: Sequence[int],
         sampling: SamplingParams,
-        group_size: int,
+        members: range,
         width: int,
         stride: int,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks.
 
+        Args:
+            firsts: identity of the first sequence of each prompt's group.
+            members: which sequences of each group.
+
         Returns the columns of `Rollouts`, and the gates at every `stride`-th context, [L, N, J, E] (empty for stride 0).
         """
         device = self.groups.device
         dummy = not prompts
-        prompts, uids = (prompts, uids) if not dummy else ([[self.pad_id]], [0])
+        prompts, firsts = (prompts, firsts) if not dummy else ([[self.pad_id]], [0])
         length_P = torch.tensor([len(prompt) for prompt in prompts])
         prompt_PS = torch.full((len(prompts), width), self.pad_id)
         for row, prompt in zip(prompt_PS, prompts, strict=True):
@@ -156,7 +178,7 @@ class MegatronEngine:
             position_PS = torch.arange(prefill, device=device).expand(len(prompts), -1)
             cache.start(position_PS, prefill, prefill=True)
             self._forward(prompt_PS[:, :prefill].to(device), position_PS, cache)
-        expand_N = torch.arange(len(prompts)).repeat_interleave(group_size)
+        expand_N = torch.arange(len(prompts)).repeat_interleave(len(members))
         cache.select(expand_N.to(device))
 
         tokens_NS = prompt_PS[expand_N].to(device)
@@ -165,8 +187,8 @@ class MegatronEngine:
         length_N = length_P[expand_N].to(device)
         prompt_len_N = length_N.clone()
         finished_N = torch.full((len(expand_N),), dummy, device=device)
-        group_N = torch.arange(group_size).repeat(len(prompts))
-        uid_N = (torch.tensor(uids)[expand_N] * group_size + group_N).to(device)
+        member_N = torch.tensor(members).repeat(len(prompts))
+        uid_N = (torch.tensor(firsts)[expand_N] + member_N).to(device)
 
         experts = self.actor.config.num_moe_experts if stride else 0
         contexts = -(-sampling.max_new_tokens // stride) if stride else 0

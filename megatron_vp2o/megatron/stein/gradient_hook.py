@@ -10,6 +10,7 @@ Shape legend: L MoE layers of this pipeline stage, E experts, e local experts, D
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,9 +47,13 @@ from megatron_vp2o.megatron.stein.expert_gradients import ExpertGradients
 from megatron_vp2o.megatron.stein.expert_weights import ExpertWeights, OutputProjections, expert_weights
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 
-SETTLED_ANGLE = 1e-4
-"""A prototype rests when an iteration turns it by less than this many radians. What is left of its way is below 0.01 then, and
-later updates of unmoved weights turn it by some 1e-5 each: nothing beside a delta of 0.1."""
+logger = logging.getLogger(__name__)
+
+REPULSION_DROWNS = 10.0
+"""Repulsion over attraction from which the hook warns."""
+SETTLED_ANGLE = 1e-5
+"""A prototype rests when an iteration turns it by less than this many radians. What is left of its way is some 1e-3 then, and
+16 updates of unmoved weights turn it by less than 2e-4: nothing beside a delta of 0.1."""
 PROTOTYPE_SEED = 0
 """Seed of the directions from which power iteration starts; its result does not depend on it."""
 
@@ -108,6 +113,7 @@ class SteinHook:
         self.state: SteinState | None = None
         self._steps = 0
         self._prototypes_current = False
+        self._warned = False
         if not self.layers:
             return
         config = self.layers[0].config
@@ -160,7 +166,24 @@ class SteinHook:
             metrics = self._metrics(field, counts_LEE, sums_LS, ratio_L)
         self._steps += 1
         self._prototypes_current = False  # an optimizer step follows
-        return self._mean_over_layers(metrics)
+        means = self._mean_over_layers(metrics)
+        self._warn_of_repulsion(means["stein/repulsion_ratio"])
+        return means
+
+    def _warn_of_repulsion(self, ratio: float) -> None:
+        """Say once that the repulsion, of a fixed size, drowns the gradients: it does at fresh weights."""
+        settings = self.settings
+        if self._warned or settings.repulsion_scale is not RepulsionScale.absolute or ratio <= REPULSION_DROWNS:
+            return
+        self._warned = True
+        if self.groups.rank == 0:
+            logger.warning(
+                "the repulsion between experts is %.3g times as large as the gradients that it is added to "
+                "(stein/repulsion_ratio; algorithm.stein.eta=%g, repulsion_scale=absolute): lower eta by about that factor, "
+                "or set algorithm.stein.repulsion_scale=relative",
+                ratio,
+                settings.eta,
+            )
 
     def _collect(self) -> tuple[Tensor, Tensor]:
         """Statistics of all layers and ranks of the stage, in one reduction: counts [L, E, E] and sums [L, S]."""
