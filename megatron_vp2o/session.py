@@ -91,7 +91,6 @@ class Run:
     def transform(self) -> Transform:
         return no_transform if self.hook is None or not _observed(self.config) else self.hook.transform
 
-
     @property
     def stepper(self) -> Stepper:
         if self.region is not None:

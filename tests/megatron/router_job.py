@@ -180,7 +180,9 @@ def compare(seeds: list[int]) -> list[dict[str, Any]]:
             worst = max(worst, float((gradient - expected[name]).abs().max()))
             largest = max(largest, float(expected[name].abs().max()))
         named = {name: (metrics.get(name), value) for name, value in losses.items()}
-        results.append({"case": case, "worst": worst, "largest": largest, "tokens": tokens, "losses": named, "biases": biases})
+        results.append(
+            {"case": case, "worst": worst, "largest": largest, "tokens": tokens, "losses": named, "biases": biases}
+        )
         world.stop_model_parallel()
     world.stop()
     return results

@@ -100,9 +100,14 @@ def test_small_batches_give_the_same_sequences(engine, monkeypatch, limit):
     """Groups larger than the limit are cut, too: never more than max_batch_size sequences are decoded at once."""
     sampling = SamplingParams(1.0, 1.0, 12, seed=7)
     whole = engine.generate(PROMPTS, range(4), sampling, group_size=4)
-    rows = []
+    rows: list[int] = []
     select = KVCache.select
-    monkeypatch.setattr(KVCache, "select", lambda cache, index: (rows.append(len(index)), select(cache, index))[1])
+
+    def counted(cache: KVCache, index: torch.Tensor) -> None:
+        rows.append(len(index))
+        select(cache, index)
+
+    monkeypatch.setattr(KVCache, "select", counted)
     monkeypatch.setattr(engine, "max_batch_size", limit)
     parts = engine.generate(PROMPTS, range(4), sampling, group_size=4)
     assert [parts.response(n) for n in range(16)] == [whole.response(n) for n in range(16)]

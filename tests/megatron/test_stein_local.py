@@ -14,7 +14,7 @@ from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform import world
-from megatron_vp2o.megatron.stein import gradient_hook  # noqa: E402
+from megatron_vp2o.megatron.stein import gradient_hook
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook, install
 from megatron_vp2o.rl.objectives import next_token
 from tests.megatron import stein_job

@@ -35,8 +35,8 @@ def test_the_gradient_is_that_of_the_distribution_sampled_from(seed: int, top_p:
     u_N = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     with torch.no_grad():
         token_N, logprob_N = sample(theta_V.expand(len(u_N), -1), u_N, temperature=temperature, top_p=top_p)
-    kept_K, first_K = zip(*{int(t): float(p) for t, p in zip(token_N, logprob_N, strict=True)}.items(), strict=True)
-    kept_K, weight_K = torch.tensor(kept_K), torch.tensor(first_K).exp()
+    kept, first = zip(*{int(t): float(p) for t, p in zip(token_N, logprob_N, strict=True)}.items(), strict=True)
+    kept_K, weight_K = torch.tensor(kept), torch.tensor(first).exp()
     assert weight_K.sum() == pytest.approx(1.0, abs=1e-4)
     assert top_p > 0.5 or len(kept_K) < 7
     advantage_K = torch.randn(len(kept_K), generator=generator)

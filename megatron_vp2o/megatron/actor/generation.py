@@ -23,6 +23,7 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score
 from megatron_vp2o.megatron.model.attention import KVCache
 from megatron_vp2o.megatron.model.build import build_model, weight_tensors
+from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
@@ -87,13 +88,19 @@ class MegatronEngine:
         self.policy.gather_parameters()
         contexts, self._logged_contexts = self._logged_contexts, 0
         kept = [tensor.data for tensor in self._tensors()]
+        experts, theirs = _grouped_experts(self.actor), _grouped_experts(self.policy.model)
+        stacks = [module._stacked for module in experts]
         try:
             for mine, learned in zip(self._tensors(), weight_tensors(self.policy.model), strict=True):
                 mine.data = learned.data
+            for module, other in zip(experts, theirs, strict=True):
+                module._stacked = other._stacked
             yield
         finally:
             for mine, own in zip(self._tensors(), kept, strict=True):
                 mine.data = own
+            for module, stack in zip(experts, stacks, strict=True):
+                module._stacked = stack
             self._logged_contexts = contexts
 
     def _tensors(self) -> list[Tensor]:
@@ -285,3 +292,7 @@ class MegatronEngine:
         logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
         leave_inference_mode()
         return logprob_NS * mask_NS
+
+
+def _grouped_experts(model: torch.nn.Module) -> list[GroupedSequentialMLP]:
+    return [module for module in model.modules() if isinstance(module, GroupedSequentialMLP)]

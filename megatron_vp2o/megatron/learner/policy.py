@@ -83,7 +83,10 @@ class MegatronPolicy:
         self.clip_grad = settings.clip_grad
         self._layers = moe_layers(self.ddp)
         self._specialised = self._specialise(config)
-        aux_loss = config.model.moe_aux_loss_coeff > 0 and config.model.moe_router_load_balancing_type is not LoadBalancing.none
+        aux_loss = (
+            config.model.moe_aux_loss_coeff > 0
+            and config.model.moe_router_load_balancing_type is not LoadBalancing.none
+        )
         on = {LOAD_BALANCING: aux_loss, Z_LOSS: config.model.moe_z_loss_coeff > 0}
         self._router_losses = [name for name, present in on.items() if present]
         self._sampled: tuple[list[VP2OMoELayer], int] | None = None

@@ -144,7 +144,9 @@ class ObservedRouter(TopKRouter):
                 self.local_tokens_per_expert += valid_TE.sum(0)
 
 
-def router_losses(routers: Sequence[Any], names: Sequence[str], layers: int, world: dist.ProcessGroup) -> dict[str, float]:
+def router_losses(
+    routers: Sequence[Any], names: Sequence[str], layers: int, world: dist.ProcessGroup
+) -> dict[str, float]:
     """The step's router losses before their coefficients, mean over MoE layers. A collective over all ranks of the model.
 
     Args:
