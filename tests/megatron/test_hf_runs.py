@@ -86,7 +86,7 @@ def alone() -> Groups:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     assert world is not None
-    names = [name for name in Groups.__dataclass_fields__ if name != "device"]
+    names = [name for name in Groups.__dataclass_fields__ if name not in ("device", "timeout")]
     return Groups(**dict.fromkeys(names, world), device=torch.device("cpu"), timeout=None)
 
 
