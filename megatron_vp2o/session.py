@@ -47,7 +47,7 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel import failure  # noqa: E402
-from megatron_vp2o.parallel.groups import Groups  # noqa: E402
+from megatron_vp2o.parallel.groups import Groups, first_rank_says  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
@@ -148,7 +148,9 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         config, groups, vocab_size=tokenizer.vocab_size, optimizer_steps=optimizer_steps(config.algorithm)
     )
     if config.init_from is not None:
-        checkpoint.load_weights(checkpoint.resolve(Path(config.init_from)), policy)
+        # One rank's answer: whoever writes there may add a newer checkpoint at any moment.
+        source = first_rank_says(checkpoint.resolve(Path(config.init_from)), groups.world)
+        checkpoint.load_weights(source, policy)
     engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     stein = config.algorithm.stein
     algorithm = config.algorithm
@@ -278,6 +280,7 @@ def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPoli
 
 def _resume(run: Run, trainer: TrainingLoop) -> None:
     found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / "checkpoints")
+    found = first_rank_says(found, run.groups.world)  # another machine's file system may not show it yet
     if found is None:
         if isinstance(run.task, RowsTask):
             trainer.progress.extra[ROWS] = run.task.fingerprint

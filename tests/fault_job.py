@@ -33,10 +33,12 @@ class Fault:
     """One run.
 
     Attributes:
-        place: "module:name" of what fails when it is called; "backward" for a hook of autograd.
+        place: "module:name" of what fails when it is called; "backward" for a hook of autograd; "" for nowhere.
         rank: on which rank.
         call: at the how manieth call, from 1.
         kind: "error", "refused" (a UserError), "memory", "interrupt", "kill" (SIGKILL) or "exit" (a silent os._exit).
+        target: "module:function", what the ranks run.
+        absent: ranks that are never started.
         seconds: by rank, from the fault to the end of the process; None for a rank that had to be killed.
     """
 
@@ -47,6 +49,8 @@ class Fault:
     rank: int
     call: int
     kind: str
+    target: str = "megatron_vp2o.train:main"
+    absent: list[int] = field(default_factory=list)
     came: bool = False
     seconds: list[float | None] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
@@ -55,9 +59,11 @@ class Fault:
 
 def main(spec: Path) -> None:
     """Do the runs of a file, and write what became of them back into it."""
-    import megatron_vp2o.session  # noqa: F401 - everything heavy, once for all runs
-
     faults = [Fault(**settings) for settings in json.loads(spec.read_text())]
+    for module in {fault.target.split(":")[0] for fault in faults}:
+        importlib.import_module(module)
+        if module == "megatron_vp2o.train":
+            importlib.import_module("megatron_vp2o.session")  # everything heavy, once for all runs
     for fault in faults:
         _do(fault)
         print(f"{fault.place} on rank {fault.rank}: {fault.seconds} {fault.statuses}", flush=True)
@@ -70,7 +76,8 @@ def _do(fault: Fault) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [_fork(fault, rank, port) for rank in range(fault.ranks)]
+    ranks = [rank for rank in range(fault.ranks) if rank not in fault.absent]
+    children = [_fork(fault, rank, port) for rank in ranks]
     ended: dict[int, tuple[float, int]] = {}
     began, moment = time.monotonic(), folder / "moment"
     while len(ended) < len(children):
@@ -90,7 +97,7 @@ def _do(fault: Fault) -> None:
     start = float(moment.read_text()) if fault.came else began
     fault.seconds = [None if ended[child][0] == float("inf") else ended[child][0] - start for child in children]
     fault.statuses = [ended[child][1] for child in children]
-    fault.outputs = [(folder / f"output-{rank}.txt").read_text(errors="replace") for rank in range(fault.ranks)]
+    fault.outputs = [(folder / f"output-{rank}.txt").read_text(errors="replace") for rank in ranks]
 
 
 def _fork(fault: Fault, rank: int, port: int) -> int:
@@ -108,14 +115,13 @@ def _fork(fault: Fault, rank: int, port: int) -> int:
     descriptor = os.open(Path(fault.run_dir) / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = ["megatron_vp2o.train", *fault.arguments, f"run_dir={fault.run_dir}/run"]
+    module, function = fault.target.split(":")
+    sys.argv = [module, *fault.arguments, f"run_dir={fault.run_dir}/run"]
     status: Any = 0
     try:
-        if rank == fault.rank:
+        if rank == fault.rank and fault.place:
             _lay(fault)
-        from megatron_vp2o.train import main as train
-
-        train()
+        getattr(importlib.import_module(module), function)()
     except SystemExit as end:
         status = end.code or 0
     except BaseException:  # a forked child must not go on in its parent's code
@@ -129,12 +135,7 @@ def _fork(fault: Fault, rank: int, port: int) -> int:
 def _lay(fault: Fault) -> None:
     """Put the fault in its place, in this process."""
     backward = fault.place == "backward"
-    module, _, names = (BACKWARD if backward else fault.place).partition(":")
-    owner: Any = importlib.import_module(module)
-    *path, name = names.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    real: Callable[..., Any] = getattr(owner, name)
+    owner, name, real = found(BACKWARD if backward else fault.place)
     calls = 0
 
     @functools.wraps(real, updated=())
@@ -150,6 +151,16 @@ def _lay(fault: Fault) -> None:
         return logprobs, entropies
 
     mock.patch.object(owner, name, faulty).start()
+
+
+def found(place: str) -> tuple[Any, str, Callable[..., Any]]:
+    """Whose attribute a place is, its name and what is there now."""
+    module, _, names = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *path, name = names.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name, getattr(owner, name)
 
 
 def _fail(fault: Fault) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault_job import Fault
+from tests.fault_job import BACKWARD, Fault, found
 from tests.test_resume import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ PLACES = sorted(
         "megatron_vp2o.rl.trainer:verify_sync",
         f"{ACTOR}:MegatronEngine._generate_batch",
         "megatron_vp2o.rl.trainer:grade",
-        "megatron_vp2o.rl.trainer:group_relative_advantages",
+        "megatron_vp2o.rl.trainer:policy_batch",
         "megatron_vp2o.rl.trainer:split",
         f"{LEARNER}.policy:micro_batches",
         "megatron_vp2o.megatron.model.moe_layer:VP2OMoELayer.route",
@@ -153,6 +153,13 @@ def check(fault: Fault) -> None:
             assert "Traceback" not in text, where
     if fault.kind == "interrupt":
         assert fault.statuses == [130] * fault.ranks, where
+
+
+def test_the_places_are_there() -> None:
+    import megatron_vp2o.session  # noqa: F401 - applies what Megatron needs on a CPU
+
+    for place in set(PLACES) - {"backward"} | {BACKWARD}:
+        found(place)
 
 
 @pytest.mark.distributed

@@ -211,7 +211,9 @@ def join(startup: timedelta) -> dist.Store | None:
             watch.line = call(host, address, rank, watch.heard, max(1.0, deadline - time.monotonic()))
         except (dist.DistError, OSError) as error:
             raise _not_there([0], size, startup) from error
-    if not watch.line.wait(max(0.0, deadline - time.monotonic())):
+    # Rank 0 knows who is missing: the others leave it time to say so.
+    extra = 0.0 if rank == 0 else GRACE_S + 1.0
+    if not watch.line.wait(max(0.0, deadline - time.monotonic()) + extra):
         raise _not_there(watch.line.missing() if isinstance(watch.line, Hub) else None, size, startup)
     _store = store
     return store

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,14 @@ def max_scalars(values: dict[str, float], group: dist.ProcessGroup) -> dict[str,
 def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
     """True where any rank of the group says so."""
     return max_scalars({"flag": float(flag)}, group)["flag"] > 0
+
+
+def first_rank_says(value: T, group: dist.ProcessGroup) -> T:
+    """What the group's first rank has: for decisions that hang on what a rank sees outside of the run, such as files."""
+    box = [value]
+    if group.size() > 1:
+        dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

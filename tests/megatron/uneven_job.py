@@ -1,0 +1,201 @@
+"""What the ranks of test_uneven_ranks.py do: one VP2O step after another, with prompts and rows dealt to ranks as told.
+
+Everything that a step of the trainer calls is called: generation, anchor, forward and backward pass with specialisation losses,
+Stein transform, optimizer step under the trust region, budget, scoring and evaluation. A rank may have nothing of any of it.
+
+Shape legend: N rows of this data-parallel rank, R rows of all ranks, S padded length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_vp2o.megatron.platform.cpu import enable_cpu
+
+enable_cpu()
+
+from megatron_vp2o.config.schema import (  # noqa: E402
+    BudgetConfig,
+    ControlMode,
+    CountdownTaskConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SpecializationConfig,
+    SteinConfig,
+    TrainConfig,
+    TrustRegionConfig,
+    VP2OConfig,
+)
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
+from megatron_vp2o.megatron.control.trust_region import TrustRegion  # noqa: E402
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
+from megatron_vp2o.megatron.platform import world  # noqa: E402
+from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.rl.batching import policy_batch, rows_of  # noqa: E402
+from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
+from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
+from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
+from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
+from megatron_vp2o.tasks import make_task  # noqa: E402
+from tests.megatron.stein_job import whole_experts  # noqa: E402
+
+GROUP, WIDTH = 4, 8
+SYMBOLS = 15  # ids that every task's tokenizer has
+
+
+@dataclass
+class Draw:
+    """One case.
+
+    Attributes:
+        layout: of the world; {} for the reference.
+        owner: of each prompt, its data-parallel rank (modulo their number).
+        kept: which rows carry a gradient, by number among the rows of all prompts.
+        minibatches: of each row, the optimizer step that takes it.
+        steps: optimizer steps.
+        delta: of the trust region.
+        stein: settings of the transform.
+        problems: of the evaluation.
+    """
+
+    layout: dict[str, Any]
+    owner: list[int]
+    kept: list[int]
+    minibatches: list[int]
+    steps: int
+    micro_batch_size: int
+    delta: float
+    stein: dict[str, Any] = field(default_factory=dict)
+    specialization: dict[str, Any] = field(default_factory=dict)
+    problems: int = 3
+    seed: int = 1
+
+
+def run(draws: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result a draw; the world's size is the same for all."""
+    torch.set_num_threads(1)
+    results = []
+    for settings in draws:
+        results.append(_steps(Draw(**settings)))
+        world.stop_model_parallel()
+    world.stop()
+    return results
+
+
+def config_of(draw: Draw) -> TrainConfig:
+    return TrainConfig(
+        algorithm=VP2OConfig(
+            group_size=GROUP,
+            micro_batch_size=draw.micro_batch_size,
+            entropy_coef=0.01,
+            stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **draw.stein}),
+            specialization=SpecializationConfig(**draw.specialization),
+            trust_region=TrustRegionConfig(mode=ControlMode.enforce, delta=draw.delta, contexts_per_rank=10**5),
+            budget=BudgetConfig(mode=ControlMode.monitor),
+        ),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=8,
+            num_moe_experts=8,
+            moe_router_topk=3,
+            moe_ffn_hidden_size=16,
+            moe_aux_loss_coeff=0.0,  # it is a product of micro-batch means, which depend on how data is dealt to ranks
+            init_method_std=0.2,
+        ),
+        # A large epsilon: without it Adam makes a step of full size out of a gradient that is all rounding.
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5, adam_eps=1e-2),
+        task=CountdownTaskConfig(train_size=20, validation_size=8, test_size=8),
+        evaluation=EvaluationConfig(problems=draw.problems, samples=2, pass_at=[1, 2]),
+        parallel=ParallelConfig(**draw.layout),
+        seed=draw.seed,
+    )
+
+
+def _steps(draw: Draw) -> dict[str, Any]:
+    config = config_of(draw)
+    algorithm = config.algorithm
+    assert isinstance(algorithm, VP2OConfig)
+    task = make_task(config.task, progress=False)
+    groups = world.start(config.parallel, config.seed)
+    policy = MegatronPolicy(config, groups, vocab_size=task.tokenizer.vocab_size, optimizer_steps=10)
+    hook = SteinHook(policy.ddp, algorithm.stein, groups, optimizer=policy.optimizer)
+    region = TrustRegion(policy, hook, algorithm.trust_region)
+    engine = MegatronEngine(config, policy, eos_ids=(1,), pad_id=0)
+    engine.log_gates(10**5)
+    meter = BudgetMeter(algorithm.budget, groups)
+    objective = meter.watch(OnRollouts(policy_objective(algorithm)))
+    engine.refresh(0)
+    region.set_anchor()
+    mine = [p for p, owner in enumerate(draw.owner) if owner % groups.dp_size == groups.dp_rank]
+    rollouts = engine.generate(
+        [_prompt(p) for p in mine], mine, SamplingParams(1.0, 1.0, WIDTH, seed=draw.seed), algorithm.group_size
+    )
+    row_N = torch.tensor([p * GROUP + g for p in mine for g in range(GROUP)], dtype=torch.int64)
+    region.observe_rollouts(rollouts)
+    batch = _batch(rollouts, row_N)
+    result: dict[str, Any] = {"rows": row_N.tolist(), "updates": [], "stage": groups.pp.rank()}
+    for step in range(draw.steps):
+        wanted = [n for n, row in enumerate(row_N.tolist()) if row in draw.kept and draw.minibatches[row] == step]
+        part = rows_of(batch, torch.tensor(wanted, dtype=torch.int64))
+        result["updates"].append(_update(part, draw, policy, hook, region, objective))
+        if step == 0:
+            result["gradients"] = whole_experts(hook, groups, hook.gradients.of, owned=True)
+    budget = meter.read()
+    result |= {"drift": budget.drift, "ess": budget.ess}
+    result["responses"] = {str(row): rollouts.response(n) for n, row in enumerate(row_N.tolist())}
+    scored = engine.log_probs(rollouts, 1.0) - rollouts.model_logprobs_NS
+    result["mismatch"] = scored.abs().amax().item() if scored.numel() else 0.0
+    policy.gather_parameters()
+    result["parameters"] = whole_experts(hook, groups, lambda parameter: parameter.detach(), owned=False)
+    result["routers"] = {str(layer.layer_number): layer.router.weight.tolist() for layer in hook.layers}
+    result["final"] = policy.log_probs(_fixed_batch(), 3).tolist()
+    result["evaluation"] = evaluate(
+        engine, task, Split.validation, config.evaluation, groups, max_new_tokens=5, seed=3, prefix="eval"
+    )
+    return result
+
+
+def _update(
+    part: TrainBatch, draw: Draw, policy: MegatronPolicy, hook: SteinHook, region: TrustRegion, objective: Any
+) -> dict[str, Any]:
+    region.begin()
+    metrics = policy.forward_backward(part, objective, draw.micro_batch_size)
+    metrics |= hook.transform()
+    stats = region.step()
+    assert hook.state is not None and hook.state.coactivation_LEE is not None
+    return {
+        "metrics": metrics | stats.metrics,
+        "grad_norm": stats.grad_norm,
+        "tokens": stats.tokens,
+        "outcome": [stats.skipped, stats.rejected],
+        "by_layer": getattr(region, "by_layer", []),
+        "rows": len(part.length_N),
+        "prototypes": hook.state.prototypes_LED.tolist(),
+        "coactivation": hook.state.coactivation_LEE.tolist(),
+        "layers": [weights.layer for weights in hook.weights],
+    }
+
+
+def _prompt(p: int) -> list[int]:
+    return [2 + (3 * p + i) % (SYMBOLS - 2) for i in range(1 + p % 4)]
+
+
+def _batch(rollouts: Rollouts, row_N: torch.Tensor) -> TrainBatch:
+    """All rows of this rank; advantages are any function of a row's number."""
+    advantages_N = torch.sin(row_N.float() * 2.3)
+    return policy_batch(rollouts, advantages_N, torch.ones(len(row_N)).bool(), 1.0)
+
+
+def _fixed_batch() -> TrainBatch:
+    """Sequences that every rank scores alike."""
+    tokens_NS = torch.randint(2, SYMBOLS, (4, 9), generator=torch.Generator().manual_seed(0))
+    length_N = torch.tensor([9, 7, 5, 2])
+    return TrainBatch(tokens_NS, length_N, torch.ones(4, 9).bool(), {}, temperature=1.0)
