@@ -31,7 +31,9 @@ class Run:
         end: name of the signal that ends it, None to let it finish.
         rank: which process gets it; None for all.
         after_step: send it once the record has this step's line ...
-        saving_step: ... or while this step's checkpoint is being written.
+        saving_step: ... or while this step's checkpoint is being written (-1: the first that this run writes).
+        delay: ... and so many seconds later.
+        earn: rewards that a model which knows nothing can earn (`EasyCountdown`).
     """
 
     run_dir: str
@@ -41,12 +43,18 @@ class Run:
     rank: int | None = None
     after_step: int = 0
     saving_step: int | None = None
+    delay: float = 0.0
+    earn: bool = False
     statuses: list[int] = field(default_factory=list)
 
     def is_time(self) -> bool:
+        """Whether the event has come that the signal follows. After step -1: at once."""
         folder = Path(self.run_dir)
         if self.saving_step is not None:
-            return (folder / "checkpoints" / f".tmp-step_{self.saving_step:06d}").exists()
+            step = "*" if self.saving_step < 0 else f"{self.saving_step:06d}"
+            return any((folder / "checkpoints").glob(f".tmp-step_{step}"))
+        if self.after_step < 0:
+            return True
         record = folder / "metrics.jsonl"
         return record.exists() and f'"step": {self.after_step},' in record.read_text()
 
@@ -56,21 +64,28 @@ def main(spec: Path) -> None:
     import megatron_vp2o.session  # noqa: F401 - everything heavy, once for all runs
 
     runs = [Run(**settings) for settings in json.loads(spec.read_text())]
-    for number, run in enumerate(runs):
-        _do(run, spec.with_name(f"output-{number}.txt"))
+    run_all(runs, spec.parent)
     spec.write_text(json.dumps([asdict(run) for run in runs]))
 
 
-def _do(run: Run, output: Path) -> None:
+def run_all(runs: list[Run], folder: Path, timeout: float = TIMEOUT) -> None:
+    """Do runs one after another, each in at most `timeout` seconds, and fill in their exit statuses."""
+    for number, run in enumerate(runs):
+        _do(run, folder / f"output-{number}.txt", timeout)
+
+
+def _do(run: Run, output: Path, timeout: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [_fork(run, rank, port, output) for rank in range(run.ranks)]
     ended: dict[int, int] = {}
-    signalled = run.end is None
-    deadline = time.monotonic() + TIMEOUT
+    signalled, due = run.end is None, None
+    deadline = time.monotonic() + timeout
     while len(ended) < len(children):
-        if not signalled and run.is_time():
+        if not signalled and due is None and run.is_time():
+            due = time.monotonic() + run.delay
+        if not signalled and due is not None and time.monotonic() >= due:
             for rank, child in enumerate(children):
                 if run.rank in (None, rank) and child not in ended:
                     os.kill(child, signal.Signals[str(run.end)])
@@ -104,6 +119,8 @@ def _fork(run: Run, rank: int, port: int, output: Path) -> int:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if run.earn:
+        _earn()
     sys.argv = ["megatron_vp2o.train", *run.arguments, f"run_dir={run.run_dir}"]
     status: Any = 0
     try:
@@ -118,6 +135,21 @@ def _fork(run: Run, rank: int, port: int, output: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _earn() -> None:
+    """Let countdown be `EasyCountdown` in this process."""
+    from megatron_vp2o import tasks
+    from megatron_vp2o.rl.types import Problem, Verdict
+
+    class EasyCountdown(tasks.CountdownTask):
+        """A response is right if the codes of its characters add up to an even number: about every second one."""
+
+        def verify(self, problem: Problem, response: str) -> Verdict:
+            right = sum(map(ord, response)) % 2 == 0
+            return Verdict(right, "even" if right else None, "" if right else "odd")
+
+    tasks.TASKS["countdown"] = EasyCountdown
 
 
 if __name__ == "__main__":

@@ -46,15 +46,13 @@ from megatron_vp2o.parallel.groups import Groups
 
 __all__ = ["Checkpointer", "latest", "load_weights", "resolve"]
 
-MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, STEIN, ANCHOR = (
-    "model",
-    "optimizer",
-    "actor",
-    "rng",
-    "schedule",
-    "stein",
-    "anchor",
-)
+MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, ANCHOR = ("model", "optimizer", "actor", "rng", "schedule", "anchor")
+STEIN = "stein"
+"""Prototypes: of a run with the Stein transform, its monitor, or a trust region."""
+COACTIVATION = "coactivation"
+"""Moving averages of co-activation: what the transform and its monitor have besides."""
+
+logger = logging.getLogger(__name__)
 
 # Every parameter of the distributed optimizer in its own shape, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -149,9 +147,13 @@ class Checkpointer:
             parts.append(OPTIMIZER)
         if self.engine is not None and state.get("actor_age", 0) > 0:
             parts.append(ACTOR)
-        if self.hook is not None and self.hook.steps > 0:
+        transformed = self.hook is not None and self.hook.steps > 0
+        anchored = self.region is not None and self.region.ready
+        if transformed or anchored:
             parts.append(STEIN)
-        if self.region is not None and self.region.ready:
+        if transformed:
+            parts.append(COACTIVATION)
+        if anchored:
             parts.append(ANCHOR)
         return parts
 
@@ -170,7 +172,7 @@ class Checkpointer:
             add_prefix_for_sharding(tree[ACTOR], f"{ACTOR}.")
         if STEIN in parts:
             assert self.hook is not None
-            tree[STEIN] = self.hook.sharded_state_dict(loading=loading)
+            tree[STEIN] = self.hook.sharded_state_dict(averages=COACTIVATION in parts, loading=loading)
         if ANCHOR in parts:
             assert self.region is not None
             tree[ANCHOR] = self.region.sharded_state_dict(loading=loading)
@@ -178,9 +180,12 @@ class Checkpointer:
             size, rank = self.groups.world_size, self.groups.rank
             tree[RNG] = ShardedObject(RNG, None if loading else _rng_state(), (size,), (rank,))
         if not loading:
-            steps = 0 if self.hook is None else self.hook.steps
-            counters = {} if self.region is None else self.region.counters()
-            tree[SCHEDULE] = {"num_steps": policy.scheduler.num_steps, "stein_steps": steps, "region": counters}
+            tree[SCHEDULE] = {
+                "num_steps": policy.scheduler.num_steps,
+                "stein_steps": 0 if self.hook is None else self.hook.steps,
+                "prototypes_current": self.hook is not None and self.hook.prototypes_current,
+                "region": {} if self.region is None else self.region.counters(),
+            }
         return tree
 
     def _write_rest(self, temporary: Path, state: dict[str, Any]) -> None:
@@ -225,7 +230,12 @@ class Checkpointer:
         with _together(self.groups):
             _same("optimizer", path, manifest["optimizer"], _optimizer_kind(self.policy))
             state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
-        absent = {ACTOR: self.engine is None, STEIN: self.hook is None, ANCHOR: self.region is None}
+        absent = {
+            ACTOR: self.engine is None,
+            STEIN: self.hook is None,
+            COACTIVATION: self.hook is None,
+            ANCHOR: self.region is None,
+        }
         parts = [part for part in manifest["parts"] if not absent.get(part, False)]
         if manifest["layout"] != _layout(self.groups):
             parts.remove(RNG)
@@ -238,10 +248,19 @@ class Checkpointer:
             self.engine.version = state["actor_version"]
         if STEIN in parts:
             assert self.hook is not None
-            self.hook.load_state_dict(loaded[STEIN], loaded[SCHEDULE]["stein_steps"])
+            schedule = loaded[SCHEDULE]
+            self.hook.load_state_dict(
+                loaded[STEIN],
+                averages=COACTIVATION in parts,
+                steps=schedule["stein_steps"],
+                prototypes_current=schedule.get("prototypes_current", False),  # format 1 does not say
+            )
         if ANCHOR in parts:
             assert self.region is not None
             self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
+        elif self.region is not None and self.engine is not None:
+            self.engine.version = -1  # the region was off: it begins with a refresh of the actors, which sets its anchor
+            logger.warning("%s has no anchor of a trust region: the actors are refreshed before the next step", path.name)
         if RNG in parts:
             _set_rng_state(loaded[RNG])
         return state
@@ -496,4 +515,4 @@ def _clear(temporary: Path) -> None:
     try:
         files.discard(temporary)
     except OSError as error:
-        logging.getLogger(__name__).warning("%s could not be removed: %s", temporary, error)
+        logger.warning("%s could not be removed: %s", temporary, error)

@@ -347,8 +347,17 @@ class SteinHook:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
-        """Prototypes and co-activation averages by the layer's global number, so that any layout can load them."""
+    @property
+    def prototypes_current(self) -> bool:
+        """Whether the prototypes are those of the present weights, so that the next update has nothing to do."""
+        return self._prototypes_current
+
+    def sharded_state_dict(self, *, averages: bool, loading: bool = False) -> dict[str, Any]:
+        """Prototypes, and co-activation averages where asked for, by the layer's global number, so that any layout can load them.
+
+        Args:
+            averages: there are none before the first transform.
+        """
         if not self.layers:
             return {}
         if loading:
@@ -356,28 +365,35 @@ class SteinHook:
             self.state = SteinState(
                 torch.zeros(*shape, self.weights[0].hidden, device=self.groups.device),
                 torch.zeros(shape, device=self.groups.device),
-                torch.zeros(*shape, self.experts, device=self.groups.device),
+                torch.zeros(*shape, self.experts, device=self.groups.device) if averages else None,
             )
-        state = self.state
-        assert state is not None and state.coactivation_LEE is not None
+        assert self.state is not None
         tree: dict[str, Any] = {}
         for index, weights in enumerate(self.weights):
-            for name in _STATE:
+            for name in _saved(averages):
                 key = f"stein.{name}.{weights.layer}"
-                value = getattr(state, name)[index]
+                value = getattr(self.state, name)[index]
                 tree[key] = ShardedTensor.from_rank_offsets(key, value, replica_id=self.groups.stage.rank())
         return tree
 
-    def load_state_dict(self, loaded: dict[str, Any], steps: int) -> None:
-        """Take up what `sharded_state_dict(loading=True)` was filled with."""
+    def load_state_dict(self, loaded: dict[str, Any], *, averages: bool, steps: int, prototypes_current: bool) -> None:
+        """Take up what `sharded_state_dict(loading=True)` was filled with.
+
+        Args:
+            averages: as given to `sharded_state_dict`.
+            steps: transforms so far.
+            prototypes_current: whether the saved prototypes were those of the saved weights. If so, another power iteration
+                would move them, and the resumed run would be another one.
+        """
         self._steps = steps
+        self._prototypes_current = prototypes_current
         if not self.layers:
             return
         parts = {
-            name: torch.stack([loaded[f"stein.{name}.{weights.layer}"] for weights in self.weights]) for name in _STATE
+            name: torch.stack([loaded[f"stein.{name}.{weights.layer}"] for weights in self.weights])
+            for name in _saved(averages)
         }
         self.state = SteinState(**parts)
-        self._prototypes_current = False
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
@@ -421,7 +437,11 @@ class SteinHook:
         return {name: value / max(layers, 1.0) for name, value in zip(names, values, strict=True)}
 
 
-_STATE = ("prototypes_LED", "residual_LE", "coactivation_LEE")
+
+def _saved(averages: bool) -> tuple[str, ...]:
+    """Names of the tensors of `SteinState` that a checkpoint has."""
+    return ("prototypes_LED", "residual_LE", *(("coactivation_LEE",) if averages else ()))
+
 
 METRICS = (
     "moe/router_entropy",
