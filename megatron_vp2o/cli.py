@@ -43,9 +43,9 @@ def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[...
     `--multirun` every job gets a folder of its own below run_dir, and the sweep ends at the first job whose status is
     not 0. `hydra_main` takes the place of `hydra.main` (NeMo's `hydra_runner` does, see nemo_train.py).
 
-    A UserError, from here or from `run`, and whatever is wrong with the composition end the process with status 2 and
-    its message after "error: ", without traceback (with one where the environment has HYDRA_FULL_ERROR=1). Any other
-    exception is a defect and goes through.
+    A UserError, from here or from `run`, and whatever is wrong with the composition end the process with the error's status
+    (2; 3 for a dead run) and its message after "error: ", without traceback (with one where the environment has
+    HYDRA_FULL_ERROR=1). Any other exception is a defect and goes through.
     """
     register()
     wants_tracebacks = os.environ.get(_TRACEBACKS) == "1"
@@ -65,7 +65,7 @@ def main_with_config(run: Callable[[TrainConfig], int], hydra_main: Callable[...
         except UserError as error:
             if wants_tracebacks:
                 raise
-            _refuse(str(error))
+            _refuse(str(error), error.exit_status)
         if status:
             sys.exit(status)
 
@@ -161,7 +161,7 @@ def _configure_logging() -> None:
         logging.getLogger("megatron_vp2o").setLevel(logging.INFO if _environment("RANK", 0) == 0 else logging.WARNING)
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str, status: int = USAGE_STATUS) -> NoReturn:
     """Print the message once for all ranks and exit.
 
     torchrun ends all ranks when the first one fails. So the others give rank 0 time to speak, and speak themselves only
@@ -175,7 +175,7 @@ def _refuse(message: str) -> NoReturn:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.stderr.flush()
-    sys.exit(USAGE_STATUS)
+    sys.exit(status)
 
 
 def _environment(name: str, default: int) -> int:

@@ -6,6 +6,9 @@ from __future__ import annotations
 class UserError(Exception):
     """Something the user can mend; the message quotes the value, the bound and the fix."""
 
+    exit_status = 2
+    """Of a process that ends with this error."""
+
 
 class ConfigError(UserError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
@@ -15,7 +18,13 @@ class SyncError(UserError):
     """A rollout engine does not hold the weights that it was given."""
 
 
-class ControlError(UserError):
+class DeadRunError(UserError):
+    """Training went on without getting anywhere: further steps would only cost time, and starting again would not help."""
+
+    exit_status = 3
+
+
+class ControlError(DeadRunError):
     """The trust region rejected too many steps in a row."""
 
 

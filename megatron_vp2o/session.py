@@ -126,6 +126,8 @@ def train(config: TrainConfig) -> int:
             _report_rows(config, task)
         with run.sink, failure.tells_all_ranks():  # closing the sink may take its time
             status = trainer.run()
+            if status == 0:  # where the last step was not saved, nobody has looked at its weights yet
+                checkpoint.refuse_dead_weights(run.policy, run.saver.folder, trainer.progress.step)
             if status == 0 and config.checkpoint.export_hf:
                 _export(run)
     return status

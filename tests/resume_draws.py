@@ -220,7 +220,7 @@ def _kills(dice: _Dice, ranks: int, steps: int) -> list[dict[str, Any]]:
 def runs_of(one: Draw, folder: Path) -> list[Run]:
     """The undisturbed run, and the same one killed and started again until nothing is left."""
     whole, killed = str(folder / "whole"), str(folder / "killed")
-    common = {"arguments": one.arguments, "ranks": one.ranks, "earn": True}
+    common: dict[str, Any] = {"arguments": one.arguments, "ranks": one.ranks, "earn": True}
     return [
         Run(whole, **common),
         *(Run(killed, **common, **kill) for kill in one.kills),

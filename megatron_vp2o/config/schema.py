@@ -363,6 +363,10 @@ class AlgorithmConfig:
     """Training steps; for RL a step is one rollout batch."""
     micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
     """Sequences in one forward pass on one rank."""
+    max_consecutive_nonfinite_steps: Annotated[int, COUNT] = 8
+    """Optimizer steps in a row with a gradient that is not finite, after which the run ends with an error (status 3)."""
+    max_consecutive_empty_steps: Annotated[int, COUNT] = 100
+    """Optimizer steps in a row without a token to train on, after which the run ends with an error (status 3)."""
     stein: SteinConfig = field(default_factory=SteinConfig)
     """The gradient transform."""
     specialization: SpecializationConfig = field(default_factory=SpecializationConfig)

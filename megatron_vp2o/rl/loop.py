@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.status import PREEMPTED
+from megatron_vp2o.errors import DeadRunError
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
 from megatron_vp2o.rl import stop
+from megatron_vp2o.rl.types import StepStats
 
 
 class Sink(Protocol):
@@ -53,6 +55,8 @@ class Progress:
     tokens: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
+    nonfinite_in_a_row: int = 0
+    empty_in_a_row: int = 0
     elapsed_s: float = 0.0
     actor_version: int = 0
     actor_age: int = 0
@@ -100,12 +104,42 @@ class TrainingLoop(ABC):
             progress.elapsed_s += watch.seconds["step"] + watch.seconds.get("eval", 0.0)
             # The record is written before the checkpoint: after a kill in between, resuming repeats the step and its line.
             self._write(metrics, watch)
+            self._refuse_to_go_on_dead()
             due = _due(progress.step, settings.checkpoint.interval) or (last and settings.checkpoint.save_at_end)
             if due or stopping:
                 self._save()
             if stopping and not last:
                 return PREEMPTED
         return 0
+
+    def count_update(self, stats: StepStats) -> None:
+        """Count what became of one optimizer step. What breaks a row of steps without result is a step that was no such."""
+        progress = self.progress
+        progress.tokens += stats.tokens
+        progress.optimizer_steps += not (stats.skipped or stats.rejected)
+        progress.skipped += stats.skipped
+        if not stats.skipped:
+            progress.nonfinite_in_a_row = progress.empty_in_a_row = 0
+        elif stats.tokens == 0:
+            progress.empty_in_a_row += 1
+        else:
+            progress.nonfinite_in_a_row += 1
+
+    def _refuse_to_go_on_dead(self) -> None:
+        """Raise DeadRunError after too many optimizer steps without result. Before saving: what is on disk stays the newest."""
+        progress, settings = self.progress, self.config.algorithm
+        if progress.nonfinite_in_a_row >= settings.max_consecutive_nonfinite_steps:
+            raise DeadRunError(
+                f"{progress.nonfinite_in_a_row} optimizer steps in a row, up to step {progress.step}, had a gradient that is not "
+                f"finite (algorithm.max_consecutive_nonfinite_steps={settings.max_consecutive_nonfinite_steps}): lower "
+                f"optimizer.lr={self.config.optimizer.lr:g} or optimizer.clip_grad={self.config.optimizer.clip_grad:g}, and start "
+                "again; the run then goes on from its last checkpoint, which is older than these steps"
+            )
+        if progress.empty_in_a_row >= settings.max_consecutive_empty_steps:
+            raise DeadRunError(
+                f"{progress.empty_in_a_row} optimizer steps in a row, up to step {progress.step}, had no token to train on "
+                f"(algorithm.max_consecutive_empty_steps={settings.max_consecutive_empty_steps}): {_EMPTY}"
+            )
 
     def _evaluate(self, watch: Stopwatch, *, final: bool) -> dict[str, float]:
         with watch("eval"), self.sink.phase("evaluating"):
@@ -126,6 +160,12 @@ class TrainingLoop(ABC):
             metrics["time/checkpoint_s"], self._saving_s = self._saving_s, None
         metrics.update(samples=progress.samples, tokens=progress.tokens)
         self.sink.write(progress.step, metrics)
+
+
+_EMPTY = (
+    "every group of rollouts had equal rewards, or every document was empty. Start from weights that earn some rewards "
+    "(init_from), take easier problems or a larger algorithm.group_size, mend the data, or raise the limit"
+)
 
 
 def _due(step: int, interval: int) -> bool:

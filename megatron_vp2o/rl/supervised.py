@@ -71,9 +71,7 @@ class SupervisedTrainer(TrainingLoop):
             stats = self.stepper.step()
         progress = self.progress
         progress.samples += self.settings.global_batch_size
-        progress.tokens += stats.tokens
-        progress.optimizer_steps += not stats.skipped
-        progress.skipped += stats.skipped
+        self.count_update(stats)
         progress.extra[STREAM] = self.batches.state_dict()
         return {
             "supervised/loss": reduced["loss"],

@@ -196,9 +196,7 @@ class RLTrainer(TrainingLoop):
         metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
         metrics |= self.transform()
         stats = self.stepper.step()
-        self.progress.tokens += stats.tokens
-        self.progress.optimizer_steps += not (stats.skipped or stats.rejected)
-        self.progress.skipped += stats.skipped
+        self.count_update(stats)
         taken = {"optimizer/grad_norm": stats.grad_norm, "optimizer/lr": stats.lr, "rejected": stats.rejected}
         return metrics | stats.metrics | taken
 

@@ -1,43 +1,29 @@
 """Save and resume: model, optimizer, schedule, random numbers, actor and trainer state, in Megatron's distributed format.
 
-`checkpoint_folder.py` has the layout on disk, and what makes a save all or nothing. Each phase that can fail on one rank
+`folder.py` has the layout on disk, and what makes a save all or nothing. Each phase that can fail on one rank
 ends with the ranks telling each other, so that an error is everybody's and no rank waits for one that gave up.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.hf.settings import LATER, plain
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.checkpoint.folder import latest, resolve
+from megatron_vp2o.megatron.checkpoint.random_numbers import rng_state, set_rng_state
+from megatron_vp2o.megatron.checkpoint.tensors import read_tensors, together, write_tensors
 from megatron_vp2o.megatron.control.trust_region import TrustRegion
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.platform.compat import megatron_version
@@ -116,20 +102,22 @@ class Checkpointer:
 
         Raises:
             CheckpointError: it could not be written (on all ranks). What was there before is untouched.
+            DeadRunError: a weight is not finite: nothing is written, and no older checkpoint deleted.
         """
         target = files.step_folder(self.folder, step)
+        refuse_dead_weights(self.policy, self.folder, step)
         temporary = files.temporary_folder(target)
         try:
-            with _together(self.groups):
+            with together(self.groups):
                 if self.groups.rank == 0:
                     files.begin(target)
             parts = self._parts(state)
-            _write_tensors(self._tree(parts, loading=False), temporary, self.groups)
-            with _together(self.groups):
+            write_tensors(self._tree(parts, loading=False), temporary, self.groups)
+            with together(self.groups):
                 if self.groups.rank == 0:
                     self._write_rest(temporary, state)
             described = self._describe(temporary)
-            with _together(self.groups):
+            with together(self.groups):
                 if self.groups.rank == 0:
                     files.write_json(temporary / files.MANIFEST, self._manifest(step, parts, described))
                     files.publish(temporary, target, self.keep)
@@ -178,7 +166,7 @@ class Checkpointer:
             tree[ANCHOR] = self.region.sharded_state_dict(loading=loading)
         if RNG in parts:
             size, rank = self.groups.world_size, self.groups.rank
-            tree[RNG] = ShardedObject(RNG, None if loading else _rng_state(), (size,), (rank,))
+            tree[RNG] = ShardedObject(RNG, None if loading else rng_state(), (size,), (rank,))
         if not loading:
             tree[SCHEDULE] = {
                 "num_steps": policy.scheduler.num_steps,
@@ -197,7 +185,7 @@ class Checkpointer:
         """Size and checksum of every file; each rank reads its share."""
         rank, size = self.groups.rank, self.groups.world_size
         mine: dict[str, dict[str, int]] = {}
-        with _together(self.groups):
+        with together(self.groups):
             mine = {name: files.describe(temporary / name) for name in files.files_of(temporary)[rank::size]}
         shares: list[Any] = [mine] * size
         if size > 1:
@@ -227,7 +215,7 @@ class Checkpointer:
                 Nothing in memory has changed then, unless a file beyond CHECKSUM_LIMIT is damaged inside.
         """
         manifest = _check(path, self.policy)
-        with _together(self.groups):
+        with together(self.groups):
             _same("optimizer", path, manifest["optimizer"], _optimizer_kind(self.policy))
             state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
         absent = {
@@ -239,8 +227,9 @@ class Checkpointer:
         parts = [part for part in manifest["parts"] if not absent.get(part, False)]
         if manifest["layout"] != _layout(self.groups):
             parts.remove(RNG)
-        loaded = _read_tensors(self._tree(parts, loading=True), path, self.groups)
+        loaded = read_tensors(self._tree(parts, loading=True), path, self.groups)
         self.policy.model.load_state_dict(loaded[MODEL])
+        _refuse_dead(path, self.policy)
         self._load_optimizer(loaded)
         if ACTOR in parts:
             assert self.engine is not None
@@ -259,10 +248,14 @@ class Checkpointer:
             assert self.region is not None
             self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
         elif self.region is not None and self.engine is not None:
-            self.engine.version = -1  # the region was off: it begins with a refresh of the actors, which sets its anchor
-            logger.warning("%s has no anchor of a trust region: the actors are refreshed before the next step", path.name)
+            self.engine.version = (
+                -1
+            )  # the region was off: it begins with a refresh of the actors, which sets its anchor
+            logger.warning(
+                "%s has no anchor of a trust region: the actors are refreshed before the next step", path.name
+            )
         if RNG in parts:
-            _set_rng_state(loaded[RNG])
+            set_rng_state(loaded[RNG])
         return state
 
     def _load_optimizer(self, loaded: dict[str, Any]) -> None:
@@ -277,116 +270,45 @@ class Checkpointer:
         scheduler.step(increment=loaded[SCHEDULE]["num_steps"])
 
 
+def refuse_dead_weights(policy: MegatronPolicy, folder: Path, step: int) -> None:
+    """Collective.
+
+    Args:
+        folder: of the run's checkpoints.
+
+    Raises:
+        DeadRunError: on all ranks, where a weight is not finite.
+    """
+    if policy.weights_finite():
+        return
+    before = latest(folder)
+    kept = f"The newest checkpoint is {before}" if before else "There is no checkpoint"
+    raise DeadRunError(
+        f"the weights of step {step} are not finite, and no step can bring them back, so they are not saved. {kept}; lower "
+        f"optimizer.lr={policy.peak_lr:g} and start again"
+    )
+
+
 def load_weights(path: Path, policy: MegatronPolicy) -> None:
     """Start from a checkpoint's weights, saved under any layout, precision and optimizer. Collective.
 
     Raises:
-        CheckpointError: as `Checkpointer.load`, but for the optimizer.
+        CheckpointError: as `Checkpointer.load`, but for the optimizer; and for weights that are not finite.
     """
     _check(path, policy)
-    loaded = _read_tensors({MODEL: policy.model.sharded_state_dict()}, path, policy.groups)
+    loaded = read_tensors({MODEL: policy.model.sharded_state_dict()}, path, policy.groups)
     policy.model.load_state_dict(loaded[MODEL])
+    _refuse_dead(path, policy)
     policy.optimizer.reload_model_params()  # where it has a float32 copy
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-def _write_tensors(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
-    """What `dist_checkpointing.save` does (serialization.py), with torch's own writer in place of Megatron's.
-
-    Megatron's starts processes, for saving in the background, even where nothing is in the background, and a rank that
-    cannot write leaves the others waiting. The files are the same; those of megatron-core 0.16 and 0.19 are alike.
-
-    Raises:
-        CheckpointError: on all ranks.
-    """
-    sharded, common = save_preprocess(tree)
-    with _together(groups):
-        if groups.rank == 0:
-            buffer = io.BytesIO()
-            torch.save(common, buffer)
-            files.write_bytes(folder / "common.pt", buffer.getvalue())
-            files.write_json(folder / "metadata.json", vars(CheckpointingConfig("torch_dist", 1)))
-    mine, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    try:
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(mine, False),
-            storage_writer=_Writer(folder),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
+def _refuse_dead(path: Path, policy: MegatronPolicy) -> None:
+    """Raises CheckpointError on all ranks for weights that are not finite, which nothing can be trained from."""
+    if not policy.weights_finite():
+        raise CheckpointError(
+            f"checkpoint {path} has weights that are not finite: the run that wrote it had diverged; choose an older "
+            f"one{files.beside(path)}, or make it again with a lower learning rate"
         )
-    except torch_checkpoint.CheckpointException as error:  # torch raises it on all ranks
-        raise CheckpointError(_first_failure(error)) from error
-
-
-class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's, with errors that come when it can bear them."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.fs = _Files()
-
-
-class _Files(FileSystem):
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with _Stream(io.FileIO(path, mode)) as stream:
-            yield stream
-
-
-class _Stream(io.BufferedWriter):
-    """Keeps an error of `write` until the next `flush`, which torch.save calls at the end of each tensor.
-
-    An exception that reaches torch.save's C++ writer through its Python stream corrupts memory (torch 2.13 on Python 3.12:
-    segmentation fault in a later garbage collection).
-    """
-
-    _error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) if self._error is None else len(data)
-        except OSError as error:
-            self._error = error
-            return len(data)
-
-    def flush(self) -> None:
-        if self._error is not None:
-            raise self._error
-        super().flush()
-
-    def fileno(self) -> int:
-        self.flush()  # who asks wants to fsync
-        return super().fileno()
-
-
-def _read_tensors(tree: dict[str, Any], path: Path, groups: Groups) -> dict[str, Any]:
-    """Fill the tree from a checkpoint that has been checked. Raises CheckpointError on all ranks."""
-    with _together(groups), _without_deprecation():
-        try:
-            # Without the check of the requested shards, which is for wrong requests and has the ranks talk amid their reading.
-            return dist_checkpointing.load(tree, str(path), validate_access_integrity=False)
-        except torch_checkpoint.CheckpointException as error:
-            raise CheckpointError(f"checkpoint {path} cannot be loaded: {_first_failure(error)}") from error
-        except (CheckpointingException, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
-
-
-def _first_failure(error: torch_checkpoint.CheckpointException) -> str:
-    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"{cause} (rank {rank})" if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause} (rank {rank})"
-
-
-@contextmanager
-def _without_deprecation() -> Iterator[None]:
-    """megatron-core 0.19 warns on every rank that common.pt is the older of its two formats."""
-    noisy = logging.getLogger("megatron.core.dist_checkpointing.strategies.common")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
@@ -420,7 +342,7 @@ def _group_key(group: dict[str, Any]) -> tuple[Any, ...]:
 def _check(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
     """The manifest of a whole checkpoint of this model. Raises CheckpointError on all ranks."""
     groups = policy.groups
-    with _together(groups):
+    with together(groups):
         manifest = files.read_manifest(path)
         _same("model", path, manifest["model"], _architecture(policy))
         files.check_files(path, manifest, part=groups.rank, parts=groups.world_size)
@@ -461,54 +383,6 @@ def _optimizer_kind(policy: MegatronPolicy) -> dict[str, Any]:
 def _layout(groups: Groups) -> dict[str, int]:
     sizes = {name: getattr(groups, name).size() for name in ("tp", "pp", "dp", "ep", "etp")}
     return {"world": groups.world_size, **sizes}
-
-
-# --- random numbers ---------------------------------------------------------------------------------------------------
-
-
-def _rng_state() -> dict[str, Any]:
-    """Generators of this process, in types that torch.load takes without running code."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
-
-
-# --- ranks ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _together(groups: Groups) -> Iterator[None]:
-    """An OSError or CheckpointError of any rank in the body becomes a CheckpointError of every rank after it.
-
-    No collectives in the body: a rank that fails would miss them.
-    """
-    problem: OSError | CheckpointError | None = None
-    try:
-        yield
-    except (OSError, CheckpointError) as error:
-        problem = error
-    problems: list[Any] = [None if problem is None else str(problem)]
-    if groups.world_size > 1:
-        problems *= groups.world_size
-        dist.all_gather_object(problems, problems[0], group=groups.world)
-    for found in problems:
-        if found is not None:
-            raise CheckpointError(found) from problem
 
 
 def _clear(temporary: Path) -> None:

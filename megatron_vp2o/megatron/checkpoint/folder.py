@@ -77,7 +77,7 @@ def resolve(path: Path) -> Path:
         what = "is a file, not the folder of a run or of a checkpoint" if path.exists() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {what}: correct the path")
     if path.name.startswith(_TEMPORARY):
-        raise CheckpointError(f"checkpoint {path} was never finished: choose a whole one{_beside(path)}")
+        raise CheckpointError(f"checkpoint {path} was never finished: choose a whole one{beside(path)}")
     if (path / MANIFEST).exists() or _STEP.match(path.name):
         return path
     for folder in (path / CHECKPOINTS, path):
@@ -128,7 +128,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no {MANIFEST}: it is no checkpoint of this program, or was copied in part; "
-            f"copy it again or choose another{_beside(path)}"
+            f"copy it again or choose another{beside(path)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
@@ -182,11 +182,12 @@ def _crc32(file: Path) -> int:
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {path} is damaged: {what}; restore it from a copy, or remove that folder to use an older "
-        f"one{_beside(path)}"
+        f"one{beside(path)}"
     )
 
 
-def _beside(path: Path) -> str:
+def beside(path: Path) -> str:
+    """Names of the other checkpoints in the folder of this one, for the end of a message."""
     others = [other.name for other in _steps(path.parent) if other != path]
     return f" (beside it: {', '.join(others)})" if others else " (there is no other beside it)"
 

@@ -24,7 +24,7 @@ from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer,
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
-from megatron_vp2o.parallel.groups import Groups, sum_scalars
+from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
 from megatron_vp2o.rl.types import GATE_ROW, Objective, StepStats, TrainBatch
 
 
@@ -80,7 +80,7 @@ class MegatronPolicy:
             ),
             [self.ddp],
         )
-        self.clip_grad = settings.clip_grad
+        self.clip_grad, self.peak_lr = settings.clip_grad, settings.lr
         self._layers = moe_layers(self.ddp)
         self._specialised = self._specialise(config)
         aux_loss = (
@@ -270,6 +270,14 @@ class MegatronPolicy:
         """Before reading `model`: with overlap_param_gather, other ranks' updates arrive only in the next forward pass."""
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def weights_finite(self) -> bool:
+        """Whether every weight and buffer is a finite number, on all ranks. Collective."""
+        self.gather_parameters()
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+        return not any_rank(not bool(torch.stack(finite).all()), self.groups.world)
 
     @torch.no_grad()
     def checksum(self) -> int:

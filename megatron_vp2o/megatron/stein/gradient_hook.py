@@ -437,7 +437,6 @@ class SteinHook:
         return {name: value / max(layers, 1.0) for name, value in zip(names, values, strict=True)}
 
 
-
 def _saved(averages: bool) -> tuple[str, ...]:
     """Names of the tensors of `SteinState` that a checkpoint has."""
     return ("prototypes_LED", "residual_LE", *(("coactivation_LEE",) if averages else ()))
