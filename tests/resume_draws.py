@@ -1,6 +1,6 @@
 """Random small recipes, killed at random moments and resumed: each must end as the run that nobody disturbed.
 
-    python -m tests.resume_draws FIRST LAST FOLDER      # seeds FIRST to LAST - 1; goes on where FOLDER/results.jsonl ends
+    python -m tests.resume_draws FOLDER SEED ...      # leaves out seeds that FOLDER/results.jsonl has already
 
 A seed says everything but the exact moment of a kill, which is a time after an event (a step's line in the record, or a
 checkpoint's folder), so that it falls into generation, training, evaluation, saving or start-up.
@@ -222,7 +222,7 @@ def runs_of(one: Draw, folder: Path) -> list[Run]:
     whole, killed = str(folder / "whole"), str(folder / "killed")
     common: dict[str, Any] = {"arguments": one.arguments, "ranks": one.ranks, "earn": True}
     return [
-        Run(whole, **common),
+        Run(whole, **{**common, "arguments": [*one.arguments, "checkpoint.keep=99"]}),
         *(Run(killed, **common, **kill) for kill in one.kills),
         Run(killed, **common),
     ]
@@ -267,11 +267,26 @@ def last_checkpoint(run_dir: Path) -> dict[str, Any]:
     return {"name": name, "state": state, **tensors}
 
 
-def movement(run_dir: Path) -> dict[str, int]:
-    """How much happened in a run: optimizer steps taken, rejected and skipped, and refreshes of the actors."""
+def movement(run_dir: Path) -> dict[str, Any]:
+    """How much happened in a run: optimizer steps taken, rejected and skipped, refreshes of the actors, and the largest
+    change of a weight between the first and the last checkpoint."""
     last = record(run_dir)[-1]
     keys = {"taken": "optimizer/steps", "skipped": "optimizer/skipped", "rejected": "trust_region/rejected"}
-    return {name: int(last.get(key) or 0) for name, key in {**keys, "refreshes": "actor/refreshes"}.items()}
+    counts = {name: int(last.get(key) or 0) for name, key in {**keys, "refreshes": "actor/refreshes"}.items()}
+    return {**counts, "moved": _largest_change(run_dir)}
+
+
+def _largest_change(run_dir: Path) -> float:
+    """Of an entry of the embedding, between the first and the last checkpoint."""
+    from megatron_vp2o.hf.distributed_files import Region, StoredTensors
+
+    first, *_, last = sorted((run_dir / "checkpoints").glob("step_*"))
+    tensors = []
+    for path in (first, last):
+        stored = StoredTensors(path)
+        shape = stored.shapes["embedding.word_embeddings.weight"]
+        tensors.append(stored.read(Region("embedding.word_embeddings.weight", (0,) * len(shape), shape)))
+    return float((tensors[1].float() - tensors[0].float()).abs().max())
 
 
 def try_seed(seed: int, folder: Path) -> dict[str, Any]:
@@ -289,18 +304,18 @@ def try_seed(seed: int, folder: Path) -> dict[str, Any]:
     return {"seed": seed, "recipe": one.recipe, "layout": one.layout, "killed": killed, **moved, "wrong": wrong}
 
 
-def main(first: int, last: int, folder: Path) -> None:
+def main(folder: Path, seeds: list[int]) -> None:
     """Try seeds that the results do not have yet."""
     import megatron_vp2o.session  # noqa: F401 - everything heavy, once for all runs
 
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.jsonl"
     done = {json.loads(line)["seed"] for line in results.read_text().splitlines()} if results.exists() else set()
-    for seed in range(first, last):
+    for seed in seeds:
         if seed not in done:
             with results.open("a") as file:
                 print(json.dumps(try_seed(seed, folder / f"seed-{seed}")), file=file)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]])

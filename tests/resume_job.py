@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120.0
 GOOD = (0, 75)  # statuses of a rank after which the others may go on: done, preempted
 
@@ -33,6 +35,7 @@ class Run:
         after_step: send it once the record has this step's line ...
         saving_step: ... or while this step's checkpoint is being written (-1: the first that this run writes).
         delay: ... and so many seconds later.
+        diverge: optimizer step after which one weight of the last rank is no number, as after a step that was too long.
         earn: rewards that a model which knows nothing can earn (`EasyCountdown`).
     """
 
@@ -44,6 +47,7 @@ class Run:
     after_step: int = 0
     saving_step: int | None = None
     delay: float = 0.0
+    diverge: int | None = None
     earn: bool = False
     statuses: list[int] = field(default_factory=list)
 
@@ -57,6 +61,28 @@ class Run:
             return True
         record = folder / "metrics.jsonl"
         return record.exists() and f'"step": {self.after_step},' in record.read_text()
+
+
+def run_in_one_process(folder: Path, runs: list[Run], timeout: float = 280) -> list[list[int]]:
+    """Do runs in a fresh Python with `folder` for what they print. Returns exit statuses by run and rank."""
+    folder.mkdir(exist_ok=True)
+    spec = folder / "runs.json"
+    spec.write_text(json.dumps([asdict(run) for run in runs]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.resume_job", str(spec)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return [run["statuses"] for run in json.loads(spec.read_text())]
+
+
+def outputs(folder: Path) -> str:
+    """What the runs printed."""
+    return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in sorted(folder.glob("output-*.txt")))
 
 
 def main(spec: Path) -> None:
@@ -121,6 +147,8 @@ def _fork(run: Run, rank: int, port: int, output: Path) -> int:
     os.dup2(descriptor, 2)
     if run.earn:
         _earn()
+    if run.diverge is not None and rank == run.ranks - 1:
+        _diverge(run.diverge)
     sys.argv = ["megatron_vp2o.train", *run.arguments, f"run_dir={run.run_dir}"]
     status: Any = 0
     try:
@@ -150,6 +178,24 @@ def _earn() -> None:
             return Verdict(right, "even" if right else None, "" if right else "odd")
 
     tasks.TASKS["countdown"] = EasyCountdown
+
+
+def _diverge(step: int) -> None:
+    """Let the weights of this process go wrong after an optimizer step."""
+    from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+
+    take, taken = MegatronPolicy.optimizer_step, 0
+
+    def optimizer_step(policy: MegatronPolicy) -> Any:
+        nonlocal taken
+        stats = take(policy)
+        taken += 1
+        if taken == step:
+            parameters = list(policy.model.parameters())
+            parameters[-1].data.view(-1)[0] = float("nan")
+        return stats
+
+    MegatronPolicy.optimizer_step = optimizer_step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.resume_job import Run
+from tests.resume_draws import last_checkpoint, record
+from tests.resume_job import Run, outputs
+from tests.resume_job import run_in_one_process as do
 
-ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED, REFUSED, KILLED = 75, 2, -9
 STEPS = 7
 
@@ -65,43 +62,6 @@ RECIPES = {
 }
 RECIPES["vp2o"] = ["--config-name=countdown_tiny_vp2o", *RECIPES["grpo"][1:], "algorithm.trust_region.delta=0.01"]
 EP = ["parallel.expert_parallel=2"]
-
-
-def do(folder: Path, runs: list[Run]) -> list[list[int]]:
-    """Exit statuses of the runs, by rank."""
-    folder.mkdir(exist_ok=True)
-    spec = folder / "runs.json"
-    spec.write_text(json.dumps([asdict(run) for run in runs]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.resume_job", str(spec)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return [run["statuses"] for run in json.loads(spec.read_text())]
-
-
-def outputs(folder: Path) -> str:
-    return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in sorted(folder.glob("output-*.txt")))
-
-
-def record(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics by step, without times."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
-
-
-def last_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """Checksums of weights, actor, optimizer and random numbers, and the trainer's state without its times."""
-    name = (run_dir / "checkpoints" / "latest").read_text().strip()
-    files = json.loads((run_dir / "checkpoints" / name / "manifest.json").read_text())["files"]
-    state = json.loads((run_dir / "checkpoints" / name / "state.json").read_text())
-    del state["elapsed_s"]
-    tensors = {file: entry for file, entry in files.items() if file.endswith(".distcp") or file == "common.pt"}
-    return {"name": name, "state": state, **tensors}
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""Random recipes that are killed and resumed; see `resume_draws.py`. RESUME_SEEDS=FIRST:LAST tries other seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.resume_draws import draw
+from tests.resume_job import ROOT
+
+# Chosen among the first 100 so that together they have every algorithm, every layout, a budget, a trust region that
+# accepts and rejects, prototypes older than the weights, and actors older than the checkpoint.
+SEEDS = [0, 3, 5, 6, 7, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_random_recipes_resume_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    chosen = os.environ.get("RESUME_SEEDS")
+    seeds = SEEDS if chosen is None else list(range(*map(int, chosen.split(":"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.resume_draws", str(tmp_path), *map(str, seeds)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60 * len(seeds),
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [result["seed"] for result in results] == seeds
+    wrong = [result for result in results if result["wrong"]]
+    assert not wrong, (wrong, [draw(result["seed"]).arguments for result in wrong])
+    assert all(result["moved"] > 0 and result["taken"] > 0 for result in results), results
+    if chosen is None:
+        assert sum(result["rejected"] for result in results) > 0, results
+        assert sum(result["killed"] for result in results) >= len(seeds), results
