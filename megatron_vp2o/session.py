@@ -9,7 +9,6 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()  # before anything else imports megatron.core; does nothing where there is CUDA
 
+from megatron_vp2o.config.continuity import changes  # noqa: E402
 from megatron_vp2o.config.schema import (  # noqa: E402
     ControlMode,
     DataSource,
@@ -36,10 +36,10 @@ from megatron_vp2o.config.validate import (  # noqa: E402
 )
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
-from megatron_vp2o.errors import ConfigError  # noqa: E402
 from megatron_vp2o.hf.settings import hf_config  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint  # noqa: E402
+from megatron_vp2o.megatron.checkpoint.identity import weights_identity  # noqa: E402
 from megatron_vp2o.megatron.control.trust_region import TrustRegion  # noqa: E402
 from megatron_vp2o.megatron.hf.export import export_hf  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
@@ -50,7 +50,7 @@ from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, first_rank_says  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
-from megatron_vp2o.rl.loop import TrainingLoop, Transform, no_transform  # noqa: E402
+from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, Transform, no_transform  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
@@ -64,7 +64,6 @@ from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
 LOGGED_PER_CONTEXT = 4
 """Contexts that actors log for each one that the trust region looks at: sequences end early, and groups are filtered out."""
 
-ROWS = "rows"  # key of Progress.extra: fingerprint of the rows that a run is trained on
 ROWS_FILE = "rows.json"  # in the run folder: what was read, and what was left out
 
 logger = logging.getLogger(__name__)
@@ -194,9 +193,13 @@ def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:
 
 def _trainer(run: Run) -> TrainingLoop:
     if isinstance(run.config.algorithm, SupervisedConfig):
-        return _supervised(run, run.config.algorithm)
-    assert isinstance(run.config.algorithm, GRPOConfig)
-    return _reinforcement(run, run.config.algorithm)
+        trainer: TrainingLoop = _supervised(run, run.config.algorithm)
+    else:
+        assert isinstance(run.config.algorithm, GRPOConfig)
+        trainer = _reinforcement(run, run.config.algorithm)
+    if isinstance(run.task, RowsTask):
+        trainer.identities[ROWS] = run.task.fingerprint
+    return trainer
 
 
 def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
@@ -225,17 +228,21 @@ def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
             **evaluate_splits(run.engine, run.task, config, groups, final=final),
         }
 
-    return SupervisedTrainer(
+    documents = _documents(run, settings)
+    trainer = SupervisedTrainer(
         config,
         groups,
         run.sink,
         run.saver,
         policy=run.policy,
-        batches=batches(_documents(run, settings)),
+        batches=batches(documents),
         held_out=held_out,
         transform=run.transform,
         stepper=run.stepper,
     )
+    if identity := documents.identity():
+        trainer.identities[DATA] = identity
+    return trainer
 
 
 def _documents(run: Run, settings: SupervisedConfig) -> Documents:
@@ -257,7 +264,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         reference.refresh(0)
     vp2o = settings if isinstance(settings, VP2OConfig) else None
     metered = vp2o is not None and vp2o.budget.mode is not ControlMode.off
-    return RLTrainer(
+    trainer = RLTrainer(
         config,
         run.groups,
         run.sink,
@@ -272,6 +279,9 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         stepper=run.stepper,
         meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
     )
+    if reference is not None:
+        trainer.identities[REFERENCE] = weights_identity(reference.actor, run.groups, run.policy.model_vocab)
+    return trainer
 
 
 def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPolicy:
@@ -281,30 +291,17 @@ def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPoli
 
 
 def _resume(run: Run, trainer: TrainingLoop) -> None:
+    """Start, or take up the newest checkpoint. Nothing that an earlier run has written is touched before all fits."""
     found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / "checkpoints")
     found = first_rank_says(found, run.groups.world)  # another machine's file system may not show it yet
     if found is None:
-        if isinstance(run.task, RowsTask):
-            trainer.progress.extra[ROWS] = run.task.fingerprint
         run.sink.start()
         return
-    progress = run.saver.load(found)
-    _same_rows(run, progress)
-    trainer.restore(progress)
+    trainer.restore(run.saver.load(found))
     run.sink.start(trainer.progress.step)
     logger.info("resumed from %s at step %d", found, trainer.progress.step)
-
-
-def _same_rows(run: Run, progress: dict[str, Any]) -> None:
-    """Refuse to go on with other rows than the run began with: its position among them would mean others."""
-    if not isinstance(run.task, RowsTask):
-        return
-    before = progress["extra"].get(ROWS)
-    if before is not None and before != run.task.fingerprint:
-        raise ConfigError(
-            f"run_dir={run.config.run_dir} was trained on other rows than task.path={run.task.config.path} has now (files, "
-            "their order or weights changed): put them back, or start a new run from its weights with init_from and another name"
-        )
+    if run.groups.rank == 0 and (chosen := changes(run.config, run.config.run_dir).chosen):
+        logger.warning("going on with other settings: %s", "; ".join(chosen))
 
 
 def _report_rows(config: TrainConfig, task: Task) -> None:

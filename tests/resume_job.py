@@ -195,7 +195,7 @@ def _diverge(step: int) -> None:
             parameters[-1].data.view(-1)[0] = float("nan")
         return stats
 
-    MegatronPolicy.optimizer_step = optimizer_step  # type: ignore[method-assign]
+    MegatronPolicy.optimizer_step = optimizer_step  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":

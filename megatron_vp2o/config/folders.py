@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_vp2o.config.ranges import as_yaml
+from megatron_vp2o.config.continuity import changes
 from megatron_vp2o.config.register import recipe_names
 from megatron_vp2o.config.schema import DataSource, Resume, SupervisedConfig, TrainConfig
-from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
 
 RECORD_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -140,27 +139,26 @@ def _earlier_run(config: TrainConfig, run_dir: Path) -> Iterator[str]:
         yield (
             f"resume=must, but run_dir={config.run_dir} has no checkpoint: correct run_dir, or use resume=auto to start"
         )
-    if config.resume is not Resume.never and has_run and (run_dir / CONFIG_FILE).exists():
-        yield from _other_run(config, run_dir)
+    if config.resume is not Resume.never and has_run:
+        yield from _other_settings(config, run_dir, has_checkpoint)
 
 
-def _other_run(config: TrainConfig, run_dir: Path) -> Iterator[str]:
-    """A run of another task, algorithm or model cannot be continued, and must not be overwritten by starting anew."""
-    here, there = as_plain(config), as_plain(load_config(run_dir))
-    pairs = {
-        "algorithm.name": (there["algorithm"]["name"], here["algorithm"]["name"]),
-        **{f"task.{key}": (there["task"].get(key), value) for key, value in here["task"].items()},
-        **{
-            f"model.{key}": (there["model"][key], value)
-            for key, value in here["model"].items()
-            if key not in ("implementation", "recompute", "logits_chunk_mib")
-        },
-    }
-    differing = [
-        f"{key} is {as_yaml(old)} there and {as_yaml(new)} here" for key, (old, new) in pairs.items() if old != new
-    ]
-    if differing:
+def _other_settings(config: TrainConfig, run_dir: Path, has_checkpoint: bool) -> Iterator[str]:
+    """A run of another task, algorithm or model cannot be continued, and must not be overwritten by starting anew; nor can
+    one be continued whose data would be out of place."""
+    found = changes(config, run_dir)
+    if found.another_run:
         yield (
-            f"run_dir={config.run_dir} holds another run ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''}): "
+            f"run_dir={config.run_dir} holds another run ({_some(found.another_run)}): "
             "choose another name or run_dir, or remove that folder"
         )
+    elif found.misplaced and has_checkpoint:
+        yield (
+            f"run_dir={config.run_dir} holds a run whose data would be repeated or skipped from here on "
+            f"({_some(found.misplaced)}): keep its settings, or start a new run from its weights "
+            f"(init_from={config.run_dir} and another name)"
+        )
+
+
+def _some(changes: list[str]) -> str:
+    return "; ".join(changes[:4]) + ("; ..." if len(changes) > 4 else "")

@@ -6,6 +6,7 @@ Megatron's IndexedDataset is a third source, in `megatron/indexed.py`.
 from __future__ import annotations
 
 import json
+import zlib
 from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -40,6 +41,10 @@ class Documents(Protocol):
         """Document `index`; the same arguments always give the same document."""
         ...
 
+    def identity(self) -> str:
+        """Tells whether the files are those of another time; empty where settings alone make the documents."""
+        ...
+
 
 class TaskDemonstrations:
     """Prompt, right answer and end-of-sequence of a task's problems; only the answer and its end count in the loss.
@@ -64,6 +69,9 @@ class TaskDemonstrations:
         prompt = problem.prompt_tokens(tokenizer)
         answer = tokenizer.encode(self.task.demonstration(problem, int.from_bytes(draw, "big")))
         return Document(np.array([*prompt, *answer, tokenizer.eos_id], dtype=np.int64), len(prompt))
+
+    def identity(self) -> str:
+        return ""
 
 
 class JsonlText:
@@ -91,18 +99,23 @@ class JsonlText:
             )
         self._offsets = array("q")
         self._file = self.path.open("rb")
-        offset = 0
+        offset = self._crc32 = 0
         for line in self._file:
+            self._crc32 = zlib.crc32(line, self._crc32)
             if not line.isspace():
                 self._offsets.append(offset)
             offset += len(line)
         if not self._offsets:
             raise ConfigError(f"{self.path} has no documents: it needs one JSON object a line")
+        self._bytes = offset
         self.get(0, 0)
         self._check_start()
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def identity(self) -> str:
+        return f"{len(self)} documents, {self._bytes} bytes, crc32 {self._crc32:08x}"
 
     def get(self, index: int, epoch: int) -> Document:
         self._file.seek(self._offsets[index])

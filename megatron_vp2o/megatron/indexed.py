@@ -5,6 +5,7 @@ Format: megatron/core/datasets/indexed_dataset.py, the same in megatron-core 0.1
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -67,6 +68,12 @@ class IndexedDocuments:
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    def identity(self) -> str:
+        """Sizes, and a checksum of the index: the tokens are not read for it."""
+        index, tokens = Path(get_idx_path(self.prefix)), Path(get_bin_path(self.prefix))
+        checksum = zlib.crc32(index.read_bytes())
+        return f"{len(self)} documents, {tokens.stat().st_size} bytes, index of crc32 {checksum:08x}"
 
     def get(self, index: int, epoch: int) -> Document:
         first, end = int(self._bounds[index]), int(self._bounds[index + 1])

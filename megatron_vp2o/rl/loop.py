@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.status import PREEMPTED
-from megatron_vp2o.errors import DeadRunError
+from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
 from megatron_vp2o.rl import stop
 from megatron_vp2o.rl.types import StepStats
@@ -70,6 +70,8 @@ class TrainingLoop(ABC):
     def __init__(self, config: TrainConfig, groups: Groups, sink: Sink, saver: Saver) -> None:
         self.config, self.groups, self.sink, self.saver = config, groups, sink, saver
         self.progress = Progress()
+        self.identities: dict[str, str] = {}
+        """What a resumed run must find as it was, by a name of `_IDENTITIES`: the data, the KL reference."""
         self._saving_s: float | None = None
 
     @abstractmethod
@@ -81,13 +83,30 @@ class TrainingLoop(ABC):
         """Held-out metrics of the present weights."""
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Take up the run where `progress`, out of a checkpoint, left it."""
-        self.progress = Progress(**progress)
+        """Take up the run where `progress`, out of a checkpoint, left it.
+
+        Raises:
+            CheckpointError: it is not the progress of such a run, or data or reference are others now.
+        """
+        try:
+            self.progress = Progress(**progress)
+            kept: dict[str, str] = self.progress.extra.get(IDENTITIES, {})
+            changed = [
+                name for name in self.identities if kept.get(name, self.identities[name]) != self.identities[name]
+            ]
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the checkpoint's trainer state is of another version of this program ({error}): start a new run from its "
+                "weights (init_from)"
+            ) from error
+        for name in changed:
+            raise CheckpointError(_IDENTITIES[name].format(there=kept[name], here=self.identities[name]))
 
     def run(self) -> int:
         """Train to the end. Returns 0, or PREEMPTED when a signal asked for an early, saved end."""
         settings, progress = self.config, self.progress
         total = settings.algorithm.steps
+        progress.extra[IDENTITIES] = self.identities
         stop.listen(signal.SIGTERM, signal.SIGUSR1)
         if progress.step == 0:
             watch = Stopwatch()
@@ -161,6 +180,25 @@ class TrainingLoop(ABC):
         metrics.update(samples=progress.samples, tokens=progress.tokens)
         self.sink.write(progress.step, metrics)
 
+
+IDENTITIES = "identities"
+"""Key of Progress.extra."""
+DATA, ROWS, REFERENCE = "data", "rows", "reference"
+_IDENTITIES = {
+    DATA: (
+        "the data of algorithm.data.path are not what the run was started with ({there} there, {here} here), so that documents "
+        "would be repeated or skipped: put them back as they were, or start a new run from this one's weights (init_from)"
+    ),
+    ROWS: (
+        "the rows of task.path are not those that the run was started with (fingerprint {there} there, {here} here: files, their "
+        "order or weights changed): put them back, or start a new run from this one's weights (init_from)"
+    ),
+    REFERENCE: (
+        "the KL reference (algorithm.kl_reference=initial) is not the one that the run was started with (weights {there} there, "
+        "{here} here): restore the checkpoint that init_from named then (a run that went on has later ones; name the step's "
+        "own folder), or start a new run from this one's weights"
+    ),
+}
 
 _EMPTY = (
     "every group of rollouts had equal rewards, or every document was empty. Start from weights that earn some rewards "

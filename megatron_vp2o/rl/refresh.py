@@ -78,5 +78,6 @@ class WhenSpent:
         return {"spent": None if self._spent is None else list(self._spent), "rejected": self._rejected}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._spent = None if state["spent"] is None else Budget(*state["spent"])
+        spent = state.get("spent")  # not there where the budget was not enforced when the state was saved
+        self._spent = None if spent is None else Budget(*spent)
         self._rejected = state["rejected"]

@@ -191,7 +191,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "garbage": (lambda path: (path / "manifest.json").write_bytes(b"\x00\xff{"), r"manifest\.json cannot be read"),
     "list": (lambda path: (path / "manifest.json").write_text("[1]"), r"manifest\.json cannot be read"),
     "without manifest": (lambda path: (path / "manifest.json").unlink(), r"has no manifest\.json"),
-    "newer": (lambda path: _edit_manifest(path, format=2), r"has format 2, .* reads up to 1: update"),
+    "newer": (lambda path: _edit_manifest(path, format=3), r"has format 3, .* reads up to 2: update"),
 }
 
 

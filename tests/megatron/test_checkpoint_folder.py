@@ -16,14 +16,14 @@ from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.megatron.checkpoint import folder
 
 
-def write(checkpoints: Path, step: int, keep: int = 2, content: str = "data") -> Path:
+def write(checkpoints: Path, step: int, keep: int = 2, content: str = "data", tensors: str = "tensors") -> Path:
     """A checkpoint of two files."""
     target = folder.step_folder(checkpoints, step)
     temporary = folder.begin(target)
-    folder.write_bytes(temporary / "tensors", content.encode() * 100)
+    folder.write_bytes(temporary / tensors, content.encode() * 100)
     folder.write_json(temporary / folder.STATE, {"step": step})
     entries = {name: folder.describe(temporary / name) for name in folder.files_of(temporary)}
-    folder.write_json(temporary / folder.MANIFEST, {"format": folder.FORMAT, "step": step, "files": entries})
+    folder.write_manifest(temporary, {"step": step, "files": entries})
     folder.publish(temporary, target, keep)
     return target
 
@@ -155,10 +155,10 @@ def test_a_manifest_of_another_shape_is_refused(tmp_path: Path, manifest: str) -
 
 
 def test_large_files_are_told_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "CHECKSUM_LIMIT", 50)
-    path = write(tmp_path, 1)
+    monkeypatch.setattr(folder, "CHECKSUM_LIMIT", 5)
+    path = write(tmp_path, 1, tensors="tensors.distcp")
     entries = json.loads((path / folder.MANIFEST).read_text())["files"]
-    assert entries["tensors"] == {"size": 400} and "crc32" in entries["state.json"]
+    assert entries["tensors.distcp"] == {"size": 400} and "crc32" in entries["state.json"]
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Checkpointer:
             described = self._describe(temporary)
             with together(self.groups):
                 if self.groups.rank == 0:
-                    files.write_json(temporary / files.MANIFEST, self._manifest(step, parts, described))
+                    files.write_manifest(temporary, self._manifest(step, parts, described))
                     files.publish(temporary, target, self.keep)
         except CheckpointError as error:
             if self.groups.rank == 0:
@@ -194,7 +194,6 @@ class Checkpointer:
 
     def _manifest(self, step: int, parts: list[str], described: dict[str, dict[str, int]]) -> dict[str, Any]:
         return {
-            "format": files.FORMAT,
             "step": step,
             "parts": parts,
             "model": _architecture(self.policy),
@@ -224,9 +223,20 @@ class Checkpointer:
             COACTIVATION: self.hook is None,
             ANCHOR: self.region is None,
         }
-        parts = [part for part in manifest["parts"] if not absent.get(part, False)]
+        saved = manifest["parts"]
+        if manifest["format"] == 1 and STEIN in saved:  # which had both in one part
+            saved = [*saved, COACTIVATION]
+        parts = [part for part in saved if not absent.get(part, False)]
         if manifest["layout"] != _layout(self.groups):
             parts.remove(RNG)
+            if self.groups.rank == 0:
+                logger.warning(
+                    "%s was saved under another layout (%s there, %s here): the same batches follow, rounded otherwise, and "
+                    "random-number states are not taken over",
+                    path.name,
+                    manifest["layout"],
+                    _layout(self.groups),
+                )
         loaded = read_tensors(self._tree(parts, loading=True), path, self.groups)
         self.policy.model.load_state_dict(loaded[MODEL])
         _refuse_dead(path, self.policy)
@@ -248,12 +258,9 @@ class Checkpointer:
             assert self.region is not None
             self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
         elif self.region is not None and self.engine is not None:
-            self.engine.version = (
-                -1
-            )  # the region was off: it begins with a refresh of the actors, which sets its anchor
-            logger.warning(
-                "%s has no anchor of a trust region: the actors are refreshed before the next step", path.name
-            )
+            self.engine.version = -1  # makes the loop refresh the actors first, which sets the anchor
+            if self.groups.rank == 0:
+                logger.warning("%s has no anchor: the actors are refreshed before the next step", path.name)
         if RNG in parts:
             set_rng_state(loaded[RNG])
         return state
@@ -344,6 +351,8 @@ def _check(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
     groups = policy.groups
     with together(groups):
         manifest = files.read_manifest(path)
+        if absent := [name for name in files.SECTIONS if name not in manifest]:
+            raise files.damaged(path, f"{files.MANIFEST} has no {absent[0]!r}")
         _same("model", path, manifest["model"], _architecture(policy))
         files.check_files(path, manifest, part=groups.rank, parts=groups.world_size)
     return manifest

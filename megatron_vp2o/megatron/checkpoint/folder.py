@@ -29,10 +29,16 @@ from megatron_vp2o.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+"""2 since prototypes are a part without averages, and the manifest has a checksum of its own."""
 CHECKPOINTS, MANIFEST, STATE, POINTER = "checkpoints", "manifest.json", "state.json", "latest"
 CHECKSUM_LIMIT = 256 * 2**20
-"""Bytes up to which a file gets a checksum; of a larger one the size has to do."""
+"""Bytes up to which a file of tensors gets a checksum; of a larger one the size has to do. Other files always get one."""
+TENSORS = ".distcp"
+"""How names of files of tensors end."""
+
+SECTIONS: dict[str, type] = {"parts": list, "model": dict, "optimizer": dict, "layout": dict}
+"""What the manifest of a training checkpoint has besides the files."""
 
 _TEMPORARY = ".tmp-"
 _STEP = re.compile(r"step_(\d+)$")
@@ -124,28 +130,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = int(manifest["format"]), manifest["files"]
-        well_formed = all(isinstance(entry["size"], int) for entry in files.values())
+        well_formed = all(isinstance(entry["size"], int) for entry in files.values()) and all(
+            isinstance(manifest.get(name, kind()), kind) for name, kind in SECTIONS.items()
+        )
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no {MANIFEST}: it is no checkpoint of this program, or was copied in part; "
             f"copy it again or choose another{beside(path)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+        raise damaged(path, f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     if version > FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {version}, and this version of the program reads up to {FORMAT}: "
             "update the program"
         )
+    if version > 1 and manifest.pop("crc32", None) != _own_crc32(manifest):
+        raise damaged(path, f"the content of {MANIFEST} has changed since it was written")
     if not well_formed:
-        raise _damaged(path, f"{MANIFEST} gives no sizes")
+        raise damaged(path, f"{MANIFEST} does not have what belongs in it")
     return manifest
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write and flush to the disk, with the format's number and a checksum of the manifest itself. Raises OSError."""
+    manifest = {"format": FORMAT, **manifest}
+    write_json(folder / MANIFEST, manifest | {"crc32": _own_crc32(manifest)})
+
+
+def _own_crc32(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
 def describe(file: Path) -> dict[str, int]:
-    """Size, and checksum unless the file is large."""
+    """Size, and checksum unless it is a large file of tensors."""
     size = file.stat().st_size
-    return {"size": size} if size > CHECKSUM_LIMIT else {"size": size, "crc32": _crc32(file)}
+    return {"size": size} if size > CHECKSUM_LIMIT and file.suffix == TENSORS else {"size": size, "crc32": _crc32(file)}
 
 
 def files_of(path: Path) -> list[str]:
@@ -163,12 +183,12 @@ def check_files(path: Path, manifest: dict[str, Any], *, checksums: bool = True,
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         file = path / name
         if not file.is_file():
-            raise _damaged(path, f"{name} is missing")
+            raise damaged(path, f"{name} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise _damaged(path, f"{name} has {size} bytes where {expected['size']} were written")
+            raise damaged(path, f"{name} has {size} bytes where {expected['size']} were written")
         if checksums and number % parts == part and "crc32" in expected and _crc32(file) != expected["crc32"]:
-            raise _damaged(path, f"the content of {name} has changed since it was written")
+            raise damaged(path, f"the content of {name} has changed since it was written")
 
 
 def _crc32(file: Path) -> int:
@@ -179,7 +199,8 @@ def _crc32(file: Path) -> int:
     return checksum
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error for a checkpoint that is not as it was written; `what` says in which way."""
     return CheckpointError(
         f"checkpoint {path} is damaged: {what}; restore it from a copy, or remove that folder to use an older "
         f"one{beside(path)}"

@@ -17,7 +17,6 @@ def make_training_checkpoint(folder: Path, model: Architecture) -> None:
     """Write the manifest that `checkpoint.load_weights` asks for. The weights have no optimizer state with them."""
     files.write_json(folder / files.STATE, {})
     manifest = {
-        "format": files.FORMAT,
         "step": 0,
         "parts": ["model"],
         "model": manifest_model(model),
@@ -26,7 +25,7 @@ def make_training_checkpoint(folder: Path, model: Architecture) -> None:
         "versions": {"megatron-core": str(megatron_version()), "torch": torch.__version__},
         "files": {name: files.describe(folder / name) for name in files.files_of(folder) if name not in LOOSE},
     }
-    files.write_json(folder / files.MANIFEST, json.loads(json.dumps(manifest)))
+    files.write_manifest(folder, json.loads(json.dumps(manifest)))
 
 
 LOOSE = ("journal.jsonl", "lock")
