@@ -57,10 +57,14 @@ def changes(config: TrainConfig, run_dir: str | Path) -> Changes:
     Raises:
         ConfigError: they cannot be read.
     """
-    found = Changes()
     if not (Path(run_dir) / CONFIG_FILE).exists():
-        return found
-    there, here = _flat(as_plain(load_config(run_dir))), _flat(as_plain(config))
+        return Changes()
+    return compare(_flat(as_plain(load_config(run_dir))), _flat(as_plain(config)))
+
+
+def compare(there: dict[str, Any], here: dict[str, Any]) -> Changes:
+    """Two configurations, as settings by their dotted names."""
+    found = Changes()
     for key in [*here, *(key for key in there if key not in here)]:
         if there.get(key) == here.get(key) or _is_among(key, _FREE):
             continue
