@@ -42,7 +42,7 @@ GRACE_S = 2.0
 CLOSING_S = 5.0
 """From this rank's own failure to the end of its process, whatever is still being closed."""
 _PATIENCE_S = 1.5  # that a broken connection waits for its reason
-_STATUS, _USAGE_STATUS, _INTERRUPTED = 1, 2, 130
+_STATUS, _INTERRUPTED = 1, 130
 _LONGEST = 20_000  # characters of a traceback that travel
 _KEY = "megatron_vp2o/hotline"
 _BROKEN = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in messages of collectives
@@ -230,7 +230,7 @@ def leave() -> None:
 class ends_all_ranks(AbstractContextManager[None]):
     """An exception that leaves the body ends this process and those of all ranks; in a world of one it goes on its way.
 
-    Its exit status is 2 for a UserError, 130 for an interruption, else 1, on all ranks.
+    Its exit status is that of a UserError (2 or 3), 130 for an interruption, else 1, on all ranks.
     """
 
     def __exit__(
@@ -301,7 +301,7 @@ def _note(rank: int, error: BaseException) -> Note:
     tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     if isinstance(error, UserError) and not tracebacks:
         text = "\n".join(f"error: {line}" for line in str(error).splitlines())
-        return Note(rank, Kind.refused.value, str(error), text, _USAGE_STATUS, host)
+        return Note(rank, Kind.refused.value, str(error), text, error.exit_status, host)
     kind = Kind.connection if _is_connection(error) else Kind.error
     whole = "".join(traceback.format_exception(error))
     cut = whole if len(whole) <= _LONGEST else f"[...]\n{whole[-_LONGEST:]}"
