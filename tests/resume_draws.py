@@ -39,7 +39,6 @@ SMALL = [
     "logging.tensorboard=false",
     "threads=1",
 ]
-EXPERT_BIAS = False
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "DP2": (2, {}),
@@ -133,7 +132,7 @@ def _model(dice: _Dice) -> dict[str, Any]:
         "model.moe_router_score_function": "sigmoid" if sigmoid else "softmax",
         "model.moe_router_topk": topk,
         "model.moe_router_pre_softmax": not sigmoid and (topk == 1 or dice.chance(0.3)),
-        "model.moe_router_enable_expert_bias": sigmoid and dice.chance(0.6) and EXPERT_BIAS,
+        "model.moe_router_enable_expert_bias": sigmoid and dice.chance(0.6),
         "model.moe_router_load_balancing_type": balancing,
         "model.moe_aux_loss_coeff": 0.0 if balancing == "none" else dice.one_of(0.0, 0.01),
         "model.moe_z_loss_coeff": dice.one_of(0.0, 0.001),
@@ -179,6 +178,11 @@ def _reinforcement(dice: _Dice, algorithm: str) -> dict[str, Any]:
         "rollout.sampling.temperature": dice.one_of(1.0, 0.7),
         "rollout.sampling.top_p": dice.one_of(1.0, 1.0, 0.9),
     }
+    if reference == "none":
+        settings["algorithm.kl_estimator"] = dice.one_of("k2", "k3")
+    else:
+        settings["algorithm.kl_estimator"] = dice.one_of("k2", "k3", *(["reward"] if reference == "initial" else []))
+    settings["algorithm.answer_repulsion.form"] = dice.one_of("none", "none", "leave_one_out", "count")
     if algorithm == "vp2o":
         modes = [("enforce", "enforce"), ("enforce", "off"), ("off", "enforce"), ("monitor", "enforce")]
         region, budget = dice.one_of(*modes, ("monitor", "monitor"), ("off", "off"))
