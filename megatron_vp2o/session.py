@@ -48,6 +48,7 @@ from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, first_rank_says  # noqa: E402
+from megatron_vp2o.rewards import open_reward  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, Transform, no_transform  # noqa: E402
@@ -55,7 +56,7 @@ from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E4
 from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
-from megatron_vp2o.rl.types import Split, Task, Tokenizer  # noqa: E402
+from megatron_vp2o.rl.types import Reward, Split, Task, Tokenizer  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from megatron_vp2o.tasks.rows import RowsTask  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
@@ -106,8 +107,13 @@ def train(config: TrainConfig) -> int:
     With several ranks call it inside of `failure.ends_all_ranks`: after an exception no rank can go on.
     """
     world.set_threads(config.threads)
+    with open_reward(config.reward) as reward:
+        return _train(config, reward)
+
+
+def _train(config: TrainConfig, reward: Reward | None) -> int:
     room = config.model.max_sequence_length - config.rollout.sampling.max_new_tokens
-    task = make_task(config.task, progress=world.environment_rank() == 0, room=room)
+    task = make_task(config.task, progress=world.environment_rank() == 0, reward=reward, room=room)
     validate_prompts(config, task.max_prompt_tokens)
     validate_vocabulary(config, _tokenizer(config, task).vocab_size)
     with world.joined(config.parallel, config.seed) as groups:

@@ -27,6 +27,7 @@ BELOW: dict[str, set[str]] = {
     "megatron": {"hf", "parallel", "core", "config", "errors", "data", "rl.types"},  # of hf: names and shapes
     "rollout": {"parallel", "core", "config", "errors", "rl.types"},
     "hf": {"parallel", "core", "config", "errors", "rl.types"},
+    "rewards": {"config", "errors", "rl.types"},
     "tasks": {"data", "core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors"},

@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "coloring": schema.ColoringTaskConfig,
         "open_path": schema.OpenPathTaskConfig,
     },
+    "reward": {"task": schema.RewardConfig},
     "rollout": {"in_process": schema.RolloutConfig},
     "evaluation": {"standard": schema.EvaluationConfig},
     "checkpoint": {"standard": schema.CheckpointConfig},

@@ -23,6 +23,9 @@ from megatron_vp2o.config.model import Precision as Precision
 from megatron_vp2o.config.model import RouterScore as RouterScore
 from megatron_vp2o.config.model import SoftmaxType as SoftmaxType
 from megatron_vp2o.config.ranges import COEFFICIENT, COUNT, DECAY, INDEX, SHARE, Range
+from megatron_vp2o.config.reward import Checker as Checker
+from megatron_vp2o.config.reward import RewardConfig as RewardConfig
+from megatron_vp2o.config.reward import SandboxKind as SandboxKind
 from megatron_vp2o.core.choices import (
     AnswerKernel,
     AnswerRepulsion,
@@ -572,6 +575,8 @@ class TrainConfig:
     """AdamW and schedule."""
     task: TaskConfig = field(default_factory=CountdownTaskConfig)
     """Problems and verifier."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What a response is worth."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The rollout engine."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

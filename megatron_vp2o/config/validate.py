@@ -34,6 +34,7 @@ from megatron_vp2o.config.schema import (
     VP2OConfig,
 )
 from megatron_vp2o.config.tasks import task_problems
+from megatron_vp2o.config.validate_reward import reward_outside, reward_problems
 from megatron_vp2o.errors import ConfigError
 
 SMALLEST_VOCABULARY = 104
@@ -63,12 +64,12 @@ def validate(
             they hold combinations, where those hold what is outside of the settings (files, packages, devices).
     """
     _refuse(range_problems(config))  # the rules divide by these numbers
-    rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation)
+    rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, reward_problems)
     _refuse(itertools.chain(*(rule(config) for rule in rules), _world(config, world_size)))
     # What is outside of the settings comes last: a missing folder says nothing to somebody who misspelt a number.
     problems = [*folder_problems(config), *exp_manager_problems(config.exp_manager, elsewhere=elsewhere)]
     if not elsewhere:
-        problems.extend(_packages(config))
+        problems.extend([*_packages(config), *reward_outside(config)])
     if cuda_devices is not None:
         problems.extend(_devices(config, cuda_devices, local_world_size))
     _refuse(problems)

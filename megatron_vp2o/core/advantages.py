@@ -18,6 +18,22 @@ def _check_rewards(rewards_PG: Tensor) -> None:
         )
 
 
+def overlong_punishment(length_N: Tensor, *, longest: int, buffer: int, most: float) -> Tensor:
+    """What is taken off responses that come near the length limit: 0 up to `longest - buffer` tokens, from there linear
+    down to `-most` at `longest` (DAPO's soft overlong punishment, arXiv 2503.14476, Eq. 13, where `most` is 1).
+
+    Args:
+        length_N: tokens of each response; any shape.
+        longest: the length limit.
+        buffer: tokens before it over which the punishment grows.
+
+    Returns:
+        float64, of the shape of `length_N`.
+    """
+    over = length_N.double() - (longest - buffer)
+    return -most * (over / buffer).clamp(0.0, 1.0)
+
+
 def uniform_groups_P(rewards_PG: Tensor) -> Tensor:
     """True where all rewards of a group are equal: such a group has no advantage and carries no gradient.
 

@@ -5,6 +5,7 @@ Nothing here knows Megatron: `megatron/platform/world.py` fills the bundle in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -94,6 +95,21 @@ def first_rank_says(value: T, group: dist.ProcessGroup) -> T:
     if group.size() > 1:
         dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
+
+
+def on_replica(make: Callable[[], T], groups: Groups) -> T:
+    """What `make` returns on the one rank that speaks for a data-parallel replica, on all ranks of that replica.
+
+    For what may come out differently when it is done twice, such as work within a time limit. A collective over the
+    tensor- and pipeline-parallel ranks; the value must be picklable.
+    """
+    if groups.tp.size() == 1 and groups.pp.size() == 1:
+        return make()
+    value: Any = make() if groups.is_data_source else None
+    if groups.tp.rank() == 0:
+        value = first_rank_says(value, groups.pp)
+    said: T = first_rank_says(value, groups.tp)
+    return said
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -96,7 +96,7 @@ def evaluate(
     sampled = engine.generate(
         prompts, uids, SamplingParams(settings.temperature, settings.top_p, max_new_tokens, seed), settings.samples
     )
-    sums, own = _tally(task, problems, greedy, sampled, settings)
+    sums, own = _tally(task, problems, greedy, sampled, settings, groups)
     sums = sum_scalars(sums, groups.dp)
     tallies = sorted((t for part in gather_objects(own, groups.dp) for t in part), key=lambda tally: tally.problem)
     solved, right = sums.pop("solved"), sums.pop("right")
@@ -111,15 +111,20 @@ def evaluate(
 
 
 def _tally(
-    task: Task, problems: Sequence[Problem], greedy: Rollouts, sampled: Rollouts, settings: EvaluationConfig
+    task: Task,
+    problems: Sequence[Problem],
+    greedy: Rollouts,
+    sampled: Rollouts,
+    settings: EvaluationConfig,
+    groups: Groups,
 ) -> tuple[dict[str, float], list[Tally]]:
     """Sums over this rank's problems, and what was found of each."""
     tallies: list[Tally] = []
     n = settings.samples
     keys = ["greedy_accuracy", *(f"pass@{k}" for k in settings.pass_at), "distinct", "coverage", "response_length"]
     sums = dict.fromkeys([*keys, "countable", "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
-    greedy_verdicts = grade(task, problems, greedy, 1)
-    sampled_verdicts = grade(task, problems, sampled, n)
+    greedy_verdicts = grade(task, problems, greedy, 1, groups)
+    sampled_verdicts = grade(task, problems, sampled, n, groups)
     for p, problem in enumerate(problems):
         sums["greedy_accuracy"] += greedy_verdicts[p][0].correct
         answers: Counter[Hashable] = Counter()

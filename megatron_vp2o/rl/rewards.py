@@ -1,6 +1,7 @@
 """From verdicts to what the policy is trained on: shaped rewards, and the advantages that follow from them.
 
-    task reward (1 right, 0 wrong) -> repulsion between answers -> minus beta times the log-ratio to the reference
+    task reward (1 right, 0 wrong, or a composed one) -> repulsion between answers -> punishment of overlong responses
+      -> minus beta times the log-ratio to the reference
       -> advantages within the group -> groups without any
 
 A group's rollouts are all on the rank that generated them, so nothing but the means for the record is communicated.
@@ -17,8 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import AnswerKernel, AnswerRepulsion, AnswerRepulsionConfig, GRPOConfig, KLEstimator
-from megatron_vp2o.core.advantages import group_relative_advantages
+from megatron_vp2o.config.schema import (
+    AnswerKernel,
+    AnswerRepulsion,
+    AnswerRepulsionConfig,
+    GRPOConfig,
+    KLEstimator,
+    RewardConfig,
+)
+from megatron_vp2o.core.advantages import group_relative_advantages, overlong_punishment
 from megatron_vp2o.core.answers import (
     count_repulsion,
     edit_kernel,
@@ -45,6 +53,7 @@ class Earned:
     shaped_PG: Tensor  # float64: what a group's rollouts are compared by
     advantages_PG: Tensor  # float32
     log_ratio_PG: Tensor | None  # of each response to the reference, nats; None where it is no part of the reward
+    parts: dict[str, Tensor]  # [P, G] each: summands of a composed reward, and the punishment of overlong responses
     distinct: int  # right answers that differ within their group, all groups together
 
     @property
@@ -68,6 +77,7 @@ class Earned:
         }
         if self.log_ratio_PG is not None:
             sums["log_ratio"] = self.log_ratio_PG.sum()
+        sums |= {f"part {name}": part_PG.sum() for name, part_PG in self.parts.items()}
         total = sum_scalars({key: float(value) for key, value in sums.items()}, groups.dp)
         mean, shaped = total["reward"] / total["rollouts"], total["shaped"] / total["rollouts"]
         metrics = {
@@ -83,14 +93,28 @@ class Earned:
         }
         if self.log_ratio_PG is not None:
             metrics["reward/log_ratio"] = total["log_ratio"] / total["rollouts"]
+        for name in self.parts:
+            metrics[f"reward/part/{name}"] = total[f"part {name}"] / total["rollouts"]
         return metrics
 
 
 class RewardShaping:
-    """From verdicts to advantages, as `GRPOConfig` says."""
+    """From verdicts to advantages, as `GRPOConfig` and `RewardConfig` say."""
 
-    def __init__(self, settings: GRPOConfig, tokenizer: Tokenizer) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
+    def __init__(
+        self, settings: GRPOConfig, tokenizer: Tokenizer, reward: RewardConfig | None = None, *, longest: int = 0
+    ) -> None:
+        """
+        Args:
+            reward: None for a task that verifies itself, without a punishment of overlong responses.
+            longest: tokens of the longest response that is possible.
+        """
+        self.settings, self.tokenizer, self.reward, self.longest = (
+            settings,
+            tokenizer,
+            reward or RewardConfig(),
+            longest,
+        )
         self._prior = settings.kl_coef > 0 and settings.kl_estimator is KLEstimator.reward
         self._embedder = _load_embedder(settings.answer_repulsion)
 
@@ -105,6 +129,18 @@ class RewardShaping:
         rewards_PG = torch.tensor([[v.reward for v in group] for group in verdicts], dtype=torch.float32).view(-1, size)
         right_PG = torch.tensor([[v.correct for v in group] for group in verdicts], dtype=torch.bool).view(-1, size)
         shaped_PG, log_ratio_PG = self._repelled(rewards_PG, right_PG, verdicts, rollouts), None
+        parts = {
+            name: torch.tensor([[v.parts.get(name, 0.0) for v in group] for group in verdicts]).view(-1, size)
+            for name in self.reward.active()
+        }
+        if self.reward.overlong_buffer is not None:
+            parts["overlong"] = overlong_punishment(
+                (rollouts.total_len_N - rollouts.prompt_len_N).view(-1, size),
+                longest=self.longest,
+                buffer=self.reward.overlong_buffer,
+                most=self.reward.overlong_penalty,
+            )
+            shaped_PG = shaped_PG + parts["overlong"]
         if self._prior:
             assert reference_logprobs_NS is not None
             # The actors' log-probabilities stand for the policy's: they are, while the actors have the learner's weights.
@@ -118,6 +154,7 @@ class RewardShaping:
             shaped_PG,
             self._advantages(shaped_PG),
             log_ratio_PG,
+            parts,
             distinct=sum(len({v.canonical for v in group if v.correct}) for group in verdicts),
         )
 

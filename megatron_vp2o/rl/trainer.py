@@ -70,7 +70,9 @@ class RLTrainer(TrainingLoop):
         self.refresh, self.reference, self.transform = refresh, reference, transform
         self.stepper: Stepper = stepper or PlainSteps(policy)
         self.meter = meter
-        self.rewards = RewardShaping(config.algorithm, task.tokenizer)
+        self.rewards = RewardShaping(
+            config.algorithm, task.tokenizer, config.reward, longest=config.rollout.sampling.max_new_tokens
+        )
         self.sampling = config.rollout.sampling
         self.prompts = PromptSchedule(
             task,
@@ -135,7 +137,7 @@ class RLTrainer(TrainingLoop):
         self, problems: list[Problem], rollouts: Rollouts, reference_NS: Tensor | None
     ) -> tuple[Earned, dict[str, float]]:
         """What the rollouts earned, and what that and their lengths say of the batch."""
-        verdicts = grade(self.task, problems, rollouts, self.settings.group_size)
+        verdicts = grade(self.task, problems, rollouts, self.settings.group_size, self.groups)
         earned = self.rewards(verdicts, rollouts, reference_NS)
         metrics = earned.metrics(self.groups)
         filtered = metrics["rollout/groups_silent"] if self.settings.filter_uniform_groups else 0.0
@@ -160,6 +162,8 @@ class RLTrainer(TrainingLoop):
         settings = self.settings
         keep_P = earned.signal_P if settings.filter_uniform_groups else torch.ones_like(earned.signal_P)
         keep_N = keep_P.repeat_interleave(settings.group_size)
+        if self.config.reward.mask_truncated:
+            keep_N &= rollouts.finished_N
         batch = policy_batch(rollouts, earned.advantages_PG.flatten(), keep_N, self.sampling.temperature)
         # Which of all ranks' rollouts each row is.
         batch.extras[ROW] = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]

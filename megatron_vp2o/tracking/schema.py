@@ -36,7 +36,8 @@ NONE = "1"
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a line. A key with `{k}` stands for one key for each k of `evaluation.pass_at`."""
+    """One number of a line. A key with `{k}` stands for one key for each k of `evaluation.pass_at`, one with `{part}` for one
+    for each summand of the reward."""
 
     key: str
     unit: str  # "1" for what has none
@@ -44,8 +45,10 @@ class Metric:
     when: str  # it is null on lines where it was not measured
     algorithms: frozenset[Algorithm] = ALL
 
-    def keys(self, pass_at: Sequence[int]) -> list[str]:
-        """The key, or its expansions for `pass_at` in ascending order."""
+    def keys(self, pass_at: Sequence[int], parts: Sequence[str] = ()) -> list[str]:
+        """The key, or its expansions for `pass_at` in ascending order or for `parts`."""
+        if "{part}" in self.key:
+            return [self.key.replace("{part}", part) for part in parts]
         if "{k}" not in self.key:
             return [self.key]
         return [self.key.replace("{k}", str(k)) for k in sorted(set(pass_at))]
@@ -113,6 +116,13 @@ SECTIONS: tuple[Section, ...] = (
                 NATS,
                 "log-ratio of a response to the reference, mean: KL(actor ‖ reference) of whole responses",
                 "training steps of runs with the KL in the reward",
+                REINFORCEMENT,
+            ),
+            Metric(
+                "reward/part/{part}",
+                NONE,
+                "weighted summand of a composed reward, mean; overlong: the punishment of responses near the length limit",
+                "training steps of runs with `reward`; one key for each that counts",
                 REINFORCEMENT,
             ),
             Metric("rollout/pass_rate", FRACTION, "rollouts that are right", STEP, REINFORCEMENT),
@@ -329,22 +339,24 @@ SECTIONS: tuple[Section, ...] = (
 _BY_KEY = {metric.key: metric for section in SECTIONS for metric in section.metrics}
 
 
-def schema_for(algorithm: Algorithm, pass_at: Sequence[int]) -> tuple[str, ...]:
+def schema_for(algorithm: Algorithm, pass_at: Sequence[int], parts: Sequence[str] = ()) -> tuple[str, ...]:
     """Keys of every line of a run's record, in order.
 
     Args:
         algorithm: the run's.
         pass_at: the k of its pass@k.
+        parts: summands of its reward (`RewardConfig.parts`).
     """
     return tuple(
         key
         for section in SECTIONS
         for metric in section.metrics
         if algorithm in metric.algorithms
-        for key in metric.keys(pass_at)
+        for key in metric.keys(pass_at, parts)
     )
 
 
 def find_metric(key: str) -> Metric | None:
     """What the registry says of a recorded key (`eval/pass@16` is found under `eval/pass@{k}`); None if unknown."""
-    return _BY_KEY.get(key) or _BY_KEY.get(re.sub(r"@\d+$", "@{k}", key))
+    general = re.sub(r"^reward/part/.*", "reward/part/{part}", re.sub(r"@\d+$", "@{k}", key))
+    return _BY_KEY.get(key) or _BY_KEY.get(general)

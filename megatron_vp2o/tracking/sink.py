@@ -31,7 +31,9 @@ class RunSink:
             interval=config.logging.console_interval,
             enabled=rank == 0,
         )
-        self._record = MetricsRecord(config.run_dir, schema_for(config.algorithm.name, config.evaluation.pass_at))
+        self._record = MetricsRecord(
+            config.run_dir, schema_for(config.algorithm.name, config.evaluation.pass_at, config.reward.parts())
+        )
         self._trackers = Trackers([])
 
     def start(self, step: int | None = None) -> None:

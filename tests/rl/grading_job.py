@@ -1,0 +1,34 @@
+"""Run by test_grading in four processes: two by two tensor- and pipeline-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_vp2o.parallel.groups import Groups, on_replica
+
+
+def say(tensor: int, pipeline: int) -> list[Any]:
+    """What each rank gets of what the speaking rank made, and how often this rank made something."""
+    dist.init_process_group("gloo")
+    world = dist.group.WORLD
+    assert world is not None
+    rank, made = dist.get_rank(), []
+    tp = [dist.new_group(list(range(p * tensor, (p + 1) * tensor))) for p in range(pipeline)][rank // tensor]
+    pp = [dist.new_group(list(range(t, tensor * pipeline, tensor))) for t in range(tensor)][rank % tensor]
+    assert isinstance(tp, dist.ProcessGroup) and isinstance(pp, dist.ProcessGroup)
+    groups = replace(_alone(world), tp=tp, pp=pp)
+
+    def make() -> str:
+        made.append(rank)
+        return f"made by {rank}"
+
+    return [on_replica(make, groups), len(made)]
+
+
+def _alone(world: dist.ProcessGroup) -> Groups:
+    import torch
+
+    return Groups(world, world, world, world, world, world, world, world, torch.device("cpu"))
