@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vp2o.config.reward import RewardConfig
-from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 
-VERIFY_THEMSELVES = ("countdown", "shortest_path")
-"""Tasks that need no reward."""
+NEEDS_REWARD = "rows"
+"""The task that does not verify answers itself."""
 PACKAGES = {"math": "math_verify", "instructions": "if_verifiable"}
 """What a reward needs of the [rewards] extra."""
 
@@ -20,7 +20,13 @@ PACKAGES = {"math": "math_verify", "instructions": "if_verifiable"}
 def reward_problems(config: TrainConfig) -> Iterator[str]:
     """One line for each thing that is wrong with `reward`."""
     reward = config.reward
-    if config.task.name in VERIFY_THEMSELVES and reward.active():
+    needed = config.task.name == NEEDS_REWARD and not isinstance(config.algorithm, SupervisedConfig)
+    if needed and not reward.active():
+        yield (
+            f"task.name={config.task.name} needs a reward to grade responses with: choose one, such as reward=math, or "
+            "reward.path=file.py:function"
+        )
+    if config.task.name != NEEDS_REWARD and reward.active():
         yield (
             f"task.name={config.task.name} verifies answers itself, and reward.weights has "
             f"{', '.join(reward.active())}: leave `reward` out, or choose a task that reads rows"

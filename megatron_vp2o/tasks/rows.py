@@ -23,6 +23,8 @@ from megatron_vp2o.tasks.tokenizer import CharTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+SOURCE = "__source__"
+"""Key of a row that says where it stands, for the messages of rewards."""
 NAMED = 5  # rows that a message names
 
 
@@ -98,7 +100,7 @@ class RowsTask:
                 f"{source.place(local)}: the prompt has {len(tokens)} tokens, more than {self.max_prompt_tokens} "
                 "(task.max_prompt_tokens, or what the model has room for), though it has few characters: take the row out"
             )
-        return Problem(index, text, example.row, None, tuple(tokens))
+        return Problem(index, text, {**example.row, SOURCE: source.place(local)}, None, tuple(tokens))
 
     def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
         """The reward's results.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from typing import NamedTuple
 
 
@@ -164,6 +165,7 @@ PAIRS = [
 ]
 
 
+@functools.cache
 def disagreements() -> list[Pair]:
     """Pairs of which reward=math says something else."""
     from megatron_vp2o.config.reward import RewardConfig, RewardWeights

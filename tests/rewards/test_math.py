@@ -54,7 +54,9 @@ def test_arithmetic_equals_exact_fractions() -> None:
         if depth == 0:
             return str(draw.randint(1, 20))
         left, right = write(depth - 1), write(draw.randint(0, depth - 1))
-        return f"({left}) {draw.choice('+-*')} ({right})" if draw.random() < 0.8 else f"-({left}) / {draw.randint(1, 9)}"
+        return (
+            f"({left}) {draw.choice('+-*')} ({right})" if draw.random() < 0.8 else f"-({left}) / {draw.randint(1, 9)}"
+        )
 
     for _ in range(60):
         text = write(draw.randint(1, 4))
@@ -84,8 +86,18 @@ def test_only_arithmetic_is_read(text: str) -> None:
 
 def test_nothing_is_evaluated(tmp_path: Path) -> None:
     math, mark = Math(), tmp_path / "owned"
-    for call in (f"__import__('pathlib').Path('{mark}').touch()", f"open('{mark}','w')", f"exec('open(\"{mark}\",\"w\")')"):
-        for response in (call, rf"\boxed{{{call}}}", f"${call}$", f"The answer is 1+({call})", rf"\boxed{{\text{{{call}}}}}"):
+    for call in (
+        f"__import__('pathlib').Path('{mark}').touch()",
+        f"open('{mark}','w')",
+        f'exec(\'open("{mark}","w")\')',
+    ):
+        for response in (
+            call,
+            rf"\boxed{{{call}}}",
+            f"${call}$",
+            f"The answer is 1+({call})",
+            rf"\boxed{{\text{{{call}}}}}",
+        ):
             assert math.grade("", response, {"answer": "5"}).reward == 0.0
     assert not mark.exists()
 

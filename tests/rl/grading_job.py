@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_vp2o.parallel.groups import Groups, on_replica
@@ -19,16 +20,18 @@ def say(tensor: int, pipeline: int) -> list[Any]:
     tp = [dist.new_group(list(range(p * tensor, (p + 1) * tensor))) for p in range(pipeline)][rank // tensor]
     pp = [dist.new_group(list(range(t, tensor * pipeline, tensor))) for t in range(tensor)][rank % tensor]
     assert isinstance(tp, dist.ProcessGroup) and isinstance(pp, dist.ProcessGroup)
-    groups = replace(_alone(world), tp=tp, pp=pp)
+    names = [field.name for field in fields(Groups)]
+    values: dict[str, Any] = {
+        **dict.fromkeys(names, world),
+        "tp": tp,
+        "pp": pp,
+        "device": torch.device("cpu"),
+        "timeout": None,
+    }
+    groups = Groups(**values)
 
     def make() -> str:
         made.append(rank)
         return f"made by {rank}"
 
     return [on_replica(make, groups), len(made)]
-
-
-def _alone(world: dist.ProcessGroup) -> Groups:
-    import torch
-
-    return Groups(world, world, world, world, world, world, world, world, torch.device("cpu"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_vp2o.config.reward import RewardConfig, RewardWeights
 from megatron_vp2o.config.schema import (
+    Algorithm,
     AnswerKernel,
     AnswerRepulsion,
     AnswerRepulsionConfig,
@@ -21,6 +24,7 @@ from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.rewards import RewardShaping, answer_numbers, responses
 from megatron_vp2o.rl.types import Rollouts, Verdict
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
+from megatron_vp2o.tracking.schema import schema_for
 
 TOKENIZER = CharTokenizer()
 
@@ -158,13 +162,14 @@ def test_overlong_responses_are_punished_linearly():
     assert earned.shaped_PG.tolist() == [[1 + expected[0], 1 + expected[1], expected[2], 1 + expected[3]]]
 
 
-def test_parts_of_a_composed_reward_are_recorded_by_name(group_of_one):
+def test_parts_of_a_composed_reward_are_recorded_by_name():
     verdicts = [
         [Verdict(True, "x", "", 1.1, {"math": 1.0, "format": 0.1}), Verdict(False, None, "", 0.1, {"format": 0.1})] * 2
     ]
     reward = RewardConfig(RewardWeights(math=1.0, format=0.1))
     earned = RewardShaping(settings(AnswerRepulsion.none), TOKENIZER, reward)(verdicts, make_rollouts(["1"] * 4), None)
-    metrics = earned.metrics(group_of_one)
+    alone: Any = types.SimpleNamespace(dp=types.SimpleNamespace(size=lambda: 1))
+    metrics = earned.metrics(alone)
     assert metrics["reward/part/math"] == pytest.approx(0.5)
     assert metrics["reward/part/format"] == pytest.approx(0.1)
     assert metrics["reward/mean"] == pytest.approx(0.6)

@@ -101,7 +101,7 @@ def arithmetic(text: str, evaluate: bool = False) -> sympy.Expr:
 
 def _expression(node: ast.expr) -> sympy.Expr:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(str(node.value))
+        return sympy.Rational(str(node.value))  # exact, so that `150/42.` at the end of a sentence is what it says
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         value = _expression(node.operand)
         return value if isinstance(node.op, ast.UAdd) else sympy.Mul(-1, value, evaluate=False)
