@@ -60,6 +60,7 @@ from megatron_vp2o.rl.types import Reward, Split, Task, Tokenizer  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from megatron_vp2o.tasks.rows import RowsTask  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
+from megatron_vp2o.tracking.samples import RunSamples  # noqa: E402
 from megatron_vp2o.tracking.sink import RunSink  # noqa: E402
 
 LOGGED_PER_CONTEXT = 4
@@ -79,6 +80,7 @@ class Run:
     tokenizer: Tokenizer
     groups: Groups
     sink: RunSink
+    samples: RunSamples
     policy: MegatronPolicy
     engine: MegatronEngine
     saver: checkpoint.Checkpointer
@@ -182,7 +184,8 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         region=region,
     )
     sink = RunSink(config, as_plain(config), rank=groups.rank)
-    return Run(config, task, tokenizer, groups, sink, policy, engine, saver, hook, region)
+    samples = RunSamples(config.logging, config.run_dir, groups.rank)
+    return Run(config, task, tokenizer, groups, sink, samples, policy, engine, saver, hook, region)
 
 
 def _observed(config: TrainConfig) -> bool:
@@ -284,6 +287,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         transform=run.transform,
         stepper=run.stepper,
         meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
+        samples=run.samples,
     )
     if reference is not None:
         trainer.identities[REFERENCE] = weights_identity(reference.actor, run.groups, run.policy.model_vocab)
@@ -302,9 +306,11 @@ def _resume(run: Run, trainer: TrainingLoop) -> None:
     found = first_rank_says(found, run.groups.world)  # another machine's file system may not show it yet
     if found is None:
         run.sink.start()
+        run.samples.start(0)
         return
     trainer.restore(run.saver.load(found))
     run.sink.start(trainer.progress.step)
+    run.samples.start(trainer.progress.step)
     logger.info("resumed from %s at step %d", found, trainer.progress.step)
     if run.groups.rank == 0 and (chosen := changes(run.config, run.config.run_dir).chosen):
         logger.warning("going on with other settings: %s", "; ".join(chosen))

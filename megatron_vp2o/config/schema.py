@@ -559,6 +559,14 @@ class LoggingConfig:
     """Write TensorBoard event files to the run folder."""
     console_interval: Annotated[int, COUNT] = 1
     """Steps between console lines when the output is no terminal (a terminal shows a live progress bar)."""
+    sample_interval: Annotated[int, INDEX] = 10
+    """Steps between samples of rollouts in `samples.jsonl` in the run folder (the first step's are always there); 0: none."""
+    sample_prompts: Annotated[int, COUNT] = 2
+    """Prompts among them."""
+    sample_responses: Annotated[int, COUNT] = 4
+    """Responses of each of those prompts: the best, the worst, further ones."""
+    sample_table: bool = False
+    """Print them as a table, too."""
 
 
 @dataclass

@@ -33,6 +33,7 @@ tbody th { font-weight: 500; } td.first, th.first { padding-left: 24px; }
 td.last { font-weight: 650; } td.best, td.delta { color: var(--soft); }
 thead th[colspan], table.about th { text-align: left; }
 table.about td { text-align: left; white-space: normal; vertical-align: top; }
+.samples .text { white-space: pre-wrap; overflow-wrap: anywhere; } table.samples td { max-width: 560px; }
 .charts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 28px 26px; margin-top: 16px; }
 .charts.pairs { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 @media (max-width: 1000px) { .charts, .charts.pairs { grid-template-columns: repeat(2, minmax(0, 1fr)); } }

@@ -12,6 +12,7 @@ from megatron_vp2o.report import charts as specs
 from megatron_vp2o.report import page
 from megatron_vp2o.report.charts import Palette, Spec, chart
 from megatron_vp2o.report.health import Finding, Level, findings
+from megatron_vp2o.report.samples import samples
 from megatron_vp2o.tracking import format as fmt
 from megatron_vp2o.tracking.console import say_measure
 from megatron_vp2o.tracking.runs import ACCURACY, Measure, Run, load_runs, measures, short_names
@@ -58,6 +59,7 @@ def report(runs: Sequence[Run]) -> str:
         ("training", "Training", _section(specs.TRAINING, specs.SAMPLES, learning, palette)),
         ("experts", "Experts and proximal control", _section(specs.EXPERTS, specs.SAMPLES, learning, palette)),
         ("further", "Further measurements", _further(learning, palette)),
+        ("samples", "Samples", samples(runs, short)),
         ("warm-up", "Supervised training", _warm_up(warm_up, palette)),
         ("time", "Where the time went", _time(runs, palette)),
         ("health", "Training health", _health(runs, palette)),

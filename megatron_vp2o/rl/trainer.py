@@ -25,6 +25,7 @@ from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transfor
 from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
 from megatron_vp2o.rl.refresh import RefreshPolicy
 from megatron_vp2o.rl.rewards import Earned, RewardShaping
+from megatron_vp2o.rl.samples import SampleSink, samples_of
 from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import (
     Objective,
@@ -35,6 +36,7 @@ from megatron_vp2o.rl.types import (
     SamplingParams,
     Task,
     TrainBatch,
+    Verdict,
 )
 
 REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"  # keys of Progress.extra
@@ -61,6 +63,7 @@ class RLTrainer(TrainingLoop):
         transform: Transform = no_transform,
         stepper: Stepper | None = None,
         meter: BudgetMeter | None = None,
+        samples: SampleSink | None = None,
     ) -> None:
         super().__init__(config, groups, sink, saver)
         assert isinstance(config.algorithm, GRPOConfig)
@@ -70,6 +73,7 @@ class RLTrainer(TrainingLoop):
         self.refresh, self.reference, self.transform = refresh, reference, transform
         self.stepper: Stepper = stepper or PlainSteps(policy)
         self.meter = meter
+        self.samples = samples
         self.rewards = RewardShaping(
             config.algorithm, task.tokenizer, config.reward, longest=config.rollout.sampling.max_new_tokens
         )
@@ -139,9 +143,16 @@ class RLTrainer(TrainingLoop):
         """What the rollouts earned, and what that and their lengths say of the batch."""
         verdicts = grade(self.task, problems, rollouts, self.settings.group_size, self.groups)
         earned = self.rewards(verdicts, rollouts, reference_NS)
+        self._show(problems, rollouts, verdicts, earned)
         metrics = earned.metrics(self.groups)
         filtered = metrics["rollout/groups_silent"] if self.settings.filter_uniform_groups else 0.0
         return earned, metrics | {"rollout/groups_filtered": filtered} | self._lengths(rollouts)
+
+    def _show(self, problems: list[Problem], rollouts: Rollouts, verdicts: list[list[Verdict]], earned: Earned) -> None:
+        step = self.progress.step + 1
+        if self.samples is not None and self.samples.due(step):
+            tokenizer = self.task.tokenizer
+            self.samples.write(step, samples_of(self.samples, tokenizer, problems, rollouts, verdicts, earned))
 
     def _lengths(self, rollouts: Rollouts) -> dict[str, float]:
         length_N = rollouts.total_len_N - rollouts.prompt_len_N
