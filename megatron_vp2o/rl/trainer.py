@@ -212,7 +212,9 @@ class RLTrainer(TrainingLoop):
         metrics |= self.transform()
         stats = self.stepper.step()
         self.count_update(stats)
-        taken = {"optimizer/grad_norm": stats.grad_norm, "optimizer/lr": stats.lr, "rejected": stats.rejected}
+        taken = {"optimizer/lr": stats.lr, "rejected": stats.rejected}
+        if stats.tokens:
+            taken["optimizer/grad_norm"] = stats.grad_norm
         return metrics | stats.metrics | taken
 
     def _judge_actors(self, updates: list[dict[str, float]]) -> dict[str, float]:
@@ -220,7 +222,9 @@ class RLTrainer(TrainingLoop):
         budget = None if self.meter is None else self.meter.read()
         self.refresh.observe(budget, bool(self.progress.extra.pop(REJECTED, False)))
         self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
-        return {} if budget is None else {"budget/drift": budget.drift, "budget/ess": budget.ess}
+        if budget is None or budget.sequences == 0:
+            return {}
+        return {"budget/drift": budget.drift, "budget/ess": budget.ess}
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
@@ -271,13 +275,18 @@ def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
     """One step's metrics from its optimizer steps': token-weighted means, maxima, last values of schedule and totals."""
     tokens = sum(update["tokens"] for update in updates)
     combined: dict[str, float] = {"tokens": tokens}
-    for key in updates[0].keys() - {"tokens", "ratio", "logprob_mismatch_max", "rejected"}:
-        values = [update[key] for update in updates if key in update]
+    keys = {key for update in updates for key in update} - {"tokens", "ratio", "logprob_mismatch_max", "rejected"}
+    for key in keys:
+        # An update without a token measured no token; what it did measure (the schedule, say) has a slash in its name.
+        having = [u for u in updates if key in u and (u["tokens"] > 0 or "/" in key)]
+        if not having:
+            continue
+        values = [update[key] for update in having]
         name = key if "/" in key else f"policy/{key}"
         if key.endswith("_max") or key in _COUNTERS:
             combined[name] = max(values)
         elif "/" in key:
             combined[name] = sum(values) / len(values)
-        elif tokens:
-            combined[name] = sum(u[key] * u["tokens"] for u in updates) / tokens
+        else:
+            combined[name] = sum(u[key] * u["tokens"] for u in having) / tokens
     return combined

@@ -19,11 +19,12 @@ VP2O = frozenset({Algorithm.vp2o})
 
 LINE = "every line"
 STEP = "every training step"
+LEARNT = "training steps with a loss token"
 EVALUATION = "evaluations"
 END = "end of the run"
-REGION = "training steps of runs with a trust region"
-BUDGET = "training steps of runs with a budget"
-STEIN = "training steps of runs with a Stein field, or that monitor one; means over layers"
+REGION = "training steps with a loss token of runs with a trust region"
+BUDGET = "training steps with a loss token of runs with a budget"
+STEIN = "training steps with a token of runs with a Stein field, or that monitor one; means over layers"
 
 FRACTION = "fraction"
 TOKENS = "tokens"
@@ -156,13 +157,15 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Policy",
         (
-            Metric("policy/loss", NONE, "objective that was minimised, mean over loss tokens", STEP, REINFORCEMENT),
-            Metric("policy/clip_fraction", FRACTION, "loss tokens whose gradient the clip stops", STEP, REINFORCEMENT),
+            Metric("policy/loss", NONE, "objective that was minimised, mean over loss tokens", LEARNT, REINFORCEMENT),
+            Metric(
+                "policy/clip_fraction", FRACTION, "loss tokens whose gradient the clip stops", LEARNT, REINFORCEMENT
+            ),
             Metric(
                 "policy/approx_kl",
                 NATS,
                 "KL(behaviour ‖ learner), k3 estimate, mean over loss tokens",
-                STEP,
+                LEARNT,
                 REINFORCEMENT,
             ),
             Metric(
@@ -176,15 +179,15 @@ SECTIONS: tuple[Section, ...] = (
                 "policy/entropy",
                 NATS,
                 "entropy of the next-token distribution at the rollout temperature, mean over loss tokens",
-                STEP,
+                LEARNT,
                 REINFORCEMENT,
             ),
-            Metric("policy/ratio_max", NONE, "largest importance ratio of a loss token", STEP, REINFORCEMENT),
+            Metric("policy/ratio_max", NONE, "largest importance ratio of a loss token", LEARNT, REINFORCEMENT),
             Metric(
                 "policy/logprob_mismatch",
                 NATS,
                 "largest |recomputed - rollout| log-probability under the same weights",
-                STEP,
+                "training steps with a response",
                 REINFORCEMENT,
             ),
         ),
@@ -207,7 +210,12 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Optimizer",
         (
-            Metric("optimizer/grad_norm", NONE, "global gradient norm before clipping, mean over updates", STEP),
+            Metric(
+                "optimizer/grad_norm",
+                NONE,
+                "global gradient norm before clipping, mean over updates that have a loss token",
+                LEARNT,
+            ),
             Metric("optimizer/lr", NONE, "learning rate, mean over the step's updates", STEP),
             Metric("optimizer/steps", COUNT, "optimizer steps taken so far", STEP),
             Metric(

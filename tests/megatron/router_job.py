@@ -18,12 +18,23 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 enable_cpu()
 
 from megatron_vp2o.config.model import LoadBalancing, RouterScore  # noqa: E402
-from megatron_vp2o.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, SteinConfig, TrainConfig  # noqa: E402
+from megatron_vp2o.config.schema import (  # noqa: E402
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SpecializationConfig,
+    SteinConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.rl.batching import rows_of  # noqa: E402
-from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
+from megatron_vp2o.rl.objectives import next_token  # noqa: E402
+from megatron_vp2o.rl.sync import verify_sync  # noqa: E402
+from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
 from tests.megatron.router_draws import draw  # noqa: E402
 
 VOCAB, EXPERTS = 24, 4
@@ -47,6 +58,9 @@ def config_of(case: dict[str, Any], **parallel: Any) -> TrainConfig:
             moe_aux_loss_coeff=case["aux"],
             moe_z_loss_coeff=case["z"],
             init_method_std=0.3,
+        ),
+        algorithm=SupervisedConfig(
+            specialization=SpecializationConfig(orthogonality_coef=case.get("orthogonality", 0.0))
         ),
         optimizer=OptimizerConfig(lr=1e-2),
         parallel=ParallelConfig(**parallel),
@@ -235,6 +249,33 @@ def layout(cases: list[dict[str, Any]], parallel: list[dict[str, Any]]) -> list[
             }
         )
         dist.barrier()
+        world.stop_model_parallel()
+    world.stop()
+    return results
+
+
+def actors(cases: list[dict[str, Any]], parallel: dict[str, Any]) -> list[dict[str, Any]]:
+    """Actors refreshed from a learner whose expert biases have moved: how far the two models' log-probabilities are apart."""
+    torch.set_num_threads(1)
+    results = []
+    for case in cases:
+        config = config_of(case, **parallel)
+        groups = world.start(config.parallel, config.seed)
+        policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=4)
+        policy.model.config.moe_router_bias_update_rate = 0.2  # so that biases change who is chosen
+        engine = MegatronEngine(config, policy, eos_ids=[1], pad_id=0)
+        for _ in range(3):  # an odd number: steps of one size cannot cancel
+            policy.forward_backward(batch_of(case), next_token, case["micro_batch_size"])
+            policy.optimizer_step()
+        engine.refresh(2)
+        verify_sync(policy, engine, 2, groups)
+        rollouts = engine.generate([[5, 6, 7], [8, 9]], [0, 1], SamplingParams(1.0, 1.0, 8, seed=1), 4)
+        mask_NS = rollouts.response_mask_NS()
+        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {})
+        difference_NS = (policy.log_probs(batch, 3) - rollouts.logprobs_NS) * mask_NS
+        biases = [layer.router.expert_bias for layer in policy._layers if layer.router.expert_bias is not None]
+        moved = max((bias.abs().max().item() for bias in biases), default=0.0)
+        results.append({"mismatch": difference_NS.abs().max().item(), "moved": moved})
         world.stop_model_parallel()
     world.stop()
     return results

@@ -52,7 +52,7 @@ def _cases(world_size: int, count: int) -> tuple[list[dict[str, Any]], list[dict
         if data_parallel:
             case["kind"] = ("seq_aux_loss", "global_aux_loss")[number % 2]
             case["micro_batch_size"] = case["rows"]
-        case |= {"aux": 0.5, "z": 0.1, "last": rng.choice([0, 0, 1, 2])}
+        case |= {"aux": 0.5, "z": 0.1, "last": rng.choice([0, 0, 1, 2]), "orthogonality": rng.choice([0.0, 0.3])}
         cases.append(case)
         layouts.append(layout)
     return cases, layouts
@@ -75,6 +75,19 @@ def test_rows_dealt_unevenly_count_once() -> None:
             for name in ("biases", "coactivation"):
                 for layer, values in ours[name].items():
                     assert _flat(values) == pytest.approx(_flat(expected[name][layer]), abs=1e-6), (name, *where)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks,layout", [(1, {}), (2, {"tensor_parallel": 2, "expert_parallel": 2})])
+def test_actors_take_expert_biases(ranks: int, layout: dict[str, Any]) -> None:
+    """And a learner with the counters of global_aux_loss hands its weights to actors, which have none."""
+    cases = [
+        draw(seed) | {"score": "sigmoid", "bias": bias, "kind": "global_aux_loss", "aux": 0.1}
+        for seed, bias in ((0, True), (1, False))
+    ]
+    for results in run_distributed(f"{JOB}:actors", ranks, cases, layout):
+        assert [found["moved"] > 0.1 for found in results] == [True, False]
+        assert all(found["mismatch"] <= 1e-5 for found in results), results
 
 
 def _flat(values: list[Any]) -> list[float]:

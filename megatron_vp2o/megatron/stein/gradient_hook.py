@@ -167,7 +167,7 @@ class SteinHook:
         self._steps += 1
         self._prototypes_current = False  # an optimizer step follows
         means = self._mean_over_layers(metrics)
-        self._warn_of_repulsion(means["stein/repulsion_ratio"])
+        self._warn_of_repulsion(means.get("stein/repulsion_ratio", 0.0))
         return means
 
     def _warn_of_repulsion(self, ratio: float) -> None:
@@ -405,6 +405,7 @@ class SteinHook:
         loads_LE = counts_LEE.diagonal(dim1=-2, dim2=-1)
         gram = diagnostics.prototype_overlap(self.state.prototypes_LED)
         return {
+            _TOKENS: sums["tokens"],
             "moe/router_entropy": sums["router_entropy"] / tokens_L,
             "moe/expert_utilisation": diagnostics.expert_utilisation(loads_LE),
             "moe/effective_experts": diagnostics.effective_experts(loads_LE),
@@ -422,8 +423,11 @@ class SteinHook:
         }
 
     def _mean_over_layers(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the layers of all pipeline stages, in one reduction and one host synchronisation."""
-        names = sorted(METRICS)
+        """Means over the layers of all pipeline stages, in one reduction and one host synchronisation.
+
+        Without a token there are those of prototypes only: nothing else was measured.
+        """
+        names = [*sorted(METRICS), _TOKENS]
         rows = [metrics[name].double().sum() if metrics else torch.zeros((), dtype=torch.float64) for name in names]
         flat = (
             torch.stack([*rows, torch.tensor(float(len(self.layers)), dtype=torch.float64)])
@@ -434,7 +438,12 @@ class SteinHook:
         if self.groups.pp.size() > 1:
             dist.all_reduce(flat, group=self.groups.pp)
         *values, layers = flat.tolist()
-        return {name: value / max(layers, 1.0) for name, value in zip(names, values, strict=True)}
+        means = {name: value / max(layers, 1.0) for name, value in zip(names, values, strict=True)}
+        measured = means.pop(_TOKENS) > 0
+        return {name: value for name, value in means.items() if measured or name.startswith("stein/prototype_")}
+
+
+_TOKENS = "tokens"
 
 
 def _saved(averages: bool) -> tuple[str, ...]:
