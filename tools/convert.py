@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     to_megatron = commands.add_parser("to-megatron", help="Hugging Face -> Megatron distributed checkpoint")
     to_megatron.add_argument("source", type=Path, metavar="HF", help="folder with config.json and safetensors")
     to_megatron.set_defaults(run=_to_megatron)
+    to_megatron.add_argument(
+        "--no-compare", action="store_true", help="do not compare logits with transformers' before the result gets its name"
+    )
     for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
         to_megatron.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what} parallelism to cut for")
 
@@ -92,8 +95,13 @@ def _options(options: argparse.Namespace) -> Any:
 
 
 def _to_megatron(options: argparse.Namespace) -> int:
+    from megatron_vp2o.megatron.platform.cpu import enable_cpu
+
+    enable_cpu()
     from megatron_vp2o.errors import CheckpointError
     from megatron_vp2o.hf.convert import to_megatron
+    from megatron_vp2o.hf.mapping import Architecture
+    from megatron_vp2o.hf.output import COMPARED
     from megatron_vp2o.hf.families import architecture
     from megatron_vp2o.hf.plan import Layout
     from megatron_vp2o.hf.settings import run_settings
@@ -101,10 +109,16 @@ def _to_megatron(options: argparse.Namespace) -> int:
     from megatron_vp2o.megatron.hf.training_checkpoint import make_training_checkpoint
 
     layout = Layout(options.tp, options.pp, options.ep, options.etp)
-    report = to_megatron(
-        options.source, options.target, layout=layout, options=_options(options), finish=make_training_checkpoint
-    )
+    said: list[str] = []
+
+    def finish(folder: Path, model: Architecture) -> None:
+        said.append(_compared(options, folder))
+        (folder / COMPARED).write_text(said[0] + "\n", encoding="utf-8")
+        make_training_checkpoint(folder, model)
+
+    report = to_megatron(options.source, options.target, layout=layout, options=_options(options), finish=finish)
     _say(report)
+    print(said[0])
     try:
         settings = run_settings(architecture(config_of(options.source)))
     except CheckpointError as error:
@@ -113,6 +127,15 @@ def _to_megatron(options: argparse.Namespace) -> int:
     words = [f"model.{name}={'null' if value is None else value}" for name, value in settings.items()]
     print(f"to train it: init_from={options.target} {' '.join(words)}")
     return 0
+
+
+def _compared(options: argparse.Namespace, folder: Path) -> str:
+    """Compare a sample of a finished conversion, unless that is switched off. Returns what to say of it."""
+    if options.no_compare:
+        return "logits were not compared with transformers': --no-compare was given"
+    from megatron_vp2o.megatron.hf.compare import compare_sample
+
+    return compare_sample(options.source, folder)
 
 
 def _to_hf(options: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ FORMAT = 1
 CARRIED = "hf"
 """Folder in a converted Megatron checkpoint with all files of the source but the weights, and the weights' headers."""
 HEADERS = "headers"
+COMPARED = "compared.txt"
+"""File in a converted Megatron checkpoint: a sentence on how its logits compare with those of transformers."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 
 

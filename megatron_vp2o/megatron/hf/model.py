@@ -135,11 +135,13 @@ def load(gpt: GPTModel, folder: Path) -> None:
     Raises:
         CheckpointError: the checkpoint lacks some of them, or is damaged.
     """
+    wanted = gpt.sharded_state_dict()
     try:
-        loaded = dist_checkpointing.load(gpt.sharded_state_dict(), str(folder), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     except (CheckpointException, CheckpointingException, RuntimeError) as error:
         raise CheckpointError(f"Megatron cannot load {folder}: {error}") from error
-    gpt.load_state_dict(loaded)
+    own = gpt.state_dict().keys()
+    gpt.load_state_dict({name: value for name, value in loaded.items() if name in own})  # a run's has the optimizer's, too
 
 
 class NormOverHeads(MegatronModule):
