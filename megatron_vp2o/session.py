@@ -36,12 +36,11 @@ from megatron_vp2o.config.validate import (  # noqa: E402
 )
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
-from megatron_vp2o.hf.settings import hf_config  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint  # noqa: E402
 from megatron_vp2o.megatron.checkpoint.identity import weights_identity  # noqa: E402
 from megatron_vp2o.megatron.control.trust_region import TrustRegion  # noqa: E402
-from megatron_vp2o.megatron.hf.export import export_hf  # noqa: E402
+from megatron_vp2o.megatron.hf import start as hf_start  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
@@ -109,6 +108,8 @@ def train(config: TrainConfig) -> int:
     With several ranks call it inside of `failure.ends_all_ranks`: after an exception no rank can go on.
     """
     world.set_threads(config.threads)
+    hf_start.check_model(config)
+    config = hf_start.with_own_tokenizer(config)
     with open_reward(config.reward) as reward:
         return _train(config, reward)
 
@@ -141,14 +142,9 @@ def _train(config: TrainConfig, reward: Reward | None) -> int:
 
 
 def _export(run: Run) -> None:
-    tokenizer, policy = run.tokenizer, run.policy
-    policy.gather_parameters()
-    ends = list(tokenizer.eos_ids)
-    eos_id = ends if len(ends) > 1 else tokenizer.eos_id
-    settings = hf_config(run.config.model, policy.model_vocab, eos_id=eos_id, pad_id=tokenizer.pad_id)
     target = Path(run.config.run_dir) / "hf"
     with run.sink.phase(f"exporting to {target}"):
-        export_hf(policy.model, settings, run.groups, target, save_tokenizer=tokenizer.save, overwrite=True)
+        hf_start.export(run.config, run.policy, run.tokenizer, run.groups, target)
 
 
 def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
@@ -156,10 +152,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     policy = MegatronPolicy(
         config, groups, vocab_size=tokenizer.vocab_size, optimizer_steps=optimizer_steps(config.algorithm)
     )
-    if config.init_from is not None:
-        # One rank's answer: whoever writes there may add a newer checkpoint at any moment.
-        source = first_rank_says(checkpoint.resolve(Path(config.init_from)), groups.world)
-        checkpoint.load_weights(source, policy)
+    hf_start.start(config, policy, tokenizer, groups)
     engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     stein = config.algorithm.stein
     algorithm = config.algorithm

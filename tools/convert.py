@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     to_megatron.add_argument("source", type=Path, metavar="HF", help="folder with config.json and safetensors")
     to_megatron.set_defaults(run=_to_megatron)
     to_megatron.add_argument(
-        "--no-compare", action="store_true", help="do not compare logits with transformers' before the result gets its name"
+        "--no-compare",
+        action="store_true",
+        help="do not compare logits with transformers' before the result gets its name",
     )
     for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
         to_megatron.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what} parallelism to cut for")
@@ -100,9 +102,9 @@ def _to_megatron(options: argparse.Namespace) -> int:
     enable_cpu()
     from megatron_vp2o.errors import CheckpointError
     from megatron_vp2o.hf.convert import to_megatron
+    from megatron_vp2o.hf.families import architecture
     from megatron_vp2o.hf.mapping import Architecture
     from megatron_vp2o.hf.output import COMPARED
-    from megatron_vp2o.hf.families import architecture
     from megatron_vp2o.hf.plan import Layout
     from megatron_vp2o.hf.settings import run_settings
     from megatron_vp2o.hf.tensor_files import config_of
@@ -139,13 +141,15 @@ def _compared(options: argparse.Namespace, folder: Path) -> str:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from megatron_vp2o.config.export import hf_source
     from megatron_vp2o.hf.convert import to_hf
 
-    source, config = _checkpoint(options.source, wanted=options.like is None)
+    like = options.like or hf_source(options.source)  # of what a run started from, its files beside the weights
+    source, config = _checkpoint(options.source, wanted=like is None)
     report = to_hf(
         source,
         options.target,
-        like=options.like,
+        like=like,
         config=config,
         shard_bytes=int(options.shard_gb * 1e9),
         options=_options(options),
@@ -190,6 +194,7 @@ def _special_ids(folder: Path) -> dict[str, Any]:
         token = settings.get(f"{name}_token")
         text = token["content"] if isinstance(token, dict) else token
         ids[f"{name}_id"] = None if text is None else tokenizer.token_to_id(text)
+    ids["pad_id"] = ids["eos_id"] if ids["pad_id"] is None else ids["pad_id"]  # as a run pads
     if len(ends := ends_in(folder)) > 1:
         ids["eos_id"] = ends
     return ids

@@ -545,6 +545,8 @@ class CheckpointConfig:
     """Save when the run ends."""
     export_hf: bool = False
     """Write the final weights to `hf` in the run folder, too, as a Hugging Face checkpoint."""
+    compare_logits: bool = True
+    """Compare what a Hugging Face checkpoint computes after loading (`init_from`) with transformers, before the first step."""
 
 
 @dataclass
@@ -600,7 +602,7 @@ class TrainConfig:
     seed: Annotated[int, SEED] = 1234
     """Seed of initialisation, data order and sampling."""
     init_from: Optional[str] = None
-    """Checkpoint folder (or run folder) whose weights the run starts from; null starts from random weights."""
+    """Checkpoint folder, run folder or Hugging Face folder whose weights the run starts from; null starts from random weights."""
     resume: Resume = Resume.auto
     """Continue from the newest whole checkpoint of run_dir if there is one (auto), only so (must), or start in a
     run_dir that holds no run yet (never)."""

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from megatron_vp2o.config.exp_manager import exp_manager_problems
+from megatron_vp2o.config.export import export_problems
 from megatron_vp2o.config.folders import folder_problems
 from megatron_vp2o.config.parameters import count_on_rank
 from megatron_vp2o.config.ranges import as_yaml, range_problems
@@ -67,7 +68,11 @@ def validate(
     rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, reward_problems)
     _refuse(itertools.chain(*(rule(config) for rule in rules), _world(config, world_size)))
     # What is outside of the settings comes last: a missing folder says nothing to somebody who misspelt a number.
-    problems = [*folder_problems(config), *exp_manager_problems(config.exp_manager, elsewhere=elsewhere)]
+    problems = [
+        *folder_problems(config),
+        *export_problems(config),
+        *exp_manager_problems(config.exp_manager, elsewhere=elsewhere),
+    ]
     if not elsewhere:
         problems.extend([*_packages(config), *reward_outside(config)])
     if cuda_devices is not None:

@@ -15,7 +15,7 @@ from itertools import chain, islice, starmap
 
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.distributed_files import Region, StoredTensors
-from megatron_vp2o.hf.mapping import Architecture, Copy, Layers, Rule, fill
+from megatron_vp2o.hf.mapping import Architecture, Copy, Layers, Part, Rule, fill
 from megatron_vp2o.hf.tensor_files import Entry, listed
 
 SLAB = 2**19
@@ -208,7 +208,7 @@ def make_plan(
         lead = stored_key(architecture, rule.megatron, layer, expert)[1]
         shape, rows = rule.shape, _rows(rule, padded_vocab)
         parts, _ = _cut_like(rule, rows, layout)
-        pieces = tuple(_piece(part.name, part.shape, part.stacked, layer, expert) for part in rule.parts)
+        pieces = tuple(piece_of(part, layer, expert) for part in rule.parts)
         if isinstance(rule.operation, Copy) and not rule.parts[0].stacked and math.prod(shape) > SLAB:
             return _slabs(rule, pieces[0], key, lead, shape, rows, parts)
         region = Region(key, (*lead, *(0 for _ in shape)), _box(len(lead), shape))
@@ -246,9 +246,10 @@ def _cut_like(rule: Rule, rows: int, layout: Layout | None) -> tuple[tuple[int, 
     return _cut(rule, rows, rule.shape, layout)
 
 
-def _piece(name: str, shape: tuple[int, ...], stacked: bool, layer: int | None, expert: int | None) -> Piece:
-    name = sys.intern(fill(name, layer, expert))
-    return Piece(name, expert, 1, single=True) if stacked and expert is not None else Piece(name, 0, shape[0])
+def piece_of(part: Part, layer: int | None, expert: int | None) -> Piece:
+    """What a layer's and expert's instance of a rule takes for this part."""
+    name = sys.intern(fill(part.name, layer, expert))
+    return Piece(name, expert, 1, single=True) if part.stacked and expert is not None else Piece(name, 0, part.shape[0])
 
 
 def _cut(rule: Rule, rows: int, shape: tuple[int, ...], layout: Layout | None) -> tuple[tuple[int, ...], str | None]:

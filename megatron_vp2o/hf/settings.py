@@ -3,10 +3,10 @@ model that was trained from scratch. Plain data; no Megatron."""
 
 from __future__ import annotations
 
-import enum
 from typing import Any
 
-from megatron_vp2o.config.schema import ModelConfig, Precision, RouterScore
+from megatron_vp2o.config.export import PLAIN, without_family
+from megatron_vp2o.config.schema import ModelConfig, Precision
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.mapping import Architecture
 
@@ -16,14 +16,7 @@ _DEFAULTS = {
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
 }
-LATER: dict[str, Any] = {
-    "add_bias_linear": False,
-    "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "position_embedding_type": "rope",
-}
+LATER = PLAIN
 """Settings that manifests of older checkpoints lack, with the values that these have."""
 _SHARED = (
     "num_layers",
@@ -85,11 +78,6 @@ def _every(windowed: list[int] | None) -> int | None:
     return every if pattern == windowed else 1
 
 
-def plain(value: Any) -> Any:
-    """A setting as it stands in a manifest."""
-    return value.value if isinstance(value, enum.Enum) else list(value) if isinstance(value, tuple) else value
-
-
 def hf_config(
     model: ModelConfig, vocab_size: int, *, eos_id: int | list[int] | None, pad_id: int | None
 ) -> dict[str, Any]:
@@ -98,16 +86,10 @@ def hf_config(
     Raises:
         CheckpointError: neither family has such a model.
     """
-    other = {
-        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size is not None,
-        "moe_router_score_function": model.moe_router_score_function is not RouterScore.softmax,
-        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
-        **{name: plain(getattr(model, name)) != value for name, value in LATER.items()},
-        "moe_router_pre_softmax (without qk_layernorm)": model.moe_router_pre_softmax and not model.qk_layernorm,
-    }
-    if any(other.values()):
-        names = ", ".join(f"model.{name}" for name, wrong in other.items() if wrong)
-        raise CheckpointError(f"no Hugging Face family has this model ({names}): train a Qwen3-MoE or Mixtral shape")
+    if names := without_family(model):
+        raise CheckpointError(
+            f"no Hugging Face family has this model ({', '.join(names)}): train a Qwen3-MoE or Mixtral shape"
+        )
     shared = {
         "attention_dropout": 0.0,
         "bos_token_id": None,

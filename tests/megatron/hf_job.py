@@ -17,7 +17,9 @@ from megatron_vp2o.hf.convert import padded_vocab  # noqa: E402
 from megatron_vp2o.hf.families import architecture  # noqa: E402
 from megatron_vp2o.hf.output import CARRIED  # noqa: E402
 from megatron_vp2o.hf.tensor_files import config_of, open_folder  # noqa: E402
+from megatron_vp2o.megatron.hf import compare as hf_compare  # noqa: E402
 from megatron_vp2o.megatron.hf import export as hf_export  # noqa: E402
+from megatron_vp2o.megatron.hf import load as hf_load  # noqa: E402
 from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
 from megatron_vp2o.megatron.hf import weights as hf_weights  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
@@ -99,3 +101,38 @@ def exported(folder: str, source: str, target: str, layout: dict[str, Any]) -> s
         message = str(error)
     world.stop()
     return message
+
+
+def loaded(sources: list[str], layouts: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """For each Hugging Face folder and layout: what the comparison with transformers says once it is loaded as it is; of the whole
+    model, of its first layers, and after one number of the last rank's part was changed. Or why the model was refused."""
+    torch.set_num_threads(1)
+    found: dict[str, list[Any]] = {source: [] for source in sources}
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        groups = world.start(parallel, 1)
+        for source in sources:
+            model = architecture(config_of(Path(source)))
+            rows = padded_vocab(model.vocab_size, parallel.tensor_parallel)
+            try:
+                gpt = hf_model.build(model, parallel, groups, vocab_rows=rows, dtype=torch.float32)
+            except ConfigError as error:
+                found[source].append({"refused": str(error)})
+                continue
+            hf_load.load_hf(gpt, Path(source), groups)
+            said = [hf_compare.compare_live(gpt, Path(source), groups)]
+            hf_compare.WHOLE, whole = 1000, hf_compare.WHOLE
+            said.append(hf_compare.compare_live(gpt, Path(source), groups))
+            hf_compare.WHOLE = whole
+            if groups.rank == groups.world_size - 1:
+                next(
+                    p for name, p in reversed(list(gpt.named_parameters())) if "linear_proj.weight" in name
+                ).data *= 1.01
+            try:
+                hf_compare.compare_live(gpt, Path(source), groups)
+            except CheckpointError as error:
+                said.append(f"error: {error}")
+            found[source].append({"said": said})
+        world.stop_model_parallel()
+    world.stop()
+    return found

@@ -112,6 +112,24 @@ def test_a_live_model_streams_the_tensors_it_was_made_from(converted: dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_folder_is_loaded_as_it_is_under_every_layout(converted: dict[str, tuple[Path, Any]]) -> None:
+    """And the comparison of the live model with transformers finds one changed matrix of one rank."""
+    sources = [str(folder).removesuffix("-megatron") for folder, _ in converted.values()]
+    ranks = run_distributed("tests.megatron.hf_job:loaded", 2, sources, list(LAYOUTS.values()), timeout=280)
+    for name, source in zip(NAMES, sources, strict=True):
+        for found in ranks:
+            for layout, result in zip(LAYOUTS, found[source], strict=True):
+                if "refused" in result:
+                    _check_refusal(name, layout, result["refused"])
+                    continue
+                whole, some, changed = result["said"]
+                assert whole.startswith("logits of 96 random tokens differ"), (name, layout)
+                assert some.startswith("hidden states of 96 random tokens after layer "), (name, layout)
+                assert changed.startswith("error: ") and "more than rounding explains" in changed, (name, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_live_model_is_exported_whole_or_not_at_all(converted: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     path, _ = converted["qwen3_moe"]
     source = str(path).removesuffix("-megatron")

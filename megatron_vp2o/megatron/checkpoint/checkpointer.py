@@ -17,8 +17,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
+from megatron_vp2o.config.export import plain
 from megatron_vp2o.errors import CheckpointError, DeadRunError
-from megatron_vp2o.hf.settings import LATER, plain
+from megatron_vp2o.hf.settings import LATER
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.checkpoint.folder import latest, resolve

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from megatron_vp2o.hf.plan import stored_key
 from megatron_vp2o.hf.tensor_files import config_of, listed
 from megatron_vp2o.megatron.hf import model as hf_model
 from megatron_vp2o.megatron.platform import world
+from megatron_vp2o.parallel.groups import Groups
 
 TOLERANCE = 1e-5
 """Largest difference of float32 logits, as a share of their largest magnitude (at least 1)."""
@@ -49,7 +51,9 @@ def compare_logits(hf: Path, megatron: Path, *, rows: int = 2, length: int = 32,
     tokens_bs = _tokens(model, rows, length, seed)
     expected = reference_logits(hf, tokens_bs, model.num_layers, stored.dtypes[_EMBEDDING])
     with _one_process(seed) as groups:
-        gpt = hf_model.build(model, ParallelConfig(), groups, vocab_rows=stored.shapes[_EMBEDDING][0], dtype=torch.float32)
+        gpt = hf_model.build(
+            model, ParallelConfig(), groups, vocab_rows=stored.shapes[_EMBEDDING][0], dtype=torch.float32
+        )
         hf_model.load(gpt, megatron)
         found = hf_model.logits(gpt, tokens_bs, groups, model.vocab_size).cpu()
     return judge(found, expected, f"logits of {rows} x {length} random tokens")
@@ -78,6 +82,124 @@ def compare_sample(hf: Path, megatron: Path, *, length: int = 96, seed: int = 0)
         found = hf_model.logits(gpt, tokens_bs, groups, model.vocab_size).cpu()
     layers = "all" if sample.num_layers == model.num_layers else f"the first {sample.num_layers} of"
     return judge(found, expected, f"logits of {length} random tokens ({layers} {model.num_layers} layers)")
+
+
+def compare_live(gpt: GPTModel, hf: Path, groups: Groups, *, length: int = 96, seed: int = 0) -> str:
+    """Compare a live, sharded model with the folder that its weights come from. Collective.
+
+    Of a small model the logits of random tokens; of a large one the hidden states after its first layers, as many as show every
+    kind of layer. Rank 0 has transformers' side in memory.
+
+    Returns:
+        A sentence, as `compare_sample`, on every rank.
+
+    Raises:
+        CheckpointError: they differ; on all ranks.
+    """
+    config = config_of(hf)
+    model = architecture(config)
+    shared: list[Any] = [sample_of(config) if groups.rank == 0 else None]
+    _from_first(shared, groups)
+    sample, reason = shared[0]
+    if sample is None:
+        return f"logits were not compared with transformers': {reason}"
+    layers, dtype = sample.num_layers, gpt.config.params_dtype
+    tokens_bs = _tokens(model, 1, length, seed)
+    whole = layers == model.num_layers
+    with _evaluating(gpt), _hidden(gpt, layers, groups) as hidden:
+        found = hf_model.logits(gpt, tokens_bs, groups, model.vocab_size)
+        if not whole:
+            found = hidden()
+    outcome: list[Any] = [None, None]
+    if groups.rank == 0:
+        what = (
+            f"logits of {length} random tokens"
+            if whole
+            else f"hidden states of {length} random tokens after layer {layers}"
+        )
+        expected = (reference_logits if whole else _reference_hidden)(hf, tokens_bs, layers, dtype)
+        try:
+            outcome[0] = (judge if dtype is torch.float32 else _judge_roughly)(found.float().cpu(), expected, what)
+        except CheckpointError as error:
+            outcome[1] = str(error)
+    _from_first(outcome, groups)
+    if outcome[1] is not None:
+        raise CheckpointError(f"the model that was loaded from {hf} is not that of transformers: {outcome[1]}")
+    return str(outcome[0])
+
+
+def _from_first(values: list[Any], groups: Groups) -> None:
+    if groups.world_size > 1:
+        dist.broadcast_object_list(values, src=0, group=groups.world)
+
+
+@contextmanager
+def _evaluating(gpt: GPTModel) -> Iterator[None]:
+    training = gpt.training
+    gpt.eval()
+    try:
+        yield
+    finally:
+        gpt.train(training)
+
+
+@contextmanager
+def _hidden(gpt: GPTModel, layers: int, groups: Groups) -> Iterator[Callable[[], Tensor]]:
+    """Keeps the hidden states after so many layers; what it gives returns them, [b, s, D], on all ranks of rank 0's pipeline."""
+    kept: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, output: kept.append(output[0]))
+        for layer in gpt.decoder.layers
+        if layer.layer_number == layers
+    ]
+
+    def hidden_bsD() -> Tensor:
+        stages: list[Any] = [None] * groups.pp.size()
+        dist.all_gather_object(stages, tuple(kept[0].shape) if kept else None, group=groups.pp)
+        owner = next(stage for stage, shape in enumerate(stages) if shape is not None)
+        mine = (
+            kept[0].contiguous()
+            if kept
+            else torch.empty(stages[owner], dtype=gpt.config.params_dtype, device=groups.device)
+        )
+        if groups.pp.size() > 1:
+            dist.broadcast(mine, group=groups.pp, group_src=owner)
+        if gpt.config.sequence_parallel:
+            parts = [torch.empty_like(mine) for _ in range(groups.tp.size())]
+            dist.all_gather(parts, mine, group=groups.tp)
+            mine = torch.cat(parts)
+        return mine.transpose(0, 1)
+
+    try:
+        yield hidden_bsD
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _reference_hidden(hf: Path, tokens_bs: Tensor, layers: int, stored: torch.dtype) -> Tensor:
+    """Transformers' hidden states after so many layers, before any norm that follows, [b, s, D]."""
+    model = reference_model(hf, layers)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(stored))
+    kept: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    model(input_ids=tokens_bs, use_cache=False)
+    return kept[0]
+
+
+ROUGHLY = 0.1
+"""Largest root mean square of the differences of what is computed in bfloat16, as a share of that of the reference."""
+
+
+def _judge_roughly(found: Tensor, expected: Tensor, what: str) -> str:
+    """As `judge`, for a model in bfloat16: it rounds in every operation, and now and then chooses another expert."""
+    share = ((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+    said = f"{what}, in bfloat16, differ from transformers' in float32 by {share:.1%} (root mean square)"
+    if not share <= ROUGHLY:
+        raise CheckpointError(f"{said}: more than {ROUGHLY:.0%}, which rounding does not explain")
+    return said
 
 
 def has_transformers() -> bool:
@@ -201,4 +323,6 @@ def _load_sample(gpt: GPTModel, whole: Architecture, sample: Architecture, store
         tensors[name].copy_(stored.read(region).reshape(shape))
         left.discard(name)
     if left:
-        raise CheckpointError(listed("the checkpoint has nothing for these parameters of Megatron's model", sorted(left)))
+        raise CheckpointError(
+            listed("the checkpoint has nothing for these parameters of Megatron's model", sorted(left))
+        )

@@ -141,7 +141,9 @@ def load(gpt: GPTModel, folder: Path) -> None:
     except (CheckpointException, CheckpointingException, RuntimeError) as error:
         raise CheckpointError(f"Megatron cannot load {folder}: {error}") from error
     own = gpt.state_dict().keys()
-    gpt.load_state_dict({name: value for name, value in loaded.items() if name in own})  # a run's has the optimizer's, too
+    gpt.load_state_dict(
+        {name: value for name, value in loaded.items() if name in own}
+    )  # a run's has the optimizer's, too
 
 
 class NormOverHeads(MegatronModule):

@@ -67,7 +67,7 @@ def hf_tensors(
     Raises:
         CheckpointError: the model's parameters are not those of `model` (on all ranks, before the first tensor).
     """
-    local = _local_tensors(gpt, model, groups)
+    local = local_tensors(gpt, model, groups)
     wanted = _wanted(gpt, model, groups, local)
     stacks: dict[str, Tensor] = {}
     left: dict[str, int] = {}
@@ -89,7 +89,7 @@ def hf_tensors(
                     yield name, stacks.pop(name)
 
 
-def _local_tensors(gpt: GPTModel, model: Architecture, groups: Groups) -> dict[str, Tensor]:
+def local_tensors(gpt: GPTModel, model: Architecture, groups: Groups) -> dict[str, Tensor]:
     """Global name in the local spec -> this rank's part, detached."""
     named = {**dict(gpt.named_parameters()), **dict(gpt.named_buffers())}
     known: dict[str, str] = {}
@@ -105,7 +105,7 @@ def _local_tensors(gpt: GPTModel, model: Architecture, groups: Groups) -> dict[s
             found[global_name] = tensor.detach()
         elif name in parameters:
             unknown.append(f"unknown: {name} {list(tensor.shape)}")
-    _agree(unknown, model, groups)
+    agree(unknown, model, groups)
     return found
 
 
@@ -136,8 +136,8 @@ def _wanted(gpt: GPTModel, model: Architecture, groups: Groups, local: dict[str,
             shape = (int(gpt.vocab_size), *shape[1:])
         dtype = getattr(torch, owner[1])
         found.append(_Wanted(rule, layer, expert, shape, dtype, owner[0], 0 if expert is None else expert // each))
-    _agree(problems, model, groups)
-    _agree(_misshapen(found, local, groups), model, groups)
+    agree(problems, model, groups)
+    agree(_misshapen(found, local, groups), model, groups)
     return found
 
 
@@ -164,8 +164,8 @@ def _shard_shape(item: _Wanted, groups: Groups, tensor: Tensor) -> tuple[int, ..
     return tuple(shape)
 
 
-def _agree(problems: list[str], model: Architecture, groups: Groups) -> None:
-    """Raise on all ranks what any of them found."""
+def agree(problems: list[str], model: Architecture, groups: Groups) -> None:
+    """Raise CheckpointError on all ranks, with what any of them found. Collective."""
     everyone: list[Any] = [problems] * groups.world_size
     if groups.world_size > 1:
         dist.all_gather_object(everyone, problems, group=groups.world)
