@@ -12,13 +12,20 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.store import load_config
+from megatron_vp2o.config.validate import validate
 from megatron_vp2o.core.sampling import sample, uniform_N
+from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.hf.mapping import GateUp
+from megatron_vp2o.hf.settings import run_settings
+from megatron_vp2o.hf.tensor_files import config_of
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.evaluate import evaluate
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split
 from megatron_vp2o.tasks import make_task
-from megatron_vp2o.tasks.tokenizer import load_tokenizer
+from megatron_vp2o.tasks.tokenizer import CharTokenizer, load_tokenizer
 from tests.hf import models
 from tests.test_end_to_end import measured, train
 from tools.convert import main
@@ -37,6 +44,9 @@ TRAINED = [
     "algorithm.steps=150",
     "algorithm.global_batch_size=64",
 ]
+
+EXPORT = "checkpoint.export_hf=true"
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class TransformersEngine:
@@ -158,3 +168,96 @@ def test_a_run_starts_from_a_converted_model_and_exports(tmp_path: Path) -> None
     assert sorted(path.name for path in back.iterdir() if path.name != "conversion.json") == sorted(
         path.name for path in (tmp_path / "hf").iterdir()
     )
+
+
+ONE_STEP = [
+    "task.train_size=64",
+    "task.validation_size=8",
+    "task.test_size=8",
+    "evaluation.problems=8",
+    "logging.tensorboard=false",
+    "optimizer.lr=1e-12",
+    "optimizer.weight_decay=0",
+    "optimizer.lr_warmup_steps=0",
+    "algorithm.steps=1",
+    "algorithm.global_batch_size=4",
+]
+
+
+def _hf_folder(folder: Path, name: str) -> Any:
+    """A tiny model with a tokenizer, a chat template and generation settings beside it."""
+    model = models.save(name, folder)
+    CharTokenizer().save(folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
+    return model
+
+
+def _overrides(folder: Path) -> list[str]:
+    settings = run_settings(architecture(config_of(folder)))
+    return [f"model.{name}={'null' if value is None else value}" for name, value in settings.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_starts_from_a_hugging_face_folder_and_gives_it_back(tmp_path: Path) -> None:
+    """A family that a run from scratch could not be exported as: the source's files are unchanged, its config.json too but for the
+    dtype, and the two ways of exporting give the same folder."""
+    source, run = tmp_path / "hf", tmp_path / "run"
+    reference = _hf_folder(source, "gpt_oss")
+    job = [*ONE_STEP, *_overrides(source), f"init_from={source}", EXPORT, "algorithm.data.pack=false"]
+    said = train("countdown_tiny_supervised", run, *job)
+    assert "logits of 96 random tokens differ from transformers' by at most" in said
+    assert f"task.tokenizer={source}" in said
+    assert main(["to-hf", str(run), str(tmp_path / "back")]) == 0
+    assert main(["verify", str(run / "hf"), str(run), "--logits"]) == 0
+    for folder in (run / "hf", tmp_path / "back"):
+        for name in (*FILES, "chat_template.jinja", "generation_config.json"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes(), (folder, name)
+        assert config_of(folder) == {**config_of(source), "dtype": "float32"}
+    exported = transformers.AutoModelForCausalLM.from_pretrained(run / "hf", attn_implementation="eager").eval()
+    difference = (models.logits(exported, models.tokens()) - models.logits(reference, models.tokens())).abs().max()
+    assert difference.item() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_model_is_one_clear_error(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    _hf_folder(source, "qwen3_moe")
+    settings = [word for word in _overrides(source) if not word.startswith(("model.num_layers", "model.rotary_base"))]
+    said = train("countdown_tiny_supervised", tmp_path / "run", *ONE_STEP, *settings, f"init_from={source}", status=2)
+    assert "is of another model" in said and "set model.num_layers=4" in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_no_family_has_is_refused_before_the_run(tmp_path: Path) -> None:
+    change = ["model.moe_shared_expert_intermediate_size=32", EXPORT, f"run_dir={tmp_path}"]
+    with pytest.raises(
+        ConfigError, match=r"export_hf=true: no Hugging Face family.*moe_shared_expert_intermediate_size"
+    ):
+        validate(compose("countdown_tiny_supervised", change))
+    validate(compose("countdown_tiny_supervised", change[:1] + change[2:]))
+    validate(compose("countdown_tiny_supervised", change[1:]))
+
+
+@pytest.mark.slow
+def test_a_conversion_that_computes_something_else_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong operation that is its own inverse: bytes go there and back, and only the logits show it."""
+    models.save("mixtral", tmp_path / "hf")
+    monkeypatch.setattr(GateUp, "to_megatron", lambda self, parts: torch.cat([parts[1], parts[0]]))
+    command = ["to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron")]
+    assert main(command) == 1
+    assert "more than rounding explains" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert main([*command, "--no-compare"]) == 0
+    assert "logits were not compared with transformers': --no-compare" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_conversion_to_bfloat16_computes_the_same_as_the_rounded_source(tmp_path: Path) -> None:
+    models.save("qwen3_moe", tmp_path / "hf")
+    hf, megatron = str(tmp_path / "hf"), str(tmp_path / "megatron")
+    assert main(["to-megatron", hf, megatron, "--dtype", "bf16"]) == 0
+    assert main(["verify", hf, megatron, "--logits"]) == 0
