@@ -75,6 +75,12 @@ def power_iteration(
     Returns:
         (prototypes [L, E, D], relative residual |M v - (v.M v) v| / (v.M v) of those before the last step [L, E]).
     """
+    if reduce is local_sum and len(weights) > 1:  # layer by layer, so that each layer's weights are made once
+        parts = [
+            power_iteration([weight_EDF], rows_ED[None], steps)
+            for weight_EDF, rows_ED in zip(weights, prototypes_LED, strict=True)
+        ]
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([residuals for _, residuals in parts])
     start_LED = prototypes_LED
     image_LED = start_LED
     for _ in range(steps):
@@ -209,6 +215,17 @@ def prototype_gradient(
         steps: n >= 1.
         reduce: adds partial sums over the expert-tensor-parallel ranks.
     """
+    if reduce is local_sum and len(weights) > 1:  # layer by layer, so that each layer's weights are made once
+        parts = [
+            prototype_gradient([weight_EDF], rows_ED[None], slope_ED[None], steps)
+            for weight_EDF, rows_ED, slope_ED in zip(weights, prototypes_LED, pull_LED, strict=True)
+        ]
+        return RankTwo(
+            torch.cat([part.left_a_LED for part in parts]),
+            [right for part in parts for right in part.right_a],
+            torch.cat([part.left_b_LED for part in parts]),
+            [right for part in parts for right in part.right_b],
+        )
     v_LED = prototypes_LED
     wv = output_rows(weights, v_LED)
     lambda_LE1 = reduce(torch.stack([h_EF.square().sum(-1) for h_EF in wv]))[..., None]

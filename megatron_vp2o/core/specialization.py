@@ -7,8 +7,11 @@ Shape legend: T tokens, K experts a token is routed to, E experts, D hidden size
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vp2o.core.choices import Orthogonality
 
@@ -41,8 +44,91 @@ def orthogonality_loss(
     Returns:
         (sum over the tokens that count, how many these are: whether or not they have a pair).
     """
-    gram_TKK = outputs_TKD @ outputs_TKD.transpose(1, 2)
-    gram_TKK = gram_TKK.to(torch.promote_types(gram_TKK.dtype, torch.float32))
+    gram_TKK = _gram(outputs_TKD)
+    return _overlap(gram_TKK, kind, valid_T, present_TK), _count(outputs_TKD, valid_T)
+
+
+def gated_orthogonality_loss(
+    output_RD: Tensor,
+    rows_TK: Tensor,
+    gates_TK: Tensor,
+    present_TK: Tensor,
+    *,
+    kind: Orthogonality,
+    valid_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`orthogonality_loss` of the outputs y = output_RD[rows] / gate, without making them.
+
+    Gates scale the Gram matrices, which are small. Neither the gathered rows [T, K, D] nor a float32 copy of them stays
+    alive: the backward pass gathers them again, and their gradient is one product with a [T, K, K] matrix.
+
+    Args:
+        output_RD: outputs of experts, each multiplied by its token's gate; any float type.
+        rows_TK: which row is the output of a token's k-th expert; anything where `present` is False.
+        gates_TK: the gates, not zero where `present` is True.
+        present_TK: True where the slot holds an expert's output; no row is present twice.
+        kind: which overlap.
+        valid_T: True for tokens that count.
+
+    Returns:
+        (sum over the tokens that count, how many these are).
+    """
+    total = _GatedOrthogonality.apply(output_RD, rows_TK, gates_TK, present_TK, kind, valid_T)
+    return total, _count(gates_TK, valid_T)
+
+
+class _GatedOrthogonality(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output_RD: Tensor,
+        rows_TK: Tensor,
+        gates_TK: Tensor,
+        present_TK: Tensor,
+        kind: Orthogonality,
+        valid_T: Tensor | None,
+    ) -> Tensor:
+        raw_TKK = _gram(output_RD[rows_TK])
+        inverse_TK = torch.where(present_TK, gates_TK, 1.0).to(raw_TKK.dtype).reciprocal()
+        scale_TKK = inverse_TK[:, :, None] * inverse_TK[:, None, :]
+        with torch.enable_grad():
+            gram_TKK = (raw_TKK * scale_TKK).requires_grad_()
+            total = _overlap(gram_TKK, kind, valid_T, present_TK)
+            (slope_TKK,) = torch.autograd.grad(total, gram_TKK)
+        both_TKK = slope_TKK + slope_TKK.transpose(1, 2)
+        # y_j = o_j / g_j: the derivative by a gate is -1 / g_j times that of scaling y_j
+        dgates_TK = -(both_TKK * gram_TKK.detach()).sum(-1) * inverse_TK * present_TK
+        ctx.save_for_backward(output_RD, rows_TK, present_TK, both_TKK * scale_TKK, dgates_TK.to(gates_TK.dtype))
+        return total.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        output_RD, rows_TK, present_TK, mix_TKK, dgates_TK = ctx.saved_tensors
+        rows_TKD = output_RD[rows_TK]
+        mix_TKK = mix_TKK * grad
+        if rows_TKD.is_cuda:
+            doutput_TKD = torch.bmm(mix_TKK.to(rows_TKD.dtype), rows_TKD)
+        else:
+            doutput_TKD = torch.bmm(mix_TKK, rows_TKD.to(mix_TKK.dtype)).to(output_RD.dtype)
+        # Empty slots name row 0 as a stand-in; their gradient is zero, and adding it changes nothing.
+        doutput_TKD *= present_TK[..., None]
+        doutput_RD = torch.zeros_like(output_RD)
+        doutput_RD.index_add_(0, rows_TK.flatten(), doutput_TKD.flatten(0, 1))
+        return doutput_RD, None, dgates_TK * grad, None, None, None
+
+
+def _gram(rows_TKD: Tensor) -> Tensor:
+    """Inner products of each token's rows, [T, K, K], in float32 at least."""
+    wanted = torch.promote_types(rows_TKD.dtype, torch.float32)
+    if rows_TKD.is_cuda and rows_TKD.dtype is not wanted and not rows_TKD.requires_grad:
+        return torch.bmm(rows_TKD, rows_TKD.transpose(1, 2), out_dtype=wanted)
+    rows_TKD = rows_TKD.to(wanted)
+    return rows_TKD @ rows_TKD.transpose(1, 2)
+
+
+def _overlap(gram_TKK: Tensor, kind: Orthogonality, valid_T: Tensor | None, present_TK: Tensor | None) -> Tensor:
+    """The sum of overlaps over ordered pairs."""
     keep_TKK = _kept(gram_TKK, valid_T, present_TK)
     # Left out before anything is squared or divided: what overflows in a slot that does not count has gradient 0, not NaN.
     gram_TKK = torch.where(keep_TKK, gram_TKK, 0.0)
@@ -52,7 +138,7 @@ def orthogonality_loss(
     else:
         divisor_TKK = square_TK[:, :, None] * square_TK[:, None, :] + _EPSILON**2
     other_KK = ~torch.eye(gram_TKK.shape[-1], dtype=torch.bool, device=gram_TKK.device)
-    return (gram_TKK.square() / divisor_TKK * other_KK).sum(), _count(outputs_TKD, valid_T)
+    return (gram_TKK.square() / divisor_TKK * other_KK).sum()
 
 
 def variance_loss(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vp2o.core.choices import Orthogonality
-from megatron_vp2o.core.specialization import orthogonality_loss, score_sums, variance_loss
+from megatron_vp2o.core.specialization import gated_orthogonality_loss, orthogonality_loss, score_sums, variance_loss
 
 EPSILON = 1e-8
 
@@ -182,3 +182,29 @@ def test_no_token_that_counts() -> None:
         variance_loss(normal(3, 4), nobody),
     ):
         assert total == 0 and count == 0
+
+
+@pytest.mark.parametrize("kind", list(Orthogonality))
+@pytest.mark.parametrize("seed", range(6))
+def test_gated_outputs_give_the_loss_and_gradients_of_outputs_divided_by_gates(kind: Orthogonality, seed: int) -> None:
+    """Against autograd through the division, with empty slots and tokens that do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, topk, width = 7, 3, 5
+    present_TK = torch.rand(tokens, topk, generator=generator) > 0.3
+    count = int(present_TK.sum())
+    rows_TK = torch.zeros(tokens, topk, dtype=torch.long)
+    rows_TK[present_TK] = torch.randperm(count, generator=generator)
+    valid_T = torch.rand(tokens, generator=generator) > 0.2
+    output_RD = torch.randn(count, width, generator=generator, dtype=torch.float64).requires_grad_()
+    gates_TK = (torch.rand(tokens, topk, generator=generator, dtype=torch.float64) + 0.1).requires_grad_()
+    found, tokens_found = gated_orthogonality_loss(output_RD, rows_TK, gates_TK, present_TK, kind=kind, valid_T=valid_T)
+    outputs_TKD = output_RD[rows_TK] / torch.where(present_TK, gates_TK, 1.0)[..., None]
+    expected, tokens_expected = orthogonality_loss(outputs_TKD, kind=kind, valid_T=valid_T, present_TK=present_TK)
+    torch.testing.assert_close(found, expected)
+    assert tokens_found == tokens_expected
+    leaves = [output_RD, gates_TK]
+    assert float(expected) > 0
+    for mine, theirs in zip(
+        torch.autograd.grad(found * 2, leaves), torch.autograd.grad(expected * 2, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -127,6 +127,7 @@ class _Bench:
         )
         self.region = TrustRegion(self.policy, self.hook, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9))
         self.region.set_anchor()
+        self.losses = [layer.specialization for layer in self.hook.layers]
         self.observed = [layer.statistics for layer in self.hook.layers]
         self.sampled = self.policy._sampled
         generator = torch.Generator().manual_seed(0)
@@ -138,8 +139,10 @@ class _Bench:
         self.next_token, self.micro = next_token, max(1, min(4, arguments.rows))
         self.now = _clock()
 
-    def step(self, hook: bool, region: bool) -> tuple[float, float, float]:
-        """Seconds of (forward and backward, hook, optimizer and check)."""
+    def step(self, hook: bool, region: bool, losses: bool = False) -> tuple[float, float, float]:
+        """Seconds of (forward and backward, hook, optimizer and check); `losses`: with the specialisation losses."""
+        for layer_, attached in zip(self.hook.layers, self.losses, strict=True):
+            layer_.specialization = attached if losses else type(attached)()
         for layer_, statistics_ in zip(self.hook.layers, self.observed, strict=True):
             layer_.statistics = statistics_ if hook else None
         self.policy._sampled = self.sampled if region else None
@@ -174,12 +177,17 @@ def layer(arguments: argparse.Namespace) -> None:
     bench = _Bench(arguments)
     try:
         for _ in range(2):
-            bench.step(False, False), bench.step(True, False), bench.step(True, True)
+            bench.step(False, False), bench.step(True, False), bench.step(True, True), bench.step(True, True, True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         phases = bench.phases()
         triples = [
-            (sum(bench.step(False, False)), bench.step(True, False), bench.step(True, True))
+            (
+                sum(bench.step(False, False)),
+                bench.step(True, False),
+                bench.step(True, True),
+                sum(bench.step(True, True, True)),
+            )
             for _ in range(arguments.pairs)
         ]
         name = f"layer/{arguments.shape}"
@@ -196,6 +204,9 @@ def layer(arguments: argparse.Namespace) -> None:
         figure(
             f"{name}/overhead_trust_region", 100 * statistics.median(sum(t[2]) / sum(t[1]) - 1 for t in triples), "%"
         )
+        figure(f"{name}/step_whole_vp2o", statistics.median(t[3] for t in triples) * 1e3, "ms")
+        figure(f"{name}/overhead_orthogonality", 100 * statistics.median(t[3] / sum(t[2]) - 1 for t in triples), "%")
+        figure(f"{name}/overhead_whole_vp2o", 100 * statistics.median(t[3] / t[0] - 1 for t in triples), "%")
         for phase, values in phases.items():
             figure(f"{name}/hook_{phase}", statistics.median(values) * 1e3, "ms")
         figure(f"{name}/tokens", tokens / plain, "tokens/s")
@@ -215,9 +226,26 @@ def _profile(bench: _Bench) -> None:
 
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
-        bench.step(True, True)
+        bench.step(True, True, True)
     table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60)
     print(table)
+
+
+def _profile_decoding(run: Callable[[], Any]) -> None:
+    """What the host does, and what the device does, in some tokens of decoding."""
+    import cProfile
+    import pstats
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    host = cProfile.Profile()
+    host.runcall(run)
+    pstats.Stats(host).sort_stats("tottime").print_stats(25)
+    with torch.profiler.profile() as profile:
+        run()
+    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=60))
 
 
 def experts(arguments: argparse.Namespace) -> None:
@@ -259,6 +287,7 @@ def decode(arguments: argparse.Namespace) -> None:
             seconds = time.perf_counter() - begin
             figure(f"decode/{name}", float(rollouts.response_mask_NS().sum()) / seconds, "tokens/s")
             figure(f"decode/{name}/per_token_and_layer", seconds / new / arguments.layers * 1e6, "us")
+        _profile_decoding(lambda: engine.generate(prompts, range(8), SamplingParams(1.0, 1.0, 16, seed=2), 8))
     finally:
         world.stop()
 

@@ -33,8 +33,10 @@ from megatron_vp2o.core.coactivation import (
 from megatron_vp2o.core.kernels import kernel_matrix, kernel_pull, temperature
 from megatron_vp2o.core.prototypes import (
     RankTwo,
+    Reduce,
     converged_prototypes,
     initial_prototypes,
+    local_sum,
     power_iteration,
     prototype_gradient,
 )
@@ -336,9 +338,13 @@ class SteinHook:
     def _own(self) -> slice:
         return slice(self.weights[0].first, self.weights[0].first + self.weights[0].experts)
 
-    def _reduce(self, partial: Tensor) -> Tensor:
-        if self.groups.etp.size() > 1:
-            dist.all_reduce(partial, group=self.groups.etp)
+    @property
+    def _reduce(self) -> Reduce:
+        """Sums over the ranks that share an expert; `local_sum` itself where none does, which needs one layer at a time."""
+        return self._sum_of_shards if self.groups.etp.size() > 1 else local_sum
+
+    def _sum_of_shards(self, partial: Tensor) -> Tensor:
+        dist.all_reduce(partial, group=self.groups.etp)
         return partial
 
     def _gather(self, rows_LeX: Tensor) -> Tensor:
