@@ -60,7 +60,6 @@ RECIPES = {
         "rollout.refresh_interval=3",
     ],
 }
-RECIPES["vp2o"] = ["--config-name=countdown_tiny_vp2o", *RECIPES["grpo"][1:], "algorithm.trust_region.delta=0.01"]
 EP = ["parallel.expert_parallel=2"]
 
 

@@ -1,0 +1,127 @@
+"""What Stein hook and trust region carry from step to step goes through a checkpoint, for any combination of switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vp2o.config.schema import ControlMode, SteinConfig, TrustRegionConfig
+from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.rl.objectives import next_token
+from tests.megatron.control_job import MegatronEngine, MegatronPolicy, SteinHook, TrustRegion, world
+from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
+
+from megatron_vp2o.megatron.checkpoint.checkpointer import Checkpointer  # isort: skip  (after the CPU is enabled)
+
+ACCEPT, REJECT = 1.9, 1e-9
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    torch.set_num_threads(1)
+    config = small_config()
+    yield world.start(config.parallel, config.seed)
+    world.stop()
+
+
+class Learner:
+    """A policy with what the switches ask for."""
+
+    def __init__(self, groups: Groups, folder: Path, *, observe: bool, bounded: bool, interval: int) -> None:
+        config = small_config()
+        self.observe = observe
+        stein: SteinConfig = replace(config.algorithm.stein, prototype_interval=interval)
+        self.policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=20)
+        self.engine = MegatronEngine(config, self.policy, eos_ids=(1,), pad_id=0)
+        self.engine.refresh(0)
+        self.hook = SteinHook(self.policy.ddp, stein, groups, optimizer=self.policy.optimizer, observe=observe)
+        settings = TrustRegionConfig(mode=ControlMode.enforce, contexts_per_rank=64)
+        self.region = TrustRegion(self.policy, self.hook, settings) if bounded else None
+        self.saver = Checkpointer(
+            folder, self.policy, self.engine, keep=9, tokenizer_save=None, hook=self.hook, region=self.region
+        )
+
+    def step(self, batch: int, delta: float) -> dict[str, float]:
+        if self.region is not None:
+            self.region.settings = replace(self.region.settings, delta=delta)
+            self.region.begin()
+        metrics = self.policy.forward_backward(global_batch(batch, range(ROWS)), next_token, micro_batch_size=3)
+        if self.observe:
+            metrics |= self.hook.transform()
+        stats = self.policy.optimizer_step() if self.region is None else self.region.step()
+        return metrics | stats.metrics
+
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: p.detach().clone() for name, p in self.policy.model.named_parameters()}
+        found["steps"], found["current"] = self.hook.steps, self.hook.prototypes_current
+        if self.hook.state is not None:
+            found |= {name: value for name, value in vars(self.hook.state).items() if isinstance(value, Tensor)}
+        if self.region is not None:
+            found |= {f"anchor {name}": tensor for name, tensor in (self.region._anchor or {}).items()}
+            found |= self.region.counters()
+        return found
+
+
+def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) else bool(x == y)
+
+    return sorted(a.keys() ^ b.keys()) + [key for key in a.keys() & b.keys() if not same(a[key], b[key])]
+
+
+@pytest.mark.parametrize(
+    ("observe", "bounded", "interval"), [(True, True, 1), (True, True, 3), (True, False, 1), (False, True, 1)]
+)
+def test_hook_and_region_go_on(groups: Groups, tmp_path: Path, observe: bool, bounded: bool, interval: int) -> None:
+    """At every point: before the first step, after accepted and rejected ones, between updates of the prototypes."""
+
+    def learner() -> Learner:
+        return Learner(groups, tmp_path / "checkpoints", observe=observe, bounded=bounded, interval=interval)
+
+    first = learner()
+    if first.region is not None:
+        first.region.set_anchor()
+    start = first.state()
+    deltas = [ACCEPT, REJECT, ACCEPT, ACCEPT]
+    saved, states, metrics = [], [], []
+    for batch, delta in enumerate(deltas):
+        saved.append(first.saver.save(batch, {"actor_age": 1, "actor_version": 0}))
+        metrics.append(first.step(batch, delta))
+        states.append(first.state())
+    assert len(different(start, states[-1])) > 5
+    if bounded:
+        assert first.region is not None and first.region.steps_rejected == 1
+    for batch, path in enumerate(saved):
+        resumed = learner()
+        resumed.saver.load(path)
+        for later in range(batch, min(batch + 2, len(deltas))):
+            assert resumed.step(later, deltas[later]) == metrics[later], (batch, later)
+            assert different(resumed.state(), states[later]) == [], (batch, later)
+
+
+def test_prototypes_may_be_wanted_by_less_or_more_than_the_checkpoint_has(groups: Groups, tmp_path: Path) -> None:
+    """The transform, or the region, is switched on or off between stop and start."""
+    for name, observe, bounded in (("field", True, False), ("region", False, True), ("both", True, True)):
+        source = Learner(groups, tmp_path / name, observe=observe, bounded=bounded, interval=1)
+        if source.region is not None:
+            source.region.set_anchor()
+        source.step(0, ACCEPT)
+        path = source.saver.save(1, {"actor_age": 1, "actor_version": 0})
+        for other_observe, other_bounded in ((True, False), (False, True), (True, True)):
+            other = Learner(groups, tmp_path / "other", observe=other_observe, bounded=other_bounded, interval=1)
+            other.saver.load(path)
+            assert other.hook.state is not None and source.hook.state is not None
+            assert torch.equal(other.hook.state.prototypes_LED, source.hook.state.prototypes_LED)
+            assert (other.hook.state.coactivation_LEE is None) == (not observe)
+            if other.region is not None:
+                # Without an anchor the loop has to refresh the actors first.
+                assert other.engine.version == (0 if bounded else -1)
+                other.region.set_anchor()
+            moved = other.step(1, ACCEPT)
+            assert all(value == value for value in moved.values())
