@@ -52,7 +52,7 @@ STAGES = (
     Stage("layer_vp2o_33b_a4b", 90, _bench("layer", "--shape", "vp2o_33b_a4b")),
     Stage("experts", 90, _bench("experts")),
     Stage("logprobs", 60, _bench("logprobs")),
-    Stage("decode", 60, _bench("decode")),
+    Stage("decode", 90, _bench("decode")),
     Stage("step", 100, ("-m", "tools.bench", "step", "--steps", "6")),
 )
 

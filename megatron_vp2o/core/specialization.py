@@ -111,10 +111,11 @@ class _GatedOrthogonality(torch.autograd.Function):
             doutput_TKD = torch.bmm(mix_TKK.to(rows_TKD.dtype), rows_TKD)
         else:
             doutput_TKD = torch.bmm(mix_TKK, rows_TKD.to(mix_TKK.dtype)).to(output_RD.dtype)
-        # Empty slots name row 0 as a stand-in; their gradient is zero, and adding it changes nothing.
-        doutput_TKD *= present_TK[..., None]
-        doutput_RD = torch.zeros_like(output_RD)
-        doutput_RD.index_add_(0, rows_TK.flatten(), doutput_TKD.flatten(0, 1))
+        rows = output_RD.shape[0]
+        doutput_RD = output_RD.new_zeros(rows + 1, output_RD.shape[1])  # empty slots go to a row of their own
+        target_TK = torch.where(present_TK, rows_TK, rows)
+        doutput_RD.index_copy_(0, target_TK.flatten(), doutput_TKD.flatten(0, 1))
+        doutput_RD = doutput_RD[:rows]
         return doutput_RD, None, dgates_TK * grad, None, None, None
 
 

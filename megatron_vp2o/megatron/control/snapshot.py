@@ -36,6 +36,7 @@ class Snapshot:
         self._policy = policy
         self._schedule = policy.scheduler.num_steps
         self._on_host = on_host
+        self._pending: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         self._kept = [
             _Kept(
                 parameter, self._copy(parameter), {k: self._copy(v) for k, v in inner.state.get(parameter, {}).items()}
@@ -49,6 +50,9 @@ class Snapshot:
             for inner in _inner(policy)
             for group in inner.param_groups
         ]
+        for targets, sources in self._pending.values():  # few operations: a layer of 128 experts has 1,024 tensors
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._pending.clear()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -80,10 +84,13 @@ class Snapshot:
     def _copy(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if not self._on_host:
-            return value.detach().clone()
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return host.copy_(value.detach(), non_blocking=True)
+        value = value.detach()
+        place: dict[str, Any] = {"device": "cpu", "pin_memory": value.is_cuda} if self._on_host else {}
+        copy = torch.empty_like(value, **place)
+        targets, sources = self._pending.setdefault((value.device, value.dtype), ([], []))
+        targets.append(copy)
+        sources.append(value)
+        return copy
 
 
 def _put_back(entries: dict[str, Any], old: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ def start(parallel: ParallelConfig, seed: int) -> Groups:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # cuDNN plans anew for every shape, and micro-batches are trimmed to their own lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     if not dist.is_initialized():
         store = failure.join(timedelta(minutes=parallel.startup_minutes))
