@@ -68,7 +68,9 @@ def test_layouts_agree(reference: dict[str, Any], world_size: int) -> None:
             for found, expected in zip(ours["metrics"], reference["metrics"], strict=True):
                 # the sampled tokens of output overlap are those of a micro-batch, which depend on how data is dealt
                 names = expected.keys() - {"moe/output_overlap"}
-                assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-4), where
+                # residuals of settled prototypes are rounding, some 3e-6
+                wanted = pytest.approx({n: expected[n] for n in names}, rel=1e-4, abs=1e-6)
+                assert {n: found[n] for n in names} == wanted, where
         assert len(seen) == len(reference["gradients"]) + len(reference["parameters"])  # all experts of all stages
 
 
