@@ -88,10 +88,10 @@ def compare_live(gpt: GPTModel, hf: Path, groups: Groups, *, length: int = 96, s
     """Compare a live, sharded model with the folder that its weights come from. Collective.
 
     Of a small model the logits of random tokens; of a large one the hidden states after its first layers, as many as show every
-    kind of layer. Rank 0 has transformers' side in memory.
+    kind of layer. Rank 0 has transformers' side in memory; every rank compares what it computed itself.
 
     Returns:
-        A sentence, as `compare_sample`, on every rank.
+        A sentence, as `compare_sample`.
 
     Raises:
         CheckpointError: they differ; on all ranks.
@@ -110,22 +110,28 @@ def compare_live(gpt: GPTModel, hf: Path, groups: Groups, *, length: int = 96, s
         found = hf_model.logits(gpt, tokens_bs, groups, model.vocab_size)
         if not whole:
             found = hidden()
-    outcome: list[Any] = [None, None]
+    found = found.float().contiguous()
+    expected = torch.empty_like(found)
     if groups.rank == 0:
-        what = (
-            f"logits of {length} random tokens"
-            if whole
-            else f"hidden states of {length} random tokens after layer {layers}"
-        )
-        expected = (reference_logits if whole else _reference_hidden)(hf, tokens_bs, layers, dtype)
-        try:
-            outcome[0] = (judge if dtype is torch.float32 else _judge_roughly)(found.float().cpu(), expected, what)
-        except CheckpointError as error:
-            outcome[1] = str(error)
-    _from_first(outcome, groups)
-    if outcome[1] is not None:
-        raise CheckpointError(f"the model that was loaded from {hf} is not that of transformers: {outcome[1]}")
-    return str(outcome[0])
+        expected.copy_((reference_logits if whole else _reference_hidden)(hf, tokens_bs, layers, dtype))
+    if groups.world_size > 1:
+        dist.broadcast(expected, src=0, group=groups.world)
+    what = (
+        f"logits of {length} random tokens"
+        if whole
+        else f"hidden states of {length} random tokens after layer {layers}"
+    )
+    try:
+        said, error = (judge if dtype is torch.float32 else _judge_roughly)(found, expected, what), None
+    except CheckpointError as problem:
+        said, error = "", f"rank {groups.rank}: {problem}"
+    errors: list[Any] = [error] * groups.world_size
+    if groups.world_size > 1:
+        dist.all_gather_object(errors, error, group=groups.world)
+    wrong = next((text for text in errors if text is not None), None)
+    if wrong is not None:
+        raise CheckpointError(f"the model that was loaded from {hf} is not that of transformers: {wrong}")
+    return said
 
 
 def _from_first(values: list[Any], groups: Groups) -> None:
