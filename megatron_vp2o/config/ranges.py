@@ -49,9 +49,9 @@ def plain(number: float) -> str:
 COUNT = Range(1, 10**9)
 INDEX = Range(0, 10**9)
 WIDTH = Range(1, 2**20)
-COEFFICIENT = Range(0, 10**6)
+COEFFICIENT = Range(1e-12, 10**6, also=(0,))
 SHARE = Range(1e-6, 1)
-DECAY = Range(0, 1, open_ends=("high",))
+DECAY = Range(1e-6, 1, open_ends=("high",), also=(0,))
 
 
 def range_of(hint: Any) -> Range | None:
@@ -82,8 +82,16 @@ def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float | None, 
 def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
     """One line for each number outside of its range."""
     for name, value, allowed in numbers(config, prefix):
-        if allowed is not None and value not in allowed:
-            yield f"{name}={value} must be {allowed}"
+        # OmegaConf lets a list of numbers hold lists and texts.
+        if not isinstance(value, int | float) and (value is not None or name.endswith("]")):
+            yield f"{name}={_short(value)} must be a number"
+        elif allowed is not None and value not in allowed:
+            yield f"{name}={_short(value)} must be {allowed}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def is_number(hint: Any) -> bool:

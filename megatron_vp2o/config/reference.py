@@ -35,8 +35,10 @@ A run is a recipe plus overrides:
   of the same name.
 - `--cfg job` prints the composed configuration and ends. `--multirun KEY=A,B` makes one run of each value, each in a
   folder of its own below `run_dir`. `hydra.verbose=true` logs everything.
+- Texts stay as they are written (`name=2026_11_26` is no number); switches take true or false, numbers take no quotes.
 - A misspelt setting, a value that cannot be, a layout that does not fit: the run ends at once with status 2 and one
-  line for each mistake. `HYDRA_FULL_ERROR=1` in the environment shows where they come from.
+  line for each mistake, causes only: numbers out of range first; combinations where those hold; missing files and
+  packages where combinations do. `HYDRA_FULL_ERROR=1` in the environment shows where they come from.
 - The resolved configuration and the versions it ran with are in `config.yaml` of the run folder.
 """
 

@@ -127,13 +127,13 @@ class OptimizerConfig:
 
     lr: Annotated[float, Range(1e-12, 10)] = 1e-3
     """Peak learning rate."""
-    min_lr: Annotated[float, Range(0, 10)] = 0.0
+    min_lr: Annotated[float, Range(1e-12, 10, also=(0,))] = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: Annotated[int, INDEX] = 0
     """Linear warm-up, in optimizer steps."""
     lr_decay_style: LRDecay = LRDecay.cosine
     """Shape of the decay, over all optimizer steps of the run."""
-    weight_decay: Annotated[float, Range(0, 100)] = 0.01
+    weight_decay: Annotated[float, Range(1e-12, 100, also=(0,))] = 0.01
     """Decoupled weight decay; norms are not decayed."""
     adam_beta1: Annotated[float, DECAY] = 0.9
     """First-moment decay."""

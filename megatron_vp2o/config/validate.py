@@ -66,7 +66,8 @@ def validate(
     """
     _refuse(range_problems(config))  # the rules divide by these numbers
     rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, reward_problems)
-    _refuse(itertools.chain(*(rule(config) for rule in rules), _world(config, world_size)))
+    _refuse(itertools.chain(*(rule(config) for rule in rules)))
+    _refuse(_world(config, world_size))
     # What is outside of the settings comes last: a missing folder says nothing to somebody who misspelt a number.
     problems = [
         *folder_problems(config),

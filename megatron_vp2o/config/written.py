@@ -7,6 +7,7 @@ written, and a value of another kind than its setting's is refused, in overrides
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -63,6 +64,8 @@ def _problem(key: str, value: Any, quoted: bool) -> str:
     allowed = _kinds().get(key, set())
     if bool in allowed and type(value) in _NUMBERS:
         return f"{key}={value} must be true or false"
+    if float in allowed and type(value) is int and abs(value) > sys.float_info.max:
+        return f"{key}={str(value)[:20]}... has {len(str(abs(value)))} digits and is no number that a computer's floats hold"
     if quoted and allowed & {bool, *_NUMBERS} and str not in allowed:
         kind = "true or false" if bool in allowed else "a number"
         return f"{key}={value!r} is text, because of its quotes, and must be {kind}: write it without quotes"
@@ -161,6 +164,8 @@ class WrittenFiles(FileConfigSource):
 def _file_problem(setting: str, node: yaml.ScalarNode, kind: type) -> str:
     if kind in _NUMBERS and bool in _kinds().get(setting, set()):
         return f"{setting}: {node.value} must be true or false"
+    if kind is int and node.value.lstrip("+-").isdigit():
+        return _problem(setting, int(node.value), False)
     return _problem(setting, node.value, kind is str and node.style in ("'", '"'))
 
 

@@ -26,9 +26,8 @@ class PolicyInputs:
     advantages_N: Tensor  # one per sequence
     mask_NS: Tensor  # bool, tokens that count
     reference_logprobs_NS: Tensor | None = None  # log pi_ref
-    entropy_NS: Tensor | None = (
-        None  # of the distribution that each token came from; with gradient for an entropy bonus
-    )
+    # Of the distribution that each token came from; with gradient for an entropy bonus.
+    entropy_NS: Tensor | None = None
 
 
 PolicyObjective = Callable[[PolicyInputs], tuple[Tensor, dict[str, Tensor]]]

@@ -64,14 +64,13 @@ def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...], row_N: torch.
     """Deal a batch's rows to `parts` minibatches, the same ones whatever rank holds a row (some may be empty on a rank).
 
     Args:
-        row_N: which of all ranks' rows each of this batch's is.
+        row_N: global row number of each row of this batch.
         rows: how many rows there are on all ranks.
     """
     if parts == 1:
         return [batch]
-    place = np.random.default_rng(seed).permutation(
-        rows
-    )  # of each row in a shuffled order, which is cut into equal parts
+    # Each row's place in a shuffled order, which is cut into equal parts.
+    place = np.random.default_rng(seed).permutation(rows)
     part_N = torch.from_numpy(place * parts // rows)[row_N]
     return [rows_of(batch, (part_N == part).nonzero().squeeze(1)) for part in range(parts)]
 

@@ -29,9 +29,7 @@ class Problem:
     uid: int  # position in its split
     prompt: str  # what the model sees
     data: Any  # what the verifier needs (task-specific, immutable); a task of rows keeps the file's row here, a dict
-    n_solutions: (
-        int | None
-    )  # distinct right answers, counted by the task's canonical form; None where nobody can count them
+    n_solutions: int | None  # distinct right answers by the task's canonical form; None where they cannot be counted
     tokens: tuple[int, ...] | None = None  # ids of the prompt where encoding `prompt` alone would not give them
 
     def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
@@ -61,9 +59,7 @@ class RewardResult:
 
     reward: float
     reason: str = ""  # one short reason why it is not the full reward; "" where it is
-    canonical: Hashable | None = (
-        None  # the answer up to rewriting; None where there is none, or the reward has no such form
-    )
+    canonical: Hashable | None = None  # the answer up to rewriting; None where there is no such form
     correct: bool | None = None  # counts in pass@k; None: whether `reward` is at least 1
     parts: Mapping[str, float] = field(default_factory=dict)  # summands of a composed reward by name
 

@@ -479,7 +479,7 @@ def test_run_dir_that_is_a_file():
     ("settings", "quoted"),
     [
         ({"task.name": "countdwn"}, "task.name=countdwn is unknown: did you mean countdown?"),
-        ({"task.name": "sudoku"}, "task.name=sudoku is unknown: there are countdown, shortest_path."),
+        ({"task.name": "sudoku"}, "task.name=sudoku is unknown: there are countdown, "),
         ({"task.name": "shortest_path"}, "does not go with the settings of countdown: choose the group, task=shortest"),
         ({"task.min_number": 10}, "task.min_number=10 and task.max_number=9: choose the smaller first"),
         ({"task.rows": 1, "task.columns": 1}, "task.rows=1 and task.columns=1: choose at least two cells"),
@@ -543,3 +543,11 @@ def test_paths_that_can_be():
     Path("link").symlink_to("real")
     for settings in ({"run_dir": "link"}, {"run_dir": "runs/" + "x" * 255}, {"run_dir": "a/b/c/d"}, {"name": "a/b"}):
         validate(configured(settings))
+
+
+def test_what_a_list_of_numbers_holds_is_a_number():
+    for wrong in ("x", [1], None):
+        found = problems(configured({"evaluation.pass_at": [1, wrong]}))
+        assert found == [f"evaluation.pass_at[1]={wrong} must be a number"]
+    (found_line,) = problems(configured({"algorithm.steps": 10**400}))
+    assert "(401 characters) must be at least 1" in found_line and len(found_line) < 200
