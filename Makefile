@@ -18,6 +18,8 @@ BENCHARGS ?=
 RANKS ?= $(shell nproc 2>/dev/null | awk '{print ($$1 > 1 ? 2 : 1)}')
 # Test files that run side by side.
 WORKERS ?= $(RANKS)
+# The warm-up of `make soak`.
+WARM_UP ?= runs/countdown_tiny_supervised
 # Where `make launch` starts a run, and with what further arguments.
 EXECUTOR ?= local
 LAUNCHARGS ?=
@@ -35,7 +37,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run study demo-trust-region test install-launch launch test-slurm smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python install install-dev run study demo-trust-region test install-launch launch test-slurm soak smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -88,6 +90,10 @@ launch: install-launch ## Launch a run: RECIPE=name [EXECUTOR=local|torchrun|slu
 test-slurm: install-launch ## Against a real Slurm: the one that answers here, else one is installed (root) and started, two emulated nodes
 	$(PY) -m pytest tests/launch/test_scripts.py # two of them need NeMo-Run, which `make test` does not install
 	bash tools/slurm_local.sh run $(PY) -m pytest -m slurm tests/slurm --durations=0 $(TESTARGS)
+
+soak: install-dev ## After `make run`: 40 faults, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
+	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \
+		tests/megatron/test_uneven_ranks.py tests/test_many_ranks.py --durations=0 $(TESTARGS)
 
 smoke: install-dev ## The short set of tests, for a second Python
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m smoke $(TESTARGS)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-START_S = 90.0
-"""Until the fault has to come."""
 END_S = 30.0
 """From the fault until ranks that still run are killed, and count as hanging."""
 BACKWARD = "megatron_vp2o.megatron.learner.scoring:log_probs_and_entropy"
@@ -39,6 +37,7 @@ class Fault:
         kind: "error", "refused" (a UserError), "memory", "interrupt", "kill" (SIGKILL) or "exit" (a silent os._exit).
         target: "module:function", what the ranks run.
         absent: ranks that are never started.
+        limit: seconds until the fault has to come, or a run without one has to end.
         seconds: by rank, from the fault to the end of the process; None for a rank that had to be killed.
     """
 
@@ -51,6 +50,7 @@ class Fault:
     kind: str
     target: str = "megatron_vp2o.train:main"
     absent: list[int] = field(default_factory=list)
+    limit: float = 90.0
     came: bool = False
     seconds: list[float | None] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
@@ -86,7 +86,7 @@ def _do(fault: Fault) -> None:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     ended[child] = time.monotonic(), os.waitstatus_to_exitcode(status)
-        limit = float(moment.read_text()) + END_S if moment.exists() else began + START_S
+        limit = float(moment.read_text()) + END_S if moment.exists() else began + fault.limit
         if time.monotonic() > limit:
             for child in children:
                 if child not in ended:

@@ -124,7 +124,7 @@ def do(folder: Path, faults: list[Fault]) -> list[Fault]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120 * len(faults),
+        timeout=60 + sum(fault.limit + 30 for fault in faults),
     )
     assert done.returncode == 0, done.stderr
     return [Fault(**found) for found in json.loads(spec.read_text())]

@@ -85,8 +85,10 @@ def compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None
         left, right = ({name: update["metrics"][name] for name in names} for update in (ours, theirs))
         assert left == pytest.approx(right, rel=2e-3, abs=2e-5), at
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3, nan_ok=True), at
+        assert (ours["coactivation"] is None) == (theirs["coactivation"] is None), at
+        kinds = ["prototypes"] if ours["coactivation"] is None else ["prototypes", "coactivation"]
         for index, layer in enumerate(ours["layers"]):
-            for kind in ("prototypes", "coactivation"):
+            for kind in kinds:
                 close(ours[kind][index], theirs[kind][layer - 1], f"{kind} {layer}: {at}", 1e-3)
     for kind, tolerance in (("gradients", 1e-3), ("parameters", 1e-4), ("routers", 1e-4)):
         for key, value in found[kind].items():

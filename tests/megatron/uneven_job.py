@@ -157,7 +157,7 @@ def _steps(draw: Draw) -> dict[str, Any]:
     result["parameters"] = whole_experts(hook, groups, lambda parameter: parameter.detach(), owned=False)
     result["routers"] = {str(layer.layer_number): layer.router.weight.tolist() for layer in hook.layers}
     result["final"] = policy.log_probs(_fixed_batch(), 3).tolist()
-    result["evaluation"] = evaluate(
+    result["evaluation"], _ = evaluate(
         engine, task, Split.validation, config.evaluation, groups, max_new_tokens=5, seed=3, prefix="eval"
     )
     return result
@@ -170,7 +170,8 @@ def _update(
     metrics = policy.forward_backward(part, objective, draw.micro_batch_size)
     metrics |= hook.transform()
     stats = region.step()
-    assert hook.state is not None and hook.state.coactivation_LEE is not None
+    assert hook.state is not None
+    coactivation_LEE = hook.state.coactivation_LEE  # None until a step had tokens
     return {
         "metrics": metrics | stats.metrics,
         "grad_norm": stats.grad_norm,
@@ -179,7 +180,7 @@ def _update(
         "by_layer": getattr(region, "by_layer", []),
         "rows": len(part.length_N),
         "prototypes": hook.state.prototypes_LED.tolist(),
-        "coactivation": hook.state.coactivation_LEE.tolist(),
+        "coactivation": None if coactivation_LEE is None else coactivation_LEE.tolist(),
         "layers": [weights.layer for weights in hook.weights],
     }
 
