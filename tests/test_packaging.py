@@ -84,6 +84,7 @@ def test_metadata_says_licence_pythons_and_extras(wheel: Path) -> None:
     assert set(re.findall(r"Provides-Extra: (\S+)", text)) == {
         "dev",
         "rows",
+        "rewards",
         "gpu",
         "nemo",
         "nemo-toolkit",

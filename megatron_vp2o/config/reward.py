@@ -159,7 +159,8 @@ class RewardConfig:
     workers: Annotated[Optional[int], Range(1, 1024)] = None
     """Worker processes of each rank; null: the node's cores divided among its ranks, at most 8."""
     timeout_s: Annotated[float, TIME] = 10.0
-    """Seconds for one answer and one reward, after which it is worth 0 (code has limits of its own). For the own
+    """Seconds for one answer and one reward, after which it is worth 0: on the clock while it waits, of processor time
+    while it computes (code has limits of its own). For the own
     function: seconds of one call; after that its answers are graded one by one."""
     memory_mib: Annotated[Optional[int], Range(256, 2**24)] = 1024
     """Address space of a worker; what needs more is worth 0. null: no limit."""

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class ComposedReward:
     """A `Reward` (see rl.types) made of those that the configuration gives a weight.
 
-    A response is right where all rewards that judge answers say so; length and format do not count for that.
+    A response is right where all rewards that judge answers say so; length and format do not count for that, and a user's
+    function beside others only where it says `correct`.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -117,6 +118,9 @@ class ComposedReward:
         reasons = {name: grade.reason for name, grade in grades.items() if grade.reason}
         alone = len(grades) == 1
         judged = [grade for name, grade in grades.items() if name in ANSWERS]
+        own = grades.get("own")
+        if own is not None and (own.correct is not None or not judged):
+            judged.append(own)
         correct = all(grade.reward >= 1 if grade.correct is None else grade.correct for grade in judged)
         return RewardResult(
             reward=sum(parts[name] for name in grades),

@@ -1,5 +1,8 @@
 """A pool of worker processes that grade answers, each answer within a time and a memory limit.
 
+The time limit is on the clock for a worker that waits, and on its processor time for one that computes, so that a busy
+machine makes no answer wrong.
+
 An answer that hangs, crashes its worker or allocates without bound costs itself only: its worker is replaced (a fork of
 a process that has imported everything, milliseconds), and what else the worker had goes to others. A worker that dies
 for another reason loses nothing: an answer counts as crashing only when it was under work in two workers that died.
@@ -38,6 +41,8 @@ MOST_IN_CHUNK = 64
 ATTEMPTS = 2
 """Workers that must die over an answer before the answer is held responsible."""
 MOST_FAILED_STARTS = 3
+PATIENCE = 20.0
+"""Times its limit that an answer may take on the clock while its worker has not had that much processor time."""
 _BOOT = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
@@ -84,6 +89,7 @@ class _Worker:
     incoming: Messages = field(default_factory=Messages)
     closing: bool = False  # said that it ends after this answer
     began: float = 0.0  # when it was given its chunk, or last answered
+    cpu: float = 0.0  # seconds of processor time that it had used by then
 
 
 class WorkerPool:
@@ -339,6 +345,7 @@ class WorkerPool:
         if "pid" in message:
             worker.pid = message["pid"]
             return
+        worker.cpu = message["cpu"]
         if "ready" in message:
             worker.ready = True
             return
@@ -368,6 +375,9 @@ class WorkerPool:
             self._lose(worker)
             self._count_failed_start()
             return
+        if (more := self._still_due(worker)) > 0:
+            worker.deadline = self._now + more
+            return
         if len(worker.tasks) > 1 and worker.tasks[0].item.reward in self._batches:
             self._split(worker)
             self._lose(worker)
@@ -377,6 +387,15 @@ class WorkerPool:
         self.counts.timed_out += 1
         self.counts.graded += 1
         yield task.item.number, wrong(TIME)
+
+    def _still_due(self, worker: _Worker) -> float:
+        """Seconds that a late worker is still due, because it wants to run and others had the processor; 0 if none."""
+        limit = self._time_limits[worker.tasks[0].item.reward]
+        state, seconds = process_state(worker.pid)
+        used = seconds - worker.cpu
+        if state not in "RD" or used >= limit or self._now - worker.began > PATIENCE * limit:
+            return 0.0
+        return max(limit - used, 0.05)
 
     def _crash(self, worker: _Worker) -> Iterator[tuple[int, Grade]]:
         """A worker died: after its last answer, or over its first unanswered task, or because somebody killed it."""
@@ -435,6 +454,16 @@ def default_workers() -> int:
     """Worker processes where reward.workers is null: this node's cores among its processes, at most 8."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, 8))
+
+
+def process_state(pid: int | None) -> tuple[str, float]:
+    """State (R: runs or wants to, S: sleeps, ...) and seconds of processor time of a process; ("X", 0) if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return "X", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def describe_row(item: Item) -> str:

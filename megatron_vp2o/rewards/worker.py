@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -130,14 +131,14 @@ def work(channel: WorkerChannel, graders: Mapping[str, Grader | BatchGrader], se
     except UserError as error:
         channel.send({"fatal": str(error)})
         return
-    channel.send({"ready": True})
+    channel.send({"ready": True, "cpu": time.process_time()})
     while (chunk := channel.receive()) is not None:
         name, items = chunk
         random.seed(seed)
         grader = graders[name]
         answers = answer_batch(grader, items) if isinstance(grader, BatchGrader) else _one_by_one(grader, items)
         for answer in answers:
-            channel.send(answer)
+            channel.send(answer | {"cpu": time.process_time()})
             if answer.get("last"):  # memory is in pieces: a fresh worker is better
                 return
 

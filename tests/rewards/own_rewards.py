@@ -36,6 +36,19 @@ def slow(prompts, responses, rows):
     return equal(prompts, responses, rows)
 
 
+def shares(prompts, responses, rows):
+    """Half of everything."""
+    return [0.5] * len(responses)
+
+
+def computes(prompts, responses, rows):
+    """As `equal`, after 0.3 s of processor time."""
+    begin = time.process_time()
+    while time.process_time() < begin + 0.3:
+        pass
+    return equal(prompts, responses, rows)
+
+
 def returns(prompts, responses, rows):
     """What the first row says."""
     return rows[0]["returns"]

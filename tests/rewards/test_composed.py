@@ -54,8 +54,17 @@ def test_rewards_that_need_no_worker_start_none() -> None:
 
 def test_an_own_function_beside_a_built_in_one() -> None:
     config = RewardConfig(RewardWeights(exact=1.0, own=0.5), path=f"{OWN}:with_reasons", workers=1)
-    (found,) = results(config, ["four"], [{"answer": "four"}])
+    (found,) = results(config, ["four"], [{"answer": "four"}])  # both say that it is right
     assert found == RewardResult(3.0, "own: 8 characters", "four", True, {"exact": 1.0, "own": 2.0, "own.x": 2.0})
+
+
+def test_an_own_function_decides_what_is_right_only_alone_or_by_saying_so() -> None:
+    own = f"{OWN}:shares"
+    beside = RewardConfig(RewardWeights(exact=1.0), path=own, in_process=True)
+    alone = RewardConfig(path=own, in_process=True)
+    rows = [{"answer": "x"}] * 2
+    assert [one.correct for one in results(beside, ["x", "y"], rows)] == [True, False]
+    assert [one.correct for one in results(alone, ["x", "y"], rows)] == [False, False]
 
 
 @pytest.mark.parametrize("in_process", [False, True])

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "gpu": "on a CUDA device: ceilings, layers of large models with and without VP2O, the hook by experts, decoding",
     "convert": "seconds a GB and memory of converting a checkpoint with the names of Qwen3-30B-A3B, both ways",
     "rows": "a start of task=rows over a thousand and a million rows: seconds, memory",
+    "rewards": "answers a second: mathematics, bad answers among them, programs in the sandbox",
     "peers": "whole GRPO steps of TRL and ours in turn (make bench-peers)",
 }
 IN_ALL = ("startup", "step", "stein", "control")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from megatron_vp2o.config.reward import RewardConfig
 from megatron_vp2o.rewards.graders.base import BatchGrader, Grader
 
-ANSWERS = ("math", "choice", "exact", "regex", "code", "instructions", "own")
-"""Rewards that say whether an answer is right; the others say how it is put."""
-FORMS = ("length", "format")
+ANSWERS = ("math", "choice", "exact", "regex", "code", "instructions")
+"""Rewards that say whether an answer is right; length and format say how it is put, and a user's function either."""
 CHEAP = frozenset(("choice", "exact", "length"))
 """Rewards that take microseconds on any text: they are computed where they are needed, without a worker process."""
 

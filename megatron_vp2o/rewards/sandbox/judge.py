@@ -15,7 +15,7 @@ from megatron_vp2o.rewards.sandbox.programs import Program
 from megatron_vp2o.rewards.sandbox.protocol import Finished, Limits, Sandbox
 
 PASSED, WRONG, TIME, OUTPUT, CRASHED = "", "wrong answer", "time limit", "output limit", "runtime error"
-WAITING_FACTOR = 3.0
+WAITING_FACTOR = 5.0
 """Seconds on the clock for each second of the processor time limit: machines are shared, and some programs wait."""
 
 
@@ -101,7 +101,7 @@ class CheckerError(Exception):
 
 def run_limits(time_s: float, memory_mib: int) -> Limits:
     """Limits of one test of a program."""
-    return Limits(wall_s=WAITING_FACTOR * time_s + 2.0, cpu_s=time_s + 0.5, memory_mib=memory_mib)
+    return Limits(wall_s=WAITING_FACTOR * time_s + 5.0, cpu_s=time_s + 0.5, memory_mib=memory_mib)
 
 
 def judge_tests(
