@@ -32,8 +32,7 @@ def main(argv: list[str]) -> int:
     config, rows, micro, width = settings(arguments)
     config.optimizer.lr = 1e-5  # steps stay within the region: what is timed is the check
     world.set_threads(arguments.threads)
-    groups = world.start(config.parallel, config.seed)
-    try:
+    with world.joined(config.parallel, config.seed) as groups:
         policy = MegatronPolicy(config, groups, vocab_size=64, optimizer_steps=10**6)
         hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
         region = TrustRegion(policy, hook, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9))
@@ -72,8 +71,6 @@ def main(argv: list[str]) -> int:
         check = 100 * statistics.median((bounded[1] - plain[1]) / plain[0] for bounded, plain in times)
         aim = f"goal: {GOALS[arguments.layer]:.0f} %" if arguments.shrink == 1 else "shapes made smaller, no goal"
         print(f"  overhead          {more:12.1f} % of a step ({aim}); snapshot and check alone {check:.1f} %")
-    finally:
-        world.stop()
     return 0
 
 

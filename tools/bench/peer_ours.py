@@ -134,8 +134,7 @@ def main() -> None:
             ],
         )
         world.set_threads(config.threads)
-        groups = world.start(config.parallel, config.seed)
-        try:
+        with world.joined(config.parallel, config.seed) as groups:
             policy = MegatronPolicy(config, groups, vocab_size=work.vocab_size, optimizer_steps=steps)
             engine = MegatronEngine(config, policy, eos_ids=[tokenizer.eos_id], pad_id=0)
             objective = GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.0)
@@ -152,8 +151,6 @@ def main() -> None:
             ).run()
             parameters = sum(p.numel() for p in policy.model.parameters())
             first = groups.rank == 0
-        finally:
-            world.stop()
     if not first:
         return
     version = megatron_vp2o.__version__

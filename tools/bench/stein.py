@@ -104,8 +104,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
     config, rows, micro, width = settings(arguments)
     world.set_threads(arguments.threads)
-    groups = world.start(config.parallel, config.seed)
-    try:
+    with world.joined(config.parallel, config.seed) as groups:
         vocab = 64
         policy = MegatronPolicy(config, groups, vocab_size=vocab, optimizer_steps=10**6)
         hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
@@ -144,8 +143,6 @@ def measure(arguments: argparse.Namespace) -> None:
             print(f"{groups.world_size} ranks on {groups.device.type}, {torch.get_num_threads()} threads each")
             report(times, phases, GOALS[arguments.layer] if arguments.shrink == 1 else None)
             report_exchange(hook.gradients.exchange, planned, sent, arguments.chunk_mib)
-    finally:
-        world.stop()
 
 
 def describe(model: Any) -> str:
