@@ -27,12 +27,14 @@ from megatron_vp2o.config.reward import Checker as Checker
 from megatron_vp2o.config.reward import RewardConfig as RewardConfig
 from megatron_vp2o.config.reward import SandboxKind as SandboxKind
 from megatron_vp2o.core.choices import (
+    AdvantageEstimator,
     AnswerKernel,
     AnswerRepulsion,
     Kernel,
     KLEstimator,
     Normalisation,
     Orthogonality,
+    PolicyLoss,
     RatioLength,
     RepulsionScale,
     TemperatureScaling,
@@ -69,11 +71,6 @@ class KLReference(enum.Enum):
     none = "none"
     initial = "initial"  # the weights the run started from
     anchor = "anchor"  # the actors' weights that generated the rollouts
-
-
-class PolicyLoss(enum.Enum):
-    vp2o = "vp2o"  # ratio times advantage, unclipped
-    grpo = "grpo"  # clipped surrogate
 
 
 class ControlMode(enum.Enum):
@@ -399,7 +396,7 @@ class AnswerRepulsionConfig:
 
     form: AnswerRepulsion = AnswerRepulsion.none
     """none; leave_one_out: R (1 - strength * density among the group's other right answers); count: R over the number of
-    right answers alike, to the power of strength."""
+    right answers alike, to the power of strength; quality_diversity: R times the mean distance to all others (DARLING)."""
     strength: Annotated[float, SHARE] = 0.5
     """alpha of leave_one_out, c of count; at most 1, so that a right answer always earns more than a wrong one."""
     kernel: AnswerKernel = AnswerKernel.canonical
@@ -431,6 +428,24 @@ class GRPOConfig(AlgorithmConfig):
     """Lower clip of the importance ratio: 1 - this."""
     clip_epsilon_high: Annotated[float, Range(1e-6, 1e12)] = 0.2
     """Upper clip of the importance ratio: 1 + this."""
+    objective: PolicyLoss = PolicyLoss.grpo
+    """What is maximised. grpo: the clipped surrogate; gspo, cispo, clip_cov, kl_cov: baselines (docs/baselines.md)."""
+    covariance_fraction: Annotated[float, SHARE] = 2e-4
+    """clip_cov, kl_cov: share of the tokens that are treated apart, at least one."""
+    covariance_kl_coef: Annotated[float, COEFFICIENT] = 1.0
+    """kl_cov: weight of the penalty on these."""
+    covariance_low: Annotated[float, Range(-1e6, 1e6)] = 1.0
+    """clip_cov: they are drawn from tokens with a covariance above this."""
+    covariance_high: Annotated[float, Range(-1e6, 1e6)] = 5.0
+    """clip_cov: and below this."""
+    advantage: AdvantageEstimator = AdvantageEstimator.group_relative
+    """How rewards become advantages. group_relative: GRPO's; w_reinforce, pass_at_k, maxrl: baselines (docs/baselines.md)."""
+    positive_weight: Annotated[float, COEFFICIENT] = 0.1
+    """w_reinforce: advantage of a right rollout (a wrong one has -1); 0 trains on wrong ones only (NSR)."""
+    pass_k: Annotated[int, Range(1, 10**6)] = 4
+    """pass_at_k: rollouts of which the best one counts."""
+    unlikeliness: Annotated[float, Range(0, 1)] = 0.0
+    """Share of its reward that the group's most likely right rollout loses; less the less likely (arXiv 2506.02355)."""
     normalise_by_std: bool = True
     """Divide advantages by the group's standard deviation (false: Dr. GRPO, arXiv 2503.20783)."""
     advantage_epsilon: Annotated[float, Range(1e-12, 1000)] = 1e-6
@@ -495,7 +510,7 @@ class VP2OConfig(GRPOConfig):
     name: Algorithm = Algorithm.vp2o
     """Which algorithm."""
     objective: PolicyLoss = PolicyLoss.vp2o
-    """vp2o: unclipped, proximal control comes from trust region and budget; grpo: the clipped surrogate."""
+    """vp2o: unclipped, proximal control comes from trust region and budget; grpo: the clipped surrogate; or another one's."""
     trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
     """Bounds each step."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -18,6 +18,7 @@ from megatron_vp2o.config.folders import folder_problems
 from megatron_vp2o.config.parameters import count_on_rank
 from megatron_vp2o.config.ranges import as_yaml, range_problems
 from megatron_vp2o.config.schema import (
+    AdvantageEstimator,
     AlgorithmConfig,
     AnswerKernel,
     AnswerRepulsion,
@@ -384,6 +385,34 @@ def _shaping(algorithm: GRPOConfig) -> Iterator[str]:
         yield (
             "algorithm.kl_estimator=reward with algorithm.kl_reference=anchor: the rollouts come from the anchor, so the "
             "log-ratio is always 0; choose algorithm.kl_reference=initial, or algorithm.kl_estimator=k2"
+        )
+    if in_reward and algorithm.advantage is not AdvantageEstimator.group_relative:
+        yield (
+            f"algorithm.advantage={algorithm.advantage.name} looks at right and wrong and not at the KL that "
+            f"algorithm.kl_estimator=reward takes off the reward: choose algorithm.kl_estimator=k3+, or algorithm.kl_coef=0, or "
+            "algorithm.advantage=group_relative"
+        )
+    shaped = algorithm.answer_repulsion.form is not AnswerRepulsion.none or algorithm.unlikeliness > 0
+    if algorithm.advantage is AdvantageEstimator.pass_at_k:
+        if shaped:
+            yield (
+                "algorithm.advantage=pass_at_k looks at right and wrong only, so answer_repulsion and unlikeliness would do "
+                "nothing: turn them off, or choose algorithm.advantage=group_relative"
+            )
+        if algorithm.pass_k > algorithm.group_size:
+            yield (
+                f"algorithm.pass_k={algorithm.pass_k} exceeds algorithm.group_size={algorithm.group_size}: "
+                f"choose at most {algorithm.group_size}"
+            )
+    if algorithm.covariance_low >= algorithm.covariance_high:
+        yield (
+            f"algorithm.covariance_low={algorithm.covariance_low} is not below algorithm.covariance_high="
+            f"{algorithm.covariance_high}: choose the smaller first"
+        )
+    if algorithm.objective is PolicyLoss.vp2o and not isinstance(algorithm, VP2OConfig):
+        yield (
+            "algorithm.objective=vp2o is unclipped, and algorithm=grpo has no trust region that bounds a step: choose "
+            "algorithm.objective=grpo, or algorithm=vp2o"
         )
     repulsion = algorithm.answer_repulsion
     on = repulsion.form is not AnswerRepulsion.none

@@ -5,6 +5,8 @@ Shape legend: P prompts, G rollouts of each prompt (the group).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,52 @@ def group_relative_advantages(rewards_PG: Tensor, *, normalise_by_std: bool, eps
     if normalise_by_std:
         advantages_PG = advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + epsilon)
     return torch.where(uniform_P[:, None], 0.0, advantages_PG).float()
+
+
+def w_reinforce_advantages(rewards_PG: Tensor, right_PG: Tensor, *, positive_weight: float) -> Tensor:
+    """`positive_weight * r` for right rollouts, -1 for wrong ones: penalties are kept, praise is shrunk. No group is compared,
+    so groups that are all right or all wrong train too. `positive_weight=0` is negative-sample reinforcement (NSR).
+
+    Zhu et al., arXiv 2506.01347 (W-REINFORCE; its weight is 0.1). float32 [P, G].
+    """
+    return torch.where(right_PG, positive_weight * rewards_PG.double(), -1.0).float()
+
+
+def pass_at_k_advantages(right_PG: Tensor, *, k: int) -> Tensor:
+    """Advantage of each rollout's part in groups of k drawn from its G, whose reward is 1 if any of the k is right.
+
+    Over all subsets of size k the mean reward is `m = 1 - C(w, k) / C(G, k)` with w wrong rollouts, its deviation
+    `s = sqrt(m (1 - m))`. A right rollout's subsets all have reward 1: `(1 - m) / s`. A wrong one's have it unless the other
+    k - 1 are wrong too: `(1 - m - C(w - 1, k - 1) / C(G - 1, k - 1)) / s`. Zero where m is 0 or 1.
+
+    Chen et al., "Pass@k Training", arXiv 2508.10751 (analytical derivation). float32 [P, G].
+
+    Raises:
+        ValueError: unless 1 <= k <= G.
+    """
+    _check_rewards(right_PG)
+    G = right_PG.shape[1]
+    if not 1 <= k <= G:
+        raise ValueError(f"k={k} rollouts cannot be drawn from a group of {G}")
+    all_wrong = torch.tensor([math.comb(w, k) / math.comb(G, k) for w in range(G + 1)], dtype=torch.float64)
+    others_wrong = torch.tensor(
+        [math.comb(max(w - 1, 0), k - 1) / math.comb(G - 1, k - 1) for w in range(G + 1)], dtype=torch.float64
+    )
+    wrong_P1 = (~right_PG).sum(dim=1, keepdim=True).cpu()
+    miss_P1 = all_wrong[wrong_P1].to(right_PG.device)
+    scale_P1 = (miss_P1 * (1.0 - miss_P1)).sqrt()
+    advantages_PG = torch.where(right_PG, miss_P1, miss_P1 - others_wrong[wrong_P1].to(right_PG.device)) / scale_P1
+    return torch.where(scale_P1 > 0, advantages_PG, 0.0).float()
+
+
+def maxrl_advantages(rewards_PG: Tensor, *, epsilon: float) -> Tensor:
+    """`(r - mean) / (mean + epsilon)`: the gradient of log pass rate instead of pass rate, up to the order that G rollouts allow.
+    A group whose mean is not above 0, or whose rewards are all equal, has none.
+
+    Tajwar et al., "Maximum Likelihood Reinforcement Learning", arXiv 2602.02710. float32 [P, G].
+    """
+    uniform_P = uniform_groups_P(rewards_PG)
+    rewards_PG = rewards_PG.double()
+    mean_P1 = rewards_PG.mean(dim=1, keepdim=True)
+    silent_P1 = uniform_P[:, None] | (mean_P1 <= 0)
+    return torch.where(silent_P1, 0.0, (rewards_PG - mean_P1) / (mean_P1 + epsilon)).float()

@@ -153,3 +153,27 @@ def count_repulsion(rewards_PG: Tensor, right_PG: Tensor, kernel_PGG: Tensor, st
     """
     alike_PG = (kernel_PGG @ right_PG.double()[..., None]).squeeze(-1)
     return rewards_PG.double() / torch.where(right_PG, alike_PG, 1.0) ** strength
+
+
+def quality_diversity(rewards_PG: Tensor, kernel_PGG: Tensor) -> Tensor:
+    """`r_i = R_i d_i` with `d_i = sum_{j != i} (1 - k_ij) / (G - 1)`, how unlike all other rollouts of its group, right or wrong.
+
+    The product of quality and diversity of DARLING (Li et al., arXiv 2509.02534), whose learnt classifier of likeness is a
+    kernel here. A right answer that the whole group gives earns 0. float64 [P, G].
+    """
+    others = max(kernel_PGG.shape[-1] - 1, 1)
+    alike_PG = kernel_PGG.sum(dim=2) - kernel_PGG.diagonal(dim1=1, dim2=2)
+    return rewards_PG.double() * (1.0 - alike_PG / others)
+
+
+def unlikeliness(rewards_PG: Tensor, right_PG: Tensor, log_likelihood_PG: Tensor, strength: float) -> Tensor:
+    """`r_i = R_i (1 - strength rank_i / G)` for right rollouts, with rank 0 for the group's least likely one and G - 1 for its most
+    likely: rare right answers earn more (He et al., arXiv 2506.02355). Equally likely rollouts share the lowest of their
+    ranks, so that equal responses earn the same. Wrong ones keep R_i. float64 [P, G].
+
+    Args:
+        log_likelihood_PG: of each whole response under the policy.
+    """
+    rank_PG = (log_likelihood_PG[:, None, :] < log_likelihood_PG[:, :, None]).sum(dim=2)
+    factor_PG = 1.0 - strength * rank_PG.double() / rewards_PG.shape[1]
+    return rewards_PG.double() * torch.where(right_PG, factor_PG, 1.0)

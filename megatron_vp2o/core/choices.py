@@ -60,6 +60,7 @@ class AnswerRepulsion(enum.Enum):
     none = "none"
     leave_one_out = "leave_one_out"  # R (1 - strength * density among the group's other right answers)
     count = "count"  # R / (number of right answers alike)^strength
+    quality_diversity = "quality_diversity"  # R times the mean distance to the group's other rollouts (DARLING)
 
 
 class AnswerKernel(enum.Enum):
@@ -69,3 +70,23 @@ class AnswerKernel(enum.Enum):
     ngram = "ngram"  # exp(-distance / bandwidth), cosine distance of the counts of token n-grams
     edit = "edit"  # ... Levenshtein distance of the tokens, over the longer one's length
     embedding = "embedding"  # ... cosine distance of embeddings
+
+
+class AdvantageEstimator(enum.Enum):
+    """How rewards of a group become advantages."""
+
+    group_relative = "group_relative"  # (r - mean) / std: GRPO; without the division Dr. GRPO
+    w_reinforce = "w_reinforce"  # a small constant for right rollouts, -1 for wrong ones
+    pass_at_k = "pass_at_k"  # of the best of k rollouts, analytically
+    maxrl = "maxrl"  # (r - mean) / mean
+
+
+class PolicyLoss(enum.Enum):
+    """What is maximised, of each token."""
+
+    vp2o = "vp2o"  # ratio times advantage, unclipped
+    grpo = "grpo"  # clipped surrogate (with clip_epsilon_high above clip_epsilon_low: DAPO's clip-higher)
+    gspo = "gspo"  # clipped surrogate on the response's length-normalised ratio
+    cispo = "cispo"  # REINFORCE weighted by the clipped ratio, which has no gradient
+    clip_cov = "clip_cov"  # grpo without the gradient of some tokens of large covariance
+    kl_cov = "kl_cov"  # unclipped, with a penalty on the tokens of largest covariance

@@ -28,6 +28,7 @@ class PolicyInputs:
     reference_logprobs_NS: Tensor | None = None  # log pi_ref
     # Of the distribution that each token came from; with gradient for an entropy bonus.
     entropy_NS: Tensor | None = None
+    selected_NS: Tensor | None = None  # bool: tokens that Clip-Cov and KL-Cov treat apart
 
 
 PolicyObjective = Callable[[PolicyInputs], tuple[Tensor, dict[str, Tensor]]]
@@ -50,8 +51,12 @@ class RatioObjective:
     kl_estimator: KLEstimator = KLEstimator.k3
     """Of a KL that is part of the loss; one that is part of the reward has `kl_coef` 0 here."""
 
-    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
-        """What is maximised, of each token."""
+    def surrogate(self, log_ratio_NS: Tensor, advantages_NS: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        """What is maximised, of each token, and where that has no gradient because of a clip.
+
+        Args:
+            log_ratio_NS: log r, at most MAX_LOG_RATIO, 0 outside the mask.
+        """
         raise NotImplementedError
 
     def __call__(self, inputs: PolicyInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,12 +73,11 @@ class RatioObjective:
 
         # A token that does not count gets ratio 1 here, before anything can overflow: its gradient is 0, not 0 * inf.
         log_ratio_NS = torch.where(mask_NS, logprobs_NS - inputs.behaviour_logprobs_NS.float(), 0.0)
-        ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO).exp()
-        surrogate_NS = self.surrogate(ratio_NS, advantages_NS)
+        surrogate_NS, stopped_NS = self.surrogate(log_ratio_NS.clamp(max=MAX_LOG_RATIO), advantages_NS, inputs)
         loss = -_masked_sum(surrogate_NS, mask_NS)
 
         with torch.no_grad():
-            stopped_NS = ratio_NS * advantages_NS > surrogate_NS
+            ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO).exp()
             metrics = {
                 "ratio": _masked_sum(ratio_NS, mask_NS),
                 "ratio_max": torch.where(mask_NS, ratio_NS, 0.0).amax() if mask_NS.numel() else ratio_NS.new_zeros(()),
@@ -105,6 +109,12 @@ class RatioObjective:
                 )
 
 
+def clipped(ratio_NS: Tensor, advantages_NS: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """`min(r A, clip(r, 1 - low, 1 + high) A)`, and where the second is the smaller."""
+    free_NS, clipped_NS = ratio_NS * advantages_NS, ratio_NS.clamp(1.0 - low, 1.0 + high) * advantages_NS
+    return torch.minimum(free_NS, clipped_NS), clipped_NS < free_NS
+
+
 @dataclass(frozen=True, kw_only=True)
 class GRPOObjective(RatioObjective):
     """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3):
@@ -115,10 +125,9 @@ class GRPOObjective(RatioObjective):
     clip_epsilon_low: float
     clip_epsilon_high: float
 
-    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
+    def surrogate(self, log_ratio_NS: Tensor, advantages_NS: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """See the class."""
-        clipped_NS = ratio_NS.clamp(1.0 - self.clip_epsilon_low, 1.0 + self.clip_epsilon_high)
-        return torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS)
+        return clipped(log_ratio_NS.exp(), advantages_NS, self.clip_epsilon_low, self.clip_epsilon_high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +139,9 @@ class VP2OObjective(RatioObjective):
     reference policy or the anchor (the actors' weights at the last refresh).
     """
 
-    def surrogate(self, ratio_NS: Tensor, advantages_NS: Tensor) -> Tensor:
+    def surrogate(self, log_ratio_NS: Tensor, advantages_NS: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """See the class."""
-        return ratio_NS * advantages_NS
+        return log_ratio_NS.exp() * advantages_NS, torch.zeros_like(inputs.mask_NS)
 
 
 def supervised_objective(logprobs_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,11 +6,13 @@ Shape legend: N sequences on this data-parallel rank, S padded sequence length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import GRPOConfig, KLEstimator, PolicyLoss, VP2OConfig
+from megatron_vp2o.config.schema import GRPOConfig, KLEstimator, PolicyLoss
+from megatron_vp2o.core.baseline_objectives import CISPOObjective, ClipCovObjective, GSPOObjective, KLCovObjective
 from megatron_vp2o.core.objective import (
     GRPOObjective,
     PolicyInputs,
@@ -23,20 +25,30 @@ from megatron_vp2o.rl.types import TrainBatch
 BEHAVIOUR = "behaviour_logprobs"  # [N, S], required
 ADVANTAGES = "advantages"  # [N], required
 REFERENCE = "reference_logprobs"  # [N, S], optional
+SELECTED = "selected_tokens"  # [N, S] bool, for Clip-Cov and KL-Cov
 ENGINE = "engine_logprobs"  # [N, S], optional: the engine's log-probabilities under the weights that are being trained
 
 
 def policy_objective(settings: GRPOConfig) -> PolicyObjective:
     """The objective that the settings name. A KL in the reward is no part of it."""
     in_reward = settings.kl_estimator is KLEstimator.reward
-    shared = {"kl_coef": 0.0 if in_reward else settings.kl_coef, "entropy_coef": settings.entropy_coef}
-    if isinstance(settings, VP2OConfig) and settings.objective is PolicyLoss.vp2o:
-        return VP2OObjective(kl_estimator=settings.kl_estimator, **shared)
-    return GRPOObjective(
-        clip_epsilon_low=settings.clip_epsilon_low,
-        clip_epsilon_high=settings.clip_epsilon_high,
-        kl_estimator=settings.kl_estimator,
-        **shared,
+    shared: dict[str, Any] = {
+        "kl_coef": 0.0 if in_reward else settings.kl_coef,
+        "kl_estimator": settings.kl_estimator,
+        "entropy_coef": settings.entropy_coef,
+    }
+    if settings.objective is PolicyLoss.vp2o:
+        return VP2OObjective(**shared)
+    if settings.objective is PolicyLoss.kl_cov:
+        return KLCovObjective(penalty=settings.covariance_kl_coef, **shared)
+    kinds = {
+        PolicyLoss.grpo: GRPOObjective,
+        PolicyLoss.gspo: GSPOObjective,
+        PolicyLoss.cispo: CISPOObjective,
+        PolicyLoss.clip_cov: ClipCovObjective,
+    }
+    return kinds[settings.objective](
+        clip_epsilon_low=settings.clip_epsilon_low, clip_epsilon_high=settings.clip_epsilon_high, **shared
     )
 
 
@@ -56,6 +68,7 @@ class OnRollouts:
                 mask_NS=batch.loss_mask_NS,
                 reference_logprobs_NS=batch.extras.get(REFERENCE),
                 entropy_NS=entropy_NS,
+                selected_NS=batch.extras.get(SELECTED),
             )
         )
         if ENGINE in batch.extras:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import (
+    AdvantageEstimator,
     AnswerKernel,
     AnswerRepulsion,
     AnswerRepulsionConfig,
@@ -26,7 +27,13 @@ from megatron_vp2o.config.schema import (
     KLEstimator,
     RewardConfig,
 )
-from megatron_vp2o.core.advantages import group_relative_advantages, overlong_punishment
+from megatron_vp2o.core.advantages import (
+    group_relative_advantages,
+    maxrl_advantages,
+    overlong_punishment,
+    pass_at_k_advantages,
+    w_reinforce_advantages,
+)
 from megatron_vp2o.core.answers import (
     count_repulsion,
     edit_kernel,
@@ -34,6 +41,8 @@ from megatron_vp2o.core.answers import (
     equality_kernel,
     leave_one_out_repulsion,
     ngram_kernel,
+    quality_diversity,
+    unlikeliness,
 )
 from megatron_vp2o.core.prior import sequence_log_ratio
 from megatron_vp2o.errors import ConfigError
@@ -152,7 +161,7 @@ class RewardShaping:
             rewards_PG,
             right_PG,
             shaped_PG,
-            self._advantages(shaped_PG),
+            self._advantages(shaped_PG, right_PG),
             log_ratio_PG,
             parts,
             distinct=sum(len({v.canonical for v in group if v.correct}) for group in verdicts),
@@ -161,16 +170,36 @@ class RewardShaping:
     def _repelled(
         self, rewards_PG: Tensor, right_PG: Tensor, verdicts: Sequence[Sequence[Verdict]], rollouts: Rollouts
     ) -> Tensor:
-        repulsion = self.settings.answer_repulsion
-        if repulsion.form is AnswerRepulsion.none or not verdicts:
-            return rewards_PG.double()
+        repulsion, shaped_PG = self.settings.answer_repulsion, rewards_PG.double()
+        if not verdicts:
+            return shaped_PG
+        if self.settings.unlikeliness > 0:
+            log_likelihood_N = torch.where(rollouts.response_mask_NS(), rollouts.model_logprobs_NS, 0.0).sum(dim=1)
+            shaped_PG = unlikeliness(
+                shaped_PG, right_PG, log_likelihood_N.view_as(rewards_PG), self.settings.unlikeliness
+            )
+        if repulsion.form is AnswerRepulsion.none:
+            return shaped_PG
+        kernel_PGG = self._kernel(verdicts, rollouts)
+        if repulsion.form is AnswerRepulsion.quality_diversity:
+            return quality_diversity(shaped_PG, kernel_PGG)
         apply = leave_one_out_repulsion if repulsion.form is AnswerRepulsion.leave_one_out else count_repulsion
-        return apply(rewards_PG, right_PG, self._kernel(verdicts, rollouts), repulsion.strength)
+        return apply(shaped_PG, right_PG, kernel_PGG, repulsion.strength)
 
-    def _advantages(self, shaped_PG: Tensor) -> Tensor:
-        return group_relative_advantages(
-            shaped_PG, normalise_by_std=self.settings.normalise_by_std, epsilon=self.settings.advantage_epsilon
-        )
+    def _advantages(self, shaped_PG: Tensor, right_PG: Tensor) -> Tensor:
+        """The one place where an estimator is chosen."""
+        settings = self.settings
+        match settings.advantage:
+            case AdvantageEstimator.group_relative:
+                return group_relative_advantages(
+                    shaped_PG, normalise_by_std=settings.normalise_by_std, epsilon=settings.advantage_epsilon
+                )
+            case AdvantageEstimator.w_reinforce:
+                return w_reinforce_advantages(shaped_PG, right_PG, positive_weight=settings.positive_weight)
+            case AdvantageEstimator.pass_at_k:
+                return pass_at_k_advantages(right_PG, k=settings.pass_k)
+            case AdvantageEstimator.maxrl:
+                return maxrl_advantages(shaped_PG, epsilon=settings.advantage_epsilon)
 
     def _kernel(self, verdicts: Sequence[Sequence[Verdict]], rollouts: Rollouts) -> Tensor:
         """How alike the answers of each group are, [P, G, G]."""

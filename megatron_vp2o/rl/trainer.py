@@ -22,10 +22,11 @@ from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper
 from megatron_vp2o.rl.evaluate import evaluate_splits
 from megatron_vp2o.rl.grading import grade
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
-from megatron_vp2o.rl.objectives import ENGINE, REFERENCE
+from megatron_vp2o.rl.objectives import ENGINE, REFERENCE, SELECTED
 from megatron_vp2o.rl.refresh import RefreshPolicy
 from megatron_vp2o.rl.rewards import Earned, RewardShaping
 from megatron_vp2o.rl.samples import SampleSink, samples_of
+from megatron_vp2o.rl.selection import select_tokens
 from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import (
     Objective,
@@ -182,6 +183,10 @@ class RLTrainer(TrainingLoop):
             batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
         if reference_NS is not None:
             batch.extras[REFERENCE] = reference_NS[keep_N]
+        seed = self.config.seed + self.progress.step
+        selected_NS = select_tokens(batch, settings, self.groups, row_N=batch.extras[ROW], seed=seed)
+        if selected_NS is not None:
+            batch.extras[SELECTED] = selected_NS
         return batch
 
     def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:

@@ -85,3 +85,14 @@ def test_layouts_shape_the_same_rewards(alone, tmp_path, ranks, layout):
     other = run(tmp_path / "run", *layout, ranks=ranks)
     for key in COMPARED:
         assert other[key] == pytest.approx(alone[key], rel=2e-3, abs=2e-5), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", ["kl_cov", "clip_cov"])
+def test_the_same_tokens_are_treated_apart_whoever_holds_them(objective):
+    (alone,) = run_distributed("tests.rl.shaping_job:select", 1, objective, 7)
+    two = run_distributed("tests.rl.shaping_job:select", 2, objective, 7)
+    assert 8 < len(alone) < 24, "a tenth of some 150 tokens"
+    assert sorted(two[0] + two[1]) == sorted(alone) and two[0] and two[1]
+    (other,) = run_distributed("tests.rl.shaping_job:select", 1, objective, 8)
+    assert other != alone
