@@ -101,7 +101,7 @@ def test_large_twins_are_there():
 def test_large_twins_differ_in_the_algorithm_only(name):
     ours, twin = compose(name), compose(name.replace("vp2o", "grpo", 1))
     shared = {field.name: getattr(twin.algorithm, field.name) for field in dataclasses.fields(twin.algorithm)}
-    own = ("name", "stein", "specialization", "kl_coef", "kl_estimator", "kl_reference")
+    own = ("name", "objective", "stein", "specialization", "kl_coef", "kl_estimator", "kl_reference")
     for setting in own:
         assert getattr(ours.algorithm, setting) == getattr(type(ours.algorithm)(), setting)
         del shared[setting]
