@@ -34,7 +34,7 @@ def table(folder: Path) -> list[str]:
 
 def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     whole = start("smoke", tmp_path / "whole")
-    output, _ = whole.communicate(timeout=200)
+    output, _ = whole.communicate(timeout=400)
     assert whole.returncode == 0, output
     page = (tmp_path / "whole" / "results.md").read_text()
     assert "5 of 5 runs are finished" in page and "| grpo" in page and "| answers" in page
@@ -47,7 +47,7 @@ def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     folder = tmp_path / "killed"
     first = start(str(tmp_path / "smoke.yaml"), folder)
     run = folder / "addends" / "grpo" / "seed_1"
-    deadline = time.time() + 100
+    deadline = time.time() + 300
     while not (run / "checkpoints").is_dir() and time.time() < deadline:
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
@@ -56,7 +56,7 @@ def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     warm_up = (folder / "addends" / "warm_up" / "done.json").stat().st_mtime_ns
 
     second = start(str(tmp_path / "smoke.yaml"), folder)
-    output, _ = second.communicate(timeout=200)
+    output, _ = second.communicate(timeout=400)
     assert second.returncode == 1, output
     assert "failed: addends/broken/seed_1" in output and "group_size=1" in output
     assert (folder / "addends" / "warm_up" / "done.json").stat().st_mtime_ns == warm_up, "nothing is run twice"
