@@ -31,7 +31,13 @@ BELOW: dict[str, set[str]] = {
     "tasks": {"data", "core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors"},
-    "study": {"tracking", "config", "errors", "megatron"},  # starts runs by their command line, as a person would
+    "study": {
+        "core",
+        "tracking",
+        "config",
+        "errors",
+        "megatron",
+    },  # starts runs by their command line, as a person would
     "planning": {"rl", "tasks", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
 }
 # The rooms inside `megatron/`, and which of the others each may use.

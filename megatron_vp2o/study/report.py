@@ -56,13 +56,17 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
     lines = [f"### {task}", ""]
     warm = [r for r in results if r.job.variant == WARM_UP]
     if warm:
-        first, ceiling = warm[0], warm[0].ceiling()
+        first = warm[0]
+        # as many as the runs that it is compared with have, where it has more
+        draws = min(r.problems[0]["samples"] for r in results)
+        ceiling = first.ceiling(draws)
         lines += [
-            f"Test problems: {len(first.problems)}, {first.problems[0]['samples']} samples each. Warm-up: accuracy "
-            f"{first.accuracy_P().mean():.3f}, {first.distinct_P().mean():.2f} distinct right answers. "
+            f"Test problems: {len(first.problems)}, {draws} samples each. Warm-up: accuracy "
+            f"{first.accuracy_P().mean():.3f}, {first.distinct_among(draws):.2f} distinct right answers. "
             + (
                 "Its own distribution, given that every sample is right, would show "
-                f"{ceiling:.1f} (rejection-sampling ceiling, a lower bound: mean over the problems that it solved)."
+                f"{ceiling:.1f} (rejection-sampling ceiling, estimated from {first.right_samples():.1f} right samples a problem: a "
+                "lower bound, the weaker the fewer these are; mean over the problems that it solved)."
                 if ceiling is not None
                 else "It solved no problem, so there is no rejection-sampling ceiling."
             ),

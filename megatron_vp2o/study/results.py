@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vp2o.core.evaluation import pass_at_k
 from megatron_vp2o.study.runner import DONE
 from megatron_vp2o.study.spec import WARM_UP, Job
 from megatron_vp2o.study.statistics import Array, expected_distinct
@@ -39,14 +40,28 @@ class Result:
         """Distinct right answers among the samples of each problem."""
         return np.array([float(len(line["answers"])) for line in self.problems])
 
-    def ceiling(self) -> float | None:
-        """Of a warm-up: distinct answers expected if all samples were right; mean over the problems that it solved."""
-        samples = [
-            expected_distinct(list(line["answers"].values()), line["samples"])
-            for line in self.problems
-            if line["answers"]
+    def right_samples(self) -> float:
+        """Right samples of a problem that has any, mean."""
+        right = [sum(line["answers"].values()) for line in self.problems if line["answers"]]
+        return float(np.mean(right)) if right else 0.0
+
+    def distinct_among(self, draws: int) -> float:
+        """Distinct right answers expected among so many of the samples, mean over problems: unbiased, as pass@k is."""
+        return float(
+            np.mean(
+                [
+                    sum(pass_at_k(line["samples"], count, draws) for count in line["answers"].values())
+                    for line in self.problems
+                ]
+            )
+        )
+
+    def ceiling(self, draws: int) -> float | None:
+        """Of a warm-up: distinct answers expected if so many draws were all right; mean over the problems that it solved."""
+        expected = [
+            expected_distinct(list(line["answers"].values()), draws) for line in self.problems if line["answers"]
         ]
-        return float(np.mean(samples)) if samples else None
+        return float(np.mean(expected)) if expected else None
 
 
 def collect(jobs: Iterable[Job]) -> list[Result]:
