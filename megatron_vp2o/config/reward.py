@@ -172,7 +172,7 @@ class RewardConfig:
     mask_truncated: bool = False
     """Leave responses that the length limit cut off out of the loss (DAPO's overlong filtering)."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Seed of Python's random numbers before each chunk of answers, for functions and checkers that draw some."""
+    """Seed of Python's random numbers before each answer, and before each call of the own function, for those that draw."""
 
     def active(self) -> dict[str, float]:
         """Weight by name of the rewards that count."""

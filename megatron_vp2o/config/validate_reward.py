@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vp2o.config.reward import RewardConfig
-from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
+from megatron_vp2o.config.schema import DataSource, SupervisedConfig, TrainConfig
 
 NEEDS_REWARD = "rows"
 """The task that does not verify answers itself."""
@@ -20,8 +20,11 @@ PACKAGES = {"math": "math_verify", "instructions": "if_verifiable"}
 def reward_problems(config: TrainConfig) -> Iterator[str]:
     """One line for each thing that is wrong with `reward`."""
     reward = config.reward
-    needed = config.task.name == NEEDS_REWARD and not isinstance(config.algorithm, SupervisedConfig)
-    if needed and not reward.active():
+    algorithm = config.algorithm
+    answers = (
+        not isinstance(algorithm, SupervisedConfig) or algorithm.data.source is DataSource.task
+    )  # also evaluation's
+    if config.task.name == NEEDS_REWARD and answers and not reward.active():
         yield (
             f"task.name={config.task.name} needs a reward to grade responses with: choose one, such as reward=math, or "
             "reward.path=file.py:function"

@@ -134,17 +134,20 @@ def work(channel: WorkerChannel, graders: Mapping[str, Grader | BatchGrader], se
     channel.send({"ready": True, "cpu": time.process_time()})
     while (chunk := channel.receive()) is not None:
         name, items = chunk
-        random.seed(seed)
         grader = graders[name]
-        answers = answer_batch(grader, items) if isinstance(grader, BatchGrader) else _one_by_one(grader, items)
+        random.seed(seed)
+        answers = answer_batch(grader, items) if isinstance(grader, BatchGrader) else _one_by_one(grader, items, seed)
         for answer in answers:
             channel.send(answer | {"cpu": time.process_time()})
             if answer.get("last"):  # memory is in pieces: a fresh worker is better
                 return
 
 
-def _one_by_one(grader: Grader, items: Sequence[tuple[int, str, str, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+def _one_by_one(
+    grader: Grader, items: Sequence[tuple[int, str, str, Mapping[str, Any]]], seed: int
+) -> Iterator[dict[str, Any]]:
     for number, prompt, response, row in items:
+        random.seed(seed)  # some checkers draw: the same answer gets the same grade whatever is graded before it
         try:
             grade = grader.grade(prompt, response, row)
         except RowError as error:

@@ -91,6 +91,15 @@ def config(*overrides: str) -> TrainConfig:
     return compose("countdown_tiny_grpo", ["init_from=null", *overrides])
 
 
+def test_rows_need_a_reward_wherever_responses_are_graded(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    for recipe in ("countdown_tiny_grpo", "countdown_tiny_supervised"):
+        composed = compose(recipe, ["task=rows", f"task.path={rows}", "init_from=null"])
+        with pytest.raises(ConfigError, match=r"task\.name=rows needs a reward"):
+            validate(composed)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
