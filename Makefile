@@ -37,7 +37,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python install install-dev run study demo-trust-region test install-launch launch test-slurm soak smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm soak smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,15 @@ run: install ## Install, warm up on demonstrations, reinforce with GRPO and with
 	$(TRAIN) --config-name countdown_tiny_grpo $(RUNARGS)
 	$(TRAIN) --config-name countdown_tiny_vp2o $(RUNARGS)
 	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo runs/countdown_tiny_vp2o
+
+run-rows: python ## Your own rows, on a laptop: questions and an untrained checkpoint, warm-up, GRPO with math-verify, export, transformers
+	@$(INSTALL) --extras dev,rows,rewards
+	$(PY) -m tools.arithmetic_rows runs
+	test -d runs/rows_tiny_megatron || $(PY) -m tools.convert to-megatron runs/rows_tiny_hf runs/rows_tiny_megatron
+	$(TRAIN) --config-name rows_tiny_supervised $(RUNARGS)
+	$(TRAIN) --config-name rows_tiny_grpo $(RUNARGS)
+	$(PY) -m tools.check_rows_export runs/rows_tiny_grpo
+	$(PY) tools/report.py runs/rows_tiny_supervised runs/rows_tiny_grpo
 
 DEMO = optimizer.lr=6e-3 algorithm.steps=40 evaluation.interval=5 checkpoint.interval=0
 demo-trust-region: install ## After `make run`: a learning rate 30 times too large, unclipped and under the trust region

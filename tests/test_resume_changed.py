@@ -80,13 +80,13 @@ def test_what_changed_since_the_stop(tmp_path: Path) -> None:
         ("warm_up", [*SUPERVISED, "algorithm.steps=4"]),
         ("text", [*jsonl, "algorithm.steps=4"]),
         ("reference", [*from_warm_up, "algorithm.steps=4"]),
-        ("choices", [*GRPO, "algorithm.steps=4", "algorithm.prompts_per_step=8"]),
+        ("choices", [*GRPO, "algorithm.steps=4", "seed=7"]),
         ("unbounded", [*VP2O, *bounded, "algorithm.steps=5"]),
     )
     assert statuses == [0, REFUSED, REFUSED, REFUSED, 0], said
     assert "60 documents" in said[1] and "61 documents" in said[1] and "data of algorithm.data.path" in said[1]
     assert "error: the KL reference" in said[2] and "init_from" in said[2]
-    assert "algorithm.prompts_per_step is 4 there and 8 here" in said[3]
+    assert "seed is 1234 there and 7 here" in said[3]
     for name, before in untouched.items():
         assert contents(tmp_path / name) == before, name
     assert not any("Traceback" in text for text in said)

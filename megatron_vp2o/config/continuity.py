@@ -14,15 +14,14 @@ from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
 
 # Another model, task or algorithm is another run, whether or not it has a checkpoint yet.
 _ANOTHER_RUN = ("algorithm.name", "task.", "model.")
-# Where the data stands is kept as a number of steps or documents, which means something else under other values of these.
+# Where the data stands is kept as a number of prompts or documents, which means something else under other values of these.
 _PLACES_DATA = (
     "seed",
-    "algorithm.prompts_per_step",
     "algorithm.data.source",
     "algorithm.data.text_field",
     "algorithm.data.tokenizer",
 )
-# Of no consequence to what is trained, or (the data's path) compared by content.
+# Of no consequence to what is trained, or (paths of data) compared by content.
 _FREE = (
     "name",
     "run_dir",
@@ -37,6 +36,8 @@ _FREE = (
     "model.recompute",
     "model.logits_chunk_mib",
     "algorithm.data.path",
+    "task.path",
+    "task.index_dir",
 )
 
 

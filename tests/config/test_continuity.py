@@ -15,7 +15,7 @@ from megatron_vp2o.config.store import as_plain, save_config
 from megatron_vp2o.config.validate import validate
 from megatron_vp2o.errors import ConfigError
 
-RECIPES = ["countdown_tiny_vp2o", "countdown_tiny_grpo", "text_tiny_supervised"]
+RECIPES = ["countdown_tiny_vp2o", "countdown_tiny_grpo", "text_tiny_supervised", "rows_tiny_grpo"]
 
 
 def composed(recipe: str, *overrides: str) -> TrainConfig:
@@ -64,8 +64,7 @@ def test_names_in_the_lists_are_settings() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algorithm.prompts_per_step=64", "algorithm.prompts_per_step is 128 there and 64 here): keep its settings"),
-        ("seed=7", "seed is 1234 there and 7 here"),
+        ("seed=7", "seed is 1234 there and 7 here): keep its settings"),
         ("model.hidden_size=64", "holds another run (model.hidden_size is 128 there and 64 here"),
         ("task.seed=9", "holds another run (task.seed is 0 there and 9 here"),
     ],
