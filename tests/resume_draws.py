@@ -190,7 +190,7 @@ def _reinforcement(dice: _Dice, algorithm: str) -> dict[str, Any]:
         settings |= {
             "algorithm.objective": dice.one_of("vp2o", "grpo") if bounded else "grpo",
             "algorithm.trust_region.mode": region,
-            "algorithm.trust_region.delta": dice.number(1e-3, 0.3),
+            "algorithm.trust_region.delta": dice.number(1e-2, 0.5),
             "algorithm.trust_region.max_backtracks": dice.one_of(0, 1, 3),
             "algorithm.trust_region.max_consecutive_rejections": 1000,
             "algorithm.trust_region.snapshot_on_host": dice.chance(0.3),

@@ -15,7 +15,7 @@ from tests.resume_job import ROOT
 
 # Chosen among the first 100 so that together they have every algorithm, every layout, a budget, a trust region that
 # accepts and rejects, prototypes older than the weights, and actors older than the checkpoint.
-SEEDS = [0, 3, 5, 6, 7, 9]
+SEEDS = [0, 3, 5, 9, 13, 31]
 
 
 @pytest.mark.slow
