@@ -124,6 +124,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"model_type": ["qwen3_moe"]}, "model_type="),
     (GPT_OSS, {"layer_types": ["full_attention"]}, "layer_types=.*list of 2"),
     (GPT_OSS, {"sliding_window": None}, "sliding_window=None.*1 or more"),
+    (GPT_OSS, {"sliding_window": None, "layer_types": ["full_attention"] * 2}, "sliding_window=None.*1 or more"),
+    (GPT_OSS, {"initializer_range": -1.0}, "initializer_range=-1.0.*0 or more"),
     (
         GPT_OSS,
         {"rope_parameters": {**YARN, "rope_theta": 1e4}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -147,5 +149,5 @@ def test_a_deepseek_file_without_groups_has_those_of_transformers() -> None:
 
 def test_nulls_that_transformers_takes() -> None:
     assert architecture({**MIXTRAL, "head_dim": None}).settings["kv_channels"] == 128
-    windowless = {**GPT_OSS, "sliding_window": None, "layer_types": ["full_attention"] * 2}
+    windowless = {**GPT_OSS, "layer_types": ["full_attention"] * 2}
     assert "window_size" not in architecture(windowless).settings

@@ -380,6 +380,8 @@ def _check_shared(found: Mapping[str, Any], family: str) -> None:
     check(topk <= found[experts], family, "num_experts_per_tok", topk, f"{experts}={found[experts]} or less")
     groups = found["num_key_value_heads"]
     check(heads % groups == 0, family, "num_key_value_heads", groups, f"a divisor of num_attention_heads={heads}")
+    spread = found["initializer_range"]
+    check(spread >= 0, family, "initializer_range", spread, "0 or more")
     eps, pad, rows = found["rms_norm_eps"], found["pad_token_id"], found["vocab_size"]
     check(eps >= 0, family, "rms_norm_eps", eps, "0 or more")
     check(pad is None or -rows <= pad < rows, family, "pad_token_id", pad, f"in a vocabulary of {rows}")
