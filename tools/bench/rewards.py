@@ -27,6 +27,7 @@ SUM = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench rewards", description=__doc__)
     parser.add_argument("--answers", type=int, default=10_000)
+    parser.add_argument("--plain", type=int, default=2000, help="answers of the run without bad ones")
     parser.add_argument("--bad", type=float, default=0.01, help="share of answers that misbehave")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds for an answer")
     parser.add_argument("--workers", type=int, default=2)
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     answers = [_answer(draw, number) for number in range(options.answers)]
     limits: dict[str, Any] = {"workers": options.workers, "timeout_s": options.timeout, "memory_mib": 512}
 
-    _, wrong = _timed("math", RewardConfig(RewardWeights(math=1.0), **limits), answers)
+    _, wrong = _timed("math", RewardConfig(RewardWeights(math=1.0), **limits), answers[: options.plain])
     bad = {number: BAD[i % len(BAD)] for i, number in enumerate(_some(draw, options.answers, options.bad))}
     mixed = [(bad.get(n, response), row, right and n not in bad) for n, (response, row, right) in enumerate(answers)]
     config = RewardConfig(path=f"{WORK}:mathematics", batch_size=16, **limits)
