@@ -78,17 +78,16 @@ def _timed(
 
 
 def _answer(draw: random.Random, number: int) -> tuple[str, dict[str, Any], bool]:
-    """A response, its row, and whether it is right: fractions and roots, GROUP responses to each question."""
+    """A response, its row, and whether it is right: fractions, GROUP responses to each question."""
     question = random.Random(number // GROUP)
     a, b = question.randint(1, 400), question.randint(2, 30)
     right, factor = draw.random() < 0.5, draw.randint(1, 9)
     shown = a if right else a + 1
     style = draw.choice(
         [
-            rf"We find that $x = \frac{{{shown * factor}}}{{{b * factor}}}$.",
             rf"Therefore \boxed{{\frac{{{shown}}}{{{b}}}}}",
             f"The answer is {shown * factor}/{b * factor}.",
-            rf"<think>perhaps {shown + 3}?</think> \boxed{{{shown}/{b}}}",
+            f"<think>perhaps {shown + 3}?</think> It is {shown * factor}/{b * factor}",
         ]
     )
     return style, {"answer": rf"\frac{{{a}}}{{{b}}}"}, right
