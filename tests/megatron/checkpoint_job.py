@@ -27,6 +27,7 @@ from megatron_vp2o.rl.types import Rollouts
 
 from tests.megatron.policy_job import MegatronEngine, MegatronPolicy, fixed_batch, world  # isort: skip  (enables the CPU)
 from megatron_vp2o.megatron.checkpoint import folder as checkpoint_folder  # isort: skip
+from megatron_vp2o.megatron.checkpoint.identity import weights_identity  # isort: skip
 from megatron_vp2o.megatron.checkpoint.checkpointer import Checkpointer, latest, load_weights  # isort: skip
 
 VOCAB, ROWS = 24, 8
@@ -199,6 +200,21 @@ def loaded(path: str, layout: dict[str, Any]) -> list[Any]:
     results.append(resumed.log_probs().tolist())
     world.stop()
     return results
+
+
+def identities(path: str, layouts: list[dict[str, Any]]) -> list[str]:
+    """Of a checkpoint's weights, as each layout has them."""
+    torch.set_num_threads(1)
+    found = []
+    for layout in layouts:
+        settings = config(**layout)
+        groups = world.start(settings.parallel, settings.seed)
+        policy = MegatronPolicy(settings, groups, vocab_size=VOCAB, optimizer_steps=10)
+        load_weights(Path(path), policy)
+        found.append(weights_identity(policy.model, groups, policy.model_vocab))
+        world.stop_model_parallel()
+    world.stop()
+    return found
 
 
 def failures(folder: str, damaged: list[str]) -> dict[str, str]:

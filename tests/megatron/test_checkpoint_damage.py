@@ -1,4 +1,4 @@
-"""Checkpoints that something happened to: a hundred mutations drawn at random, and weights that are not finite.
+"""Checkpoints that something happened to: a hundred mutations drawn at random, weights that are not finite, other weights.
 
 CHECKPOINT_MUTATIONS=N draws another number of them.
 """
@@ -20,6 +20,7 @@ import torch
 from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.megatron.checkpoint import checkpointer, folder
 from megatron_vp2o.parallel.groups import Groups
+from tests.distributed import run_distributed
 from tests.megatron import checkpoint_job as job
 from tests.megatron.checkpoint_job import Learner, config, different, load_weights
 
@@ -225,3 +226,38 @@ def test_dead_weights_are_neither_saved_nor_loaded(
     for load in (fresh.saver.load, lambda path: load_weights(path, fresh.policy)):
         with pytest.raises(CheckpointError, match=r"step_000003 has weights that are not finite.*choose an older one"):
             load(path)
+
+
+# --- other weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_weights_have_one_identity_under_every_layout(groups: Groups, saved: Path, tmp_path: Path) -> None:
+    learner = Learner(config(), groups, tmp_path)
+    load_weights(saved / "step_000002", learner.policy)
+
+    def identity() -> str:
+        return job.weights_identity(learner.policy.model, groups, learner.policy.model_vocab)
+
+    expected = identity()
+    layouts = [
+        {"tensor_parallel": 2},
+        {"expert_parallel": 2},
+        {"pipeline_parallel": 2},
+        {"distributed_optimizer": True},
+    ]
+    found = run_distributed(
+        "tests.megatron.checkpoint_job:identities", 2, str(saved / "step_000002"), layouts, timeout=200
+    )
+    assert found == [[expected] * len(layouts)] * 2
+    dice = random.Random(0)
+    for parameter in learner.policy.model.parameters():
+        # of the embedding's rows only those with a token: padding depends on the layout
+        words = parameter.data.view(torch.int32).view(-1)[: job.VOCAB * 32]
+        place = dice.randrange(len(words))
+        words[place] ^= 1 << dice.randrange(31)
+        assert identity() != expected
+        load_weights(saved / "step_000002", learner.policy)
+        assert identity() == expected
+    load_weights(saved / "step_000001", learner.policy)
+    assert identity() != expected
