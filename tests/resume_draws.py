@@ -299,7 +299,7 @@ def try_seed(seed: int, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     runs = runs_of(one, folder)
-    run_all(runs, folder, timeout=60.0)
+    run_all(runs, folder)
     wrong = problems(one, folder, runs)
     moved = movement(folder / "whole") if (folder / "whole" / "metrics.jsonl").exists() else {}
     killed = sum(any(run.statuses) for run in runs[1:-1])

@@ -29,7 +29,7 @@ def test_random_recipes_resume_as_if_nothing_had_happened(tmp_path: Path) -> Non
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60 * len(seeds),
+        timeout=150 * len(seeds),
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
