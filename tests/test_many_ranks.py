@@ -1,4 +1,4 @@
-"""Eight ranks with one prompt each train the default VP2O for 30 steps, about half of their groups without a signal.
+"""Eight ranks with one prompt each train the default VP2O for 30 steps: of four rows, dealt to four optimizer steps, a rank often has none.
 
 A soak test: it runs where VP2O_WARM_UP names a run of the recipe countdown_tiny_supervised (`make run` leaves one in runs/), and
 takes some ten minutes on two cores: `make soak`.
@@ -49,8 +49,6 @@ def test_eight_ranks_with_one_prompt_each(tmp_path: Path) -> None:
     lines = run(tmp_path / "eight", RANKS, f"algorithm.steps={STEPS}")
     steps = [line for line in lines if line["step"] > 0]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    silent = sum(line["rollout/groups_filtered"] for line in steps) / (RANKS * STEPS)
-    assert 0.3 < silent < 0.7
     assert steps[-1]["optimizer/steps"] > STEPS / 2  # the weights moved
     (first,) = [line for line in run(tmp_path / "one", 1, "algorithm.steps=1") if line["step"] == 1]
     # Rollouts and filtering are the same to the sample; contexts of the trust region are each rank's own.
