@@ -1,4 +1,4 @@
-"""Eight ranks with one prompt each train the default VP2O for 30 steps: of four rows, dealt to four optimizer steps, a rank often has none.
+"""Eight ranks with one prompt each train the default VP2O for 30 steps; in many optimizer steps some rank has no row.
 
 A soak test: it runs where VP2O_WARM_UP names a run of the recipe countdown_tiny_supervised (`make run` leaves one in runs/), and
 takes some ten minutes on two cores: `make soak`.
