@@ -99,6 +99,7 @@ def run_all(runs: list[Run], folder: Path, timeout: float = TIMEOUT) -> None:
     for number, run in enumerate(runs):
         output = folder / f"output-{number}.txt"
         for _ in range(3):
+            output.touch()  # a rank that is killed at once prints nothing
             _do(run, output, timeout)
             # Between finding a free port and listening on it, another test may have taken it.
             if not any(run.statuses) or "EADDRINUSE" not in output.read_text(errors="replace"):

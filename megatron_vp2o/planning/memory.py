@@ -95,6 +95,11 @@ def _vp2o(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> di
     return found
 
 
+def most_logits(config: TrainConfig, vocab_size: int) -> int:
+    """Logits that exist at a time on a rank; micro-batches with more are taken in chunks of tokens."""
+    return max(vocab_size // config.parallel.tensor_parallel, int(config.model.logits_chunk_mib * 2**20) // 4)
+
+
 def _training(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     tokens = work.micro_rows * work.longest
@@ -104,9 +109,8 @@ def _training(config: TrainConfig, vocab_size: int, work: Workload, assumed: Ass
     layer = _layer_activations(config, tokens, assumed)
     kept = own * model.hidden_size * element if model.recompute else layer // 2
     found = {"activations": int(in_flight * layers * kept + layer)}
-    width = vocab_size // parallel.tensor_parallel
-    alive = min(tokens * width, max(width, int(model.logits_chunk_mib * 2**20) // 4))
-    found["logits"] = int(alive * assumed.logits_bytes)
+    logits = min(tokens * (vocab_size // parallel.tensor_parallel), most_logits(config, vocab_size))
+    found["logits"] = int(logits * assumed.logits_bytes)
     if config.algorithm.stein.enabled or hasattr(config.algorithm, "trust_region"):
         matrix = model.hidden_size * model.moe_ffn_hidden_size // parallel.expert_tensor_parallel
         found["output projections"] = model.num_moe_experts // parallel.expert_parallel * matrix * 4

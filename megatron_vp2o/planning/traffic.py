@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_vp2o.config.parameters import count_on_rank
 from megatron_vp2o.config.schema import Dispatcher, TrainConfig
 from megatron_vp2o.planning.hardware import Device
-from megatron_vp2o.planning.memory import GRADIENT_BYTES, element_bytes, expert_replicas
+from megatron_vp2o.planning.memory import GRADIENT_BYTES, element_bytes, expert_replicas, most_logits
 from megatron_vp2o.planning.workload import Workload
 
 
@@ -53,7 +53,10 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     # Attention gathers its input and scatters its output; backward gathers the input once more for the weights.
     hidden = tokens * model.hidden_size * element * (tensor - 1) / tensor
     attention = layers * (2 * passes + 1) * hidden
-    ends = 5 * hidden if stages == 1 else 3 * hidden  # embedding's output; output layer's input
+    # The output layer gathers its input, once more in the backward pass unless chunks of logits keep it, and scatters.
+    chunked = work.micro_rows * work.tokens * (vocab_size // tensor) > most_logits(config, vocab_size)
+    output = (2 if chunked else 3) * hidden
+    ends = output + (2 * hidden if stages == 1 else 0)  # and the embedding's output
     found["tensor parallelism"] = Stream(int(attention + ends), tensor)
     own = tokens / tensor * model.moe_router_topk
     if model.moe_token_dispatcher_type is Dispatcher.alltoall:

@@ -41,7 +41,7 @@ TRAINED = [
     "evaluation.interval=1000",
     "logging.tensorboard=false",
     "optimizer.lr=5e-3",
-    "algorithm.steps=150",
+    "algorithm.steps=250",
     "algorithm.global_batch_size=64",
 ]
 

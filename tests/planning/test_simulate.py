@@ -127,7 +127,14 @@ def test_512_experts_on_64_ranks() -> None:
     [
         (["parallel.tensor_parallel=2", "parallel.expert_parallel=2", "parallel.pipeline_parallel=2"], 8),
         (["parallel.tensor_parallel=2", "parallel.expert_tensor_parallel=2", "parallel.expert_parallel=4"], 16),
-        (["parallel.expert_parallel=4", "model.moe_token_dispatcher_type=allgather"], 4),
+        (
+            [
+                "parallel.expert_parallel=4",
+                "model.moe_token_dispatcher_type=allgather",
+                "algorithm.specialization.orthogonality_coef=0",
+            ],
+            4,
+        ),
         (["parallel.expert_parallel=2", "parallel.distributed_optimizer=true", "model.precision=bf16"], 8),
     ],
 )
