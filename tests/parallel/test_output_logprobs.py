@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +20,8 @@ from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
 from megatron_vp2o.parallel.output_logprobs import output_log_probs_and_entropy
 from tests.distributed import run_distributed
 
-TRITON = importlib.util.find_spec("triton") is not None  # megatron-core brings it on Python 3.12
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are interpreted, on the CPU; read when they are defined
+INSTALLED = importlib.util.find_spec("triton") is not None  # megatron-core brings it on Python 3.12
+RUNNABLE = INSTALLED and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +90,27 @@ def test_chunked_equals_autograd(group: dist.ProcessGroup, seed: int) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.smoke
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(
+    not RUNNABLE, reason="without CUDA, test_kernels_are_interpreted runs these in a process of their own"
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_kernels_equal_autograd(monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup, seed: int) -> None:
-    """Interpreted on the CPU where there is no CUDA."""
     monkeypatch.setattr(output_logprobs, "_USE_TRITON", True)
     given = case(seed)
     if torch.cuda.is_available():
         given = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in given.items()}
     for found, expected in zip(chunked(given, group), plain(given), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+def test_kernels_are_interpreted() -> None:
+    """On the CPU. Triton decides so when it is imported, and another test may have imported it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernels_equal", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_a_target_in_the_padding_is_impossible(group: dist.ProcessGroup) -> None:
