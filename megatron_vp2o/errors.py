@@ -18,6 +18,10 @@ class SyncError(UserError):
     """A rollout engine does not hold the weights that it was given."""
 
 
+class RolloutError(UserError):
+    """A rollout engine, or all of its servers, cannot generate."""
+
+
 class DeadRunError(UserError):
     """Training went on without getting anywhere: further steps would only cost time, and starting again would not help."""
 

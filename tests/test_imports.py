@@ -24,7 +24,16 @@ BELOW: dict[str, set[str]] = {
     "data": {"core", "config", "errors", "rl.types"},
     "tracking": {"core", "config", "errors", "rl.types"},
     "report": {"tracking", "config", "errors"},
-    "megatron": {"hf", "parallel", "core", "config", "errors", "data", "rl.types"},  # of hf: names and shapes
+    "megatron": {
+        "hf",
+        "parallel",
+        "core",
+        "config",
+        "errors",
+        "data",
+        "rl.types",
+        "rollout.protocol",
+    },  # of hf: names and shapes
     "rollout": {"parallel", "core", "config", "errors", "rl.types"},
     "hf": {"parallel", "core", "config", "errors", "rl.types"},
     "rewards": {"config", "errors", "rl.types"},

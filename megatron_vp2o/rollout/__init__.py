@@ -1,1 +1,1 @@
-
+"""Where rollouts come from: the protocol of engines, vLLM servers, and how weights reach them. Blind to Megatron."""

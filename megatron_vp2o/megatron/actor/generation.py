@@ -9,7 +9,7 @@ position, so that neither the layout nor the batch order changes what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,23 +19,25 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.core.sampling import sample, uniform_N
+from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score
 from megatron_vp2o.megatron.model.attention import KVCache
-from megatron_vp2o.megatron.model.build import build_model, weight_tensors
+from megatron_vp2o.megatron.model.build import build_model, named_weight_tensors, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams, TrainBatch
+from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
 
 COMPACT_BELOW = 0.75
 """Finished sequences are dropped from the batch once fewer than this fraction of it is still active."""
 
 
 class MegatronEngine:
-    """Implements `rl.types.RolloutEngine` in the learner's processes.
+    """Implements `rl.types.RolloutEngine` and `rollout.protocol.Engine` in the learner's processes.
 
     The actor has the learner's layout, so a refresh is a local copy of each rank's shard.
     """
@@ -55,6 +57,9 @@ class MegatronEngine:
             inference=True,
         )
         self.version = -1
+        self._unusable = ""  # why the weights cannot be used, after an update that failed
+        self._closed = False
+        self._borrowed = False  # whether the tensors are the learner's for now
         # Ranks whose sequences meet in an expert must decode in lockstep: experts on several ranks (EP), or their parts (ETP).
         shared = self.groups.ep.size() > 1 or self.groups.etp.size() > self.groups.tp.size()
         self._lockstep = shared and self.groups.dp_size > 1
@@ -67,13 +72,64 @@ class MegatronEngine:
         """From now on rollouts carry the actor's gates, at up to about this many contexts of this rank."""
         self._logged_contexts = contexts
 
-    @torch.no_grad()
     def refresh(self, version: int) -> None:
         """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
         self.policy.gather_parameters()
-        for mine, learned in zip(self._tensors(), weight_tensors(self.policy.model), strict=True):
-            mine.copy_(learned)
-        self.version = version
+        self.update_weights(named_weight_tensors(self.policy.model), version)
+
+    @torch.no_grad()
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, probe: Probe | None = None
+    ) -> Receipt:
+        """See `rollout.protocol.Engine.update_weights`. Names and shapes are those of this rank's part of the model, as
+        `named_weight_tensors` has them. Collective over the ranks that share the model if there is a probe."""
+        self.version = -1
+        self._unusable = f"its update to version {version} was not completed"
+        left = dict(named_weight_tensors(self.actor))
+        taken = size = 0
+        problems: list[str] = []
+        for name, tensor in weights:
+            mine = left.pop(name, None)
+            if mine is None or mine.shape != tensor.shape:
+                of = "unknown, or there twice" if mine is None else f"not {list(mine.shape)}"
+                problems.append(f"{name} {list(tensor.shape)} is {of}")
+                continue
+            mine.copy_(tensor)
+            taken, size = taken + 1, size + tensor.numel() * tensor.element_size()
+        problems += [f"{name} is missing" for name in left]
+        if not problems and probe is not None and (wrong := self._contradicts(probe)):
+            problems.append(wrong)
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            self._unusable = f"its update to version {version} failed: {'; '.join(problems[:3])}{more}"
+            raise SyncError(f"the embedded engine has no usable weights, because {self._unusable}; give it a whole set")
+        self.version, self._unusable = version, ""
+        return Receipt(version, taken, size, self.checksum())
+
+    def _contradicts(self, probe: Probe) -> str:
+        """What is wrong with the weights according to a probe; empty if nothing."""
+        length_N = torch.tensor([len(row) for row in probe.tokens])
+        tokens_NS = torch.full((len(length_N), int(length_N.max())), self.pad_id)
+        for row, tokens in zip(tokens_NS, probe.tokens, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        mask_NS = torch.arange(tokens_NS.shape[1]) < length_N[:, None]
+        batch = TrainBatch(tokens_NS, length_N, mask_NS, {})
+        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
+        leave_inference_mode()
+        logprobs = [row[1:length].tolist() for row, length in zip(logprob_NS, length_N.tolist(), strict=True)]
+        difference = probe.difference(logprobs)
+        if difference <= probe.tolerance:
+            return ""
+        return f"log-probabilities of the probe differ by up to {difference:.3g}, more than {probe.tolerance:.3g}"
+
+    def health(self) -> Health:
+        """See `rollout.protocol.Engine.health`."""
+        detail = "closed" if self._closed else self._unusable
+        return Health(not detail and self.version >= 0, -1 if self._closed else self.version, detail)
+
+    def close(self) -> None:
+        """The engine lives in the learner's processes: it only refuses to generate from now on."""
+        self._closed = True
 
     def checksum(self) -> int:
         """Of the weights that this rank's actor holds (`MegatronPolicy.checksum` of those it should)."""
@@ -95,8 +151,10 @@ class MegatronEngine:
                 mine.data = learned.data
             for module, other in zip(experts, theirs, strict=True):
                 module._stacked = other._stacked
+            self._borrowed = True
             yield
         finally:
+            self._borrowed = False
             for mine, own in zip(self._tensors(), kept, strict=True):
                 mine.data = own
             for module, stack in zip(experts, stacks, strict=True):
@@ -113,6 +171,10 @@ class MegatronEngine:
         """See `rl.types.RolloutEngine.generate`. Raises ValueError for an empty prompt."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
+        if self._closed:
+            raise RolloutError("the embedded engine is closed: make a new one")
+        if self._unusable and not self._borrowed:
+            raise SyncError(f"the embedded engine has no usable weights, because {self._unusable}")
         longest = int(max_scalars({"n": max((len(p) for p in prompts), default=1)}, self.groups.dp)["n"])
         batches = self._batches(len(prompts), group_size)
         if self._lockstep:

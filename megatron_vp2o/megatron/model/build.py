@@ -182,17 +182,22 @@ def _cut(full: Tensor, name: str, split: int, rank: int, size: int) -> Tensor:
 
 
 def weight_tensors(model: torch.nn.Module) -> list[Tensor]:
-    """What makes the model compute what it computes, in a fixed order: parameters and persistent buffers (expert bias).
+    """What makes the model compute what it computes, in a fixed order: see `named_weight_tensors`."""
+    return [tensor for _, tensor in named_weight_tensors(model)]
+
+
+def named_weight_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """This rank's parameters and persistent buffers (expert bias) by their names in the model, in a fixed order.
 
     Counters that a training step begins and ends (tokens by expert) are no part of it; an actor's twin has others of them.
     """
     buffers = [
-        buffer
-        for module in model.modules()
+        (f"{prefix}.{name}", buffer)
+        for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     ]
-    return [*model.parameters(), *buffers]
+    return [*model.named_parameters(), *buffers]
 
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
