@@ -47,6 +47,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
         "megatron",
     },  # starts runs by their command line, as a person would
+    "diagnostics": {"core", "errors"},  # for any loop: without Megatron and without the project's settings
     "planning": {"rl", "tasks", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
 }
 # The rooms inside `megatron/`, and which of the others each may use.
@@ -186,6 +187,11 @@ def test_parallel_does_not_know_megatron() -> None:
 def test_only_the_megatron_package_imports_megatron() -> None:
     found = [found for found in IMPORTS if found.name.split(".")[0] == "megatron"]
     _report([one for one in found if one.part not in {"megatron", "plugins"}])
+
+
+def test_diagnostics_need_torch_and_transformers_only() -> None:
+    outside = [found for found in IMPORTS if found.part == "diagnostics" and not found.name.startswith(PACKAGE)]
+    _report([found for found in outside if found.name.split(".")[0] not in STANDARD | {"torch", "transformers"}])
 
 
 def test_torch_stays_out_of_what_help_imports() -> None:
