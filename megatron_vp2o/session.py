@@ -22,6 +22,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     DataSource,
     GRPOConfig,
     KLReference,
+    MismatchCorrection,
     Resume,
     SupervisedConfig,
     TrainConfig,
@@ -51,6 +52,7 @@ from megatron_vp2o.rewards import open_reward  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, Transform, no_transform  # noqa: E402
+from megatron_vp2o.rl.mismatch import MismatchControl  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
@@ -281,10 +283,18 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         stepper=run.stepper,
         meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
         samples=run.samples,
+        mismatch=MismatchControl(settings.mismatch, run.groups) if _compared(config, settings) else None,
     )
     if reference is not None:
         trainer.identities[REFERENCE] = weights_identity(reference.actor, run.groups, run.policy.model_vocab)
     return trainer
+
+
+def _compared(config: TrainConfig, settings: GRPOConfig) -> bool:
+    """Whether all rollouts are recomputed with the actors' weights."""
+    if settings.mismatch.correction is not MismatchCorrection.none:
+        return True
+    return bool(settings.mismatch.measure)
 
 
 def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPolicy:

@@ -32,6 +32,8 @@ from megatron_vp2o.core.choices import (
     AnswerRepulsion,
     Kernel,
     KLEstimator,
+    MismatchCorrection,
+    MismatchLevel,
     Normalisation,
     Orthogonality,
     PolicyLoss,
@@ -411,6 +413,26 @@ class AnswerRepulsionConfig:
 
 
 @dataclass
+class MismatchConfig:
+    """What is done about a rollout engine that computes other log-probabilities than the trainer with the same weights
+    (core/mismatch.py, docs/rollouts.md). Measuring or correcting costs one more forward pass over each rollout batch."""
+
+    measure: Optional[bool] = None
+    """Recompute all rollouts' log-probabilities with the actors' weights and record mismatch/*; null: for servers only."""
+    correction: MismatchCorrection = MismatchCorrection.none
+    """none: the importance ratio is taken to the engine's log-probabilities; tis, mis, icepop: it is taken to the recomputed
+    ones, and each token is weighted by recomputed over engine's probability, truncated or masked."""
+    level: MismatchLevel = MismatchLevel.token
+    """Whose ratio is bounded: the token's, or the response's (product over its tokens, or their geometric mean)."""
+    low: Annotated[Optional[float], Range(1e-9, 1)] = None
+    """icepop: lower bound of the ratio; null: 0.5."""
+    high: Annotated[Optional[float], Range(1, 1e9)] = None
+    """Upper bound of the ratio; null: 2 for tis and mis, 5 for icepop."""
+    stop_kl: Annotated[Optional[float], Range(1e-12, 1e6)] = 0.1
+    """Where measured: the run ends, before it trains on them, when KL(engine || trainer) of a token exceeds this, in nats."""
+
+
+@dataclass
 class GRPOConfig(AlgorithmConfig):
     """Group-relative policy optimisation (Shao et al., arXiv 2402.03300) with token-level normalisation."""
 
@@ -462,6 +484,8 @@ class GRPOConfig(AlgorithmConfig):
     """Which reference; needed when kl_coef > 0."""
     entropy_coef: Annotated[float, COEFFICIENT] = 0.0
     """Weight of an entropy bonus."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """Engine and trainer that disagree about log-probabilities."""
     answer_repulsion: AnswerRepulsionConfig = field(default_factory=AnswerRepulsionConfig)
     """Repulsion between right answers."""
 

@@ -29,6 +29,8 @@ from megatron_vp2o.config.schema import (
     Implementation,
     KLEstimator,
     KLReference,
+    MismatchCorrection,
+    MismatchLevel,
     PolicyLoss,
     RouterScore,
     SupervisedConfig,
@@ -364,6 +366,7 @@ def _algorithm(config: TrainConfig) -> Iterator[str]:
                 "set algorithm.kl_reference=initial or algorithm.kl_coef=0"
             )
         yield from _shaping(algorithm)
+        yield from _mismatch(algorithm)
         if isinstance(algorithm, VP2OConfig):
             yield from _control(algorithm)
         elif algorithm.kl_reference is KLReference.anchor:
@@ -421,6 +424,28 @@ def _shaping(algorithm: GRPOConfig) -> Iterator[str]:
             f"algorithm.answer_repulsion.kernel={repulsion.kernel.name} with algorithm.answer_repulsion.embedder="
             f"{as_yaml(repulsion.embedder)}: kernel=embedding needs an embedder (package.module:function), and no other "
             "kernel takes one"
+        )
+
+
+def _mismatch(algorithm: GRPOConfig) -> Iterator[str]:
+    """Bounds that nothing would read, and a correction that is not measured."""
+    settings = algorithm.mismatch
+    none, icepop = settings.correction is MismatchCorrection.none, settings.correction is MismatchCorrection.icepop
+    if settings.low is not None and not icepop:
+        yield (
+            f"algorithm.mismatch.low={settings.low} is icepop's bound, and algorithm.mismatch.correction="
+            f"{settings.correction.name}: choose correction=icepop, or low=null"
+        )
+    for name, value in (("high", settings.high), ("level", settings.level)):
+        if none and value not in (None, MismatchLevel.token):
+            yield (
+                f"algorithm.mismatch.{name}={as_yaml(value)} does nothing with algorithm.mismatch.correction=none: choose tis, "
+                f"mis or icepop, or leave algorithm.mismatch.{name} as it is"
+            )
+    if settings.measure is False and not none:
+        yield (
+            f"algorithm.mismatch.measure=false with algorithm.mismatch.correction={settings.correction.name}: what is corrected "
+            "is measured; leave measure null, or set correction=none"
         )
 
 

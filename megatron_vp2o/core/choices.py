@@ -90,3 +90,20 @@ class PolicyLoss(enum.Enum):
     cispo = "cispo"  # REINFORCE weighted by the clipped ratio, which has no gradient
     clip_cov = "clip_cov"  # grpo without the gradient of some tokens of large covariance
     kl_cov = "kl_cov"  # unclipped, with a penalty on the tokens of largest covariance
+
+
+class MismatchCorrection(enum.Enum):
+    """What is done about an engine that computes other log-probabilities than the trainer (`core/mismatch.py`)."""
+
+    none = "none"  # the ratio is taken to the engine's log-probabilities, drift and mismatch in one
+    tis = "tis"  # truncated importance sampling
+    mis = "mis"  # masked importance sampling
+    icepop = "icepop"  # masked from both sides
+
+
+class MismatchLevel(enum.Enum):
+    """Whose ratio is bounded."""
+
+    token = "token"
+    sequence = "sequence"  # the product over the response's tokens
+    geometric = "geometric"  # its geometric mean over them

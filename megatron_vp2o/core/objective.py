@@ -29,6 +29,7 @@ class PolicyInputs:
     # Of the distribution that each token came from; with gradient for an entropy bonus.
     entropy_NS: Tensor | None = None
     selected_NS: Tensor | None = None  # bool: tokens that Clip-Cov and KL-Cov treat apart
+    weight_NS: Tensor | None = None  # of each token's surrogate, without gradient (core/mismatch.py)
 
 
 PolicyObjective = Callable[[PolicyInputs], tuple[Tensor, dict[str, Tensor]]]
@@ -74,6 +75,8 @@ class RatioObjective:
         # A token that does not count gets ratio 1 here, before anything can overflow: its gradient is 0, not 0 * inf.
         log_ratio_NS = torch.where(mask_NS, logprobs_NS - inputs.behaviour_logprobs_NS.float(), 0.0)
         surrogate_NS, stopped_NS = self.surrogate(log_ratio_NS.clamp(max=MAX_LOG_RATIO), advantages_NS, inputs)
+        if inputs.weight_NS is not None:
+            surrogate_NS = inputs.weight_NS.detach() * surrogate_NS
         loss = -_masked_sum(surrogate_NS, mask_NS)
 
         with torch.no_grad():

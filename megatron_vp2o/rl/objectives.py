@@ -25,6 +25,7 @@ from megatron_vp2o.rl.types import TrainBatch
 BEHAVIOUR = "behaviour_logprobs"  # [N, S], required
 ADVANTAGES = "advantages"  # [N], required
 REFERENCE = "reference_logprobs"  # [N, S], optional
+WEIGHT = "weight"  # [N, S], optional: of each token's surrogate, for an engine that disagrees with the trainer
 SELECTED = "selected_tokens"  # [N, S] bool, for Clip-Cov and KL-Cov
 ENGINE = "engine_logprobs"  # [N, S], optional: the engine's log-probabilities under the weights that are being trained
 
@@ -69,6 +70,7 @@ class OnRollouts:
                 reference_logprobs_NS=batch.extras.get(REFERENCE),
                 entropy_NS=entropy_NS,
                 selected_NS=batch.extras.get(SELECTED),
+                weight_NS=batch.extras.get(WEIGHT),
             )
         )
         if ENGINE in batch.extras:

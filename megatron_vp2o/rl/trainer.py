@@ -22,7 +22,8 @@ from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper
 from megatron_vp2o.rl.evaluate import evaluate_splits
 from megatron_vp2o.rl.grading import grade
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
-from megatron_vp2o.rl.objectives import ENGINE, REFERENCE, SELECTED
+from megatron_vp2o.rl.mismatch import MismatchControl, Recomputed
+from megatron_vp2o.rl.objectives import BEHAVIOUR, ENGINE, REFERENCE, SELECTED, WEIGHT
 from megatron_vp2o.rl.refresh import RefreshPolicy
 from megatron_vp2o.rl.rewards import Earned, RewardShaping
 from megatron_vp2o.rl.samples import SampleSink, samples_of
@@ -65,6 +66,7 @@ class RLTrainer(TrainingLoop):
         stepper: Stepper | None = None,
         meter: BudgetMeter | None = None,
         samples: SampleSink | None = None,
+        mismatch: MismatchControl | None = None,
     ) -> None:
         super().__init__(config, groups, sink, saver)
         assert isinstance(config.algorithm, GRPOConfig)
@@ -75,6 +77,7 @@ class RLTrainer(TrainingLoop):
         self.stepper: Stepper = stepper or PlainSteps(policy)
         self.meter = meter
         self.samples = samples
+        self.mismatch = mismatch
         self.rewards = RewardShaping(
             config.algorithm, task.tokenizer, config.reward, longest=config.rollout.sampling.max_new_tokens
         )
@@ -95,13 +98,14 @@ class RLTrainer(TrainingLoop):
             problems, rollouts = self._generate(step)
         with watch("reference"):
             reference_NS = self._score_reference(rollouts)
+            recomputed, differences = self._compare(rollouts)
         with watch("reward"):
             earned, metrics = self._grade(problems, rollouts, reference_NS)
         with watch("train"):
             self.stepper.observe_rollouts(rollouts)
-            batch = self._batch(rollouts, earned, reference_NS)
+            batch = self._batch(rollouts, earned, reference_NS, recomputed)
             updates = self._updates(batch, step)
-            metrics |= _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
+            metrics |= differences | _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
         self._count(metrics, watch)
         self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
         return metrics
@@ -138,6 +142,12 @@ class RLTrainer(TrainingLoop):
             return rollouts.model_logprobs_NS
         return None if self.reference is None else self.reference.log_probs(rollouts, self.sampling.temperature)
 
+    def _compare(self, rollouts: Rollouts) -> tuple[Recomputed | None, dict[str, float]]:
+        """The engine's log-probabilities against the trainer's, with the weights that the engine had."""
+        if self.mismatch is None:
+            return None, {}
+        return self.mismatch(rollouts, self.engine.log_probs(rollouts, self.sampling.temperature))
+
     def _grade(
         self, problems: list[Problem], rollouts: Rollouts, reference_NS: Tensor | None
     ) -> tuple[Earned, dict[str, float]]:
@@ -169,7 +179,9 @@ class RLTrainer(TrainingLoop):
             "rollout/tokens": total["tokens"],
         }
 
-    def _batch(self, rollouts: Rollouts, earned: Earned, reference_NS: Tensor | None) -> TrainBatch:
+    def _batch(
+        self, rollouts: Rollouts, earned: Earned, reference_NS: Tensor | None, recomputed: Recomputed | None
+    ) -> TrainBatch:
         """The rollouts to train on, with their advantages and what else the objective needs."""
         settings = self.settings
         keep_P = earned.signal_P if settings.filter_uniform_groups else torch.ones_like(earned.signal_P)
@@ -183,6 +195,10 @@ class RLTrainer(TrainingLoop):
             batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
         if reference_NS is not None:
             batch.extras[REFERENCE] = reference_NS[keep_N]
+        if recomputed is not None and recomputed.weight_NS is not None:
+            # The ratio is to the trainer's own log-probabilities then; what the engine's differ by is in the weights.
+            batch.extras[BEHAVIOUR] = recomputed.logprobs_NS[keep_N]
+            batch.extras[WEIGHT] = recomputed.weight_NS[keep_N]
         seed = self.config.seed + self.progress.step
         selected_NS = select_tokens(batch, settings, self.groups, row_N=batch.extras[ROW], seed=seed)
         if selected_NS is not None:

@@ -23,6 +23,7 @@ LEARNT = "training steps with a loss token"
 EVALUATION = "evaluations"
 END = "end of the run"
 REGION = "training steps with a loss token of runs with a trust region"
+MISMATCH = "training steps of runs that measure or correct it"
 BUDGET = "training steps with a loss token of runs with a budget"
 STEIN = "training steps with a token of runs with a Stein field, or that monitor one; means over layers"
 
@@ -188,6 +189,37 @@ SECTIONS: tuple[Section, ...] = (
                 NATS,
                 "largest |recomputed - rollout| log-probability under the same weights",
                 "training steps with a response",
+                REINFORCEMENT,
+            ),
+        ),
+    ),
+    Section(
+        "Mismatch of engine and trainer",
+        (
+            Metric(
+                "mismatch/logprob_mean",
+                NATS,
+                "|recomputed - rollout| log-probability under the same weights, mean over tokens",
+                MISMATCH,
+                REINFORCEMENT,
+            ),
+            Metric("mismatch/logprob_p99", NATS, "its 99 % quantile (at most 6 % too large)", MISMATCH, REINFORCEMENT),
+            Metric("mismatch/logprob_p999", NATS, "its 99.9 % quantile", MISMATCH, REINFORCEMENT),
+            Metric(
+                "mismatch/kl", NATS, "KL(engine || trainer), k3 estimate, mean over tokens", MISMATCH, REINFORCEMENT
+            ),
+            Metric(
+                "mismatch/weight",
+                NONE,
+                "weight of a token's surrogate for the mismatch, mean over tokens",
+                "training steps of runs with algorithm.mismatch.correction",
+                REINFORCEMENT,
+            ),
+            Metric(
+                "mismatch/cut",
+                FRACTION,
+                "tokens whose weight a bound truncated or set to 0",
+                "training steps of runs with algorithm.mismatch.correction",
                 REINFORCEMENT,
             ),
         ),
