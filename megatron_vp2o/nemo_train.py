@@ -6,6 +6,7 @@ import importlib.util
 import sys
 
 from megatron_vp2o.cli import USAGE_STATUS, main_with_config
+from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.train import run
 
 
@@ -19,6 +20,7 @@ def main() -> None:
         sys.exit(USAGE_STATUS)
     from nemo.core.config import hydra_runner
 
+    read_models_of_checkpoints()
     main_with_config(run, hydra_main=hydra_runner)
 
 

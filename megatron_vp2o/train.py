@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_vp2o.cli import main_with_config
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.status import PREEMPTED, STOPPED_FILE
+from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.rl import stop
 
 
@@ -46,6 +47,7 @@ def _prepare_for_signals() -> None:
 
 def main() -> None:
     """Entry point of the command line."""
+    read_models_of_checkpoints()
     main_with_config(run)
 
 

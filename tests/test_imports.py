@@ -39,7 +39,7 @@ BELOW: dict[str, set[str]] = {
     "rewards": {"config", "errors", "rl.types"},
     "tasks": {"data", "core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
-    "launch": {"config", "errors"},
+    "launch": {"config", "errors", "hf.reader"},
     "study": {
         "core",
         "tracking",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.errors import ConfigError, UserError
+from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.planning.estimate import Plan, plan, suggest
 from megatron_vp2o.planning.hardware import DEVICES, Assumptions, hardware_of
 from megatron_vp2o.planning.report import describe, layouts
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gpus, device = hardware_of(options.recipe)
         gpus, device = options.gpus or gpus, options.device or device
         assumed = Assumptions().override(options.assume)
+        read_models_of_checkpoints()
         config = compose(options.recipe, options.overrides)
         if options.suggest:
             found = suggest(config, gpus, device, vocab_size=options.vocab_size, assumed=assumed)

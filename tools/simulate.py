@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.errors import ConfigError, UserError
+from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.planning.estimate import check
 from megatron_vp2o.planning.hardware import Assumptions, hardware_of
 from megatron_vp2o.planning.workload import CHARACTERS, workload
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         gpus = hardware_of(options.recipe)[0] if options.gpus is None else options.gpus
+        read_models_of_checkpoints()
         config = compose(options.recipe, options.overrides)
         check(config, gpus)
         ranks = sorted(set(options.rank or (0, gpus // 2, gpus - 1)))

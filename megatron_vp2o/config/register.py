@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from megatron_vp2o.config import schema
 from megatron_vp2o.config.rows import RowsTaskConfig
@@ -19,6 +20,9 @@ from megatron_vp2o.config.written import WrittenFiles
 
 #: Folder in recipes/ of those that nobody has run: for hardware that we did not have.
 PLANNED = "planned"
+
+#: The resolver behind `model=checkpoint` (conf/model/checkpoint.yaml), which hf/reader.py puts in its place.
+CHECKPOINT = "checkpoint"
 
 # group -> choice -> dataclass. These choices are the dataclasses as they stand; conf/GROUP/*.yaml are deltas on them.
 GROUPS: dict[str, dict[str, Any]] = {
@@ -106,3 +110,12 @@ def register() -> None:
     SourcesRegistry.instance().types["file"] = WrittenFiles
     OmegaConf.register_new_resolver("vp2o_recipes", recipe_list, replace=True)
     OmegaConf.register_new_resolver("vp2o_groups", _group_list, replace=True)
+    if not OmegaConf.has_resolver(CHECKPOINT):
+        OmegaConf.register_new_resolver(CHECKPOINT, _no_reader)
+
+
+def _no_reader(name: str, init_from: str | None) -> Any:
+    raise InterpolationResolutionError(
+        "model=checkpoint needs a program that reads checkpoints: call megatron_vp2o.hf.reader.read_models_of_checkpoints() "
+        "before composing a configuration"
+    )

@@ -3,12 +3,16 @@ model that was trained from scratch. Plain data; no Megatron."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from megatron_vp2o.config.export import PLAIN, without_family
+from megatron_vp2o.config.export import PLAIN, hf_source, plain, without_family
 from megatron_vp2o.config.schema import ModelConfig, Precision
+from megatron_vp2o.config.store import CONFIG_FILE, load_config
 from megatron_vp2o.errors import CheckpointError
+from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture
+from megatron_vp2o.hf.tensor_files import config_of
 
 # Settings of the model that a checkpoint's manifest compares with a run's; they are TransformerConfig's names, too.
 _DEFAULTS = {
@@ -31,6 +35,22 @@ _SHARED = (
     "moe_ffn_hidden_size",
     "moe_router_pre_softmax",
 )
+OF_THE_CHECKPOINT = (
+    *_SHARED,
+    *_DEFAULTS,
+    *LATER,
+    "rotary_base",
+    "share_embeddings_and_output_weights",
+    "vocab_size",
+    "window_attn_skip_freq",
+    "activation_func",
+    "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+)
+"""All settings of a model that its checkpoint decides; `model=checkpoint` takes them from there."""
 
 
 def manifest_model(model: Architecture) -> dict[str, Any]:
@@ -67,6 +87,28 @@ def run_settings(model: Architecture) -> dict[str, Any]:
         settings["activation_func"] = model.settings["activation_func"]
     yarn = {name: value for name, value in model.embedding.items() if name.startswith("yarn_") and value is not None}
     return settings | yarn
+
+
+def model_settings(start: Path) -> dict[str, Any]:
+    """The `model.*` settings that a start (`init_from`) has: a Hugging Face folder, a converted checkpoint, a run or its
+    checkpoint.
+
+    Raises:
+        CheckpointError: there is nothing that says them, it is damaged, or runs here cannot train the model.
+        ConfigError: the configuration of the run that it is cannot be read.
+    """
+    if not start.exists():
+        raise CheckpointError(f"init_from={start} does not exist: run what makes it first, or correct the path")
+    source = hf_source(start)
+    if source is not None:
+        return run_settings(architecture(config_of(source)))
+    run = next((folder for folder in (start, start.parent.parent) if (folder / CONFIG_FILE).is_file()), None)
+    if run is None:
+        raise CheckpointError(
+            f"init_from={start} has no config.json that tells its model: name the folder of a Hugging Face checkpoint or of a "
+            "run, or choose another model"
+        )
+    return {name: plain(value) for name, value in vars(load_config(run).model).items() if name in OF_THE_CHECKPOINT}
 
 
 def _every(windowed: list[int] | None) -> int | None:

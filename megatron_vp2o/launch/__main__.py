@@ -10,6 +10,7 @@ from typing import NoReturn
 from megatron_vp2o.config.reference import field_docstrings
 from megatron_vp2o.config.register import recipe_list
 from megatron_vp2o.errors import ConfigError, UserError
+from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.launch.checks import check
 from megatron_vp2o.launch.jobs import make_jobs, world_size
 from megatron_vp2o.launch.request import read
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.help:
             print(_help())
             return 0
+        read_models_of_checkpoints()
         request = read(options.config_name, options.config_dir, options.overrides)
         check(request.executor, submit=not options.dryrun)
         jobs = make_jobs(request)

@@ -205,7 +205,7 @@ def test_a_run_starts_from_a_hugging_face_folder_and_gives_it_back(tmp_path: Pat
     dtype, and the two ways of exporting give the same folder."""
     source, run = tmp_path / "hf", tmp_path / "run"
     reference = _hf_folder(source, "gpt_oss")
-    job = [*ONE_STEP, *_overrides(source), f"init_from={source}", EXPORT, "algorithm.data.pack=false"]
+    job = [*ONE_STEP, "model=checkpoint", f"init_from={source}", EXPORT, "algorithm.data.pack=false"]
     said = train("countdown_tiny_supervised", run, *job)
     assert "logits of 96 random tokens differ from transformers' by at most" in said
     assert f"task.tokenizer={source}" in said
@@ -225,9 +225,10 @@ def test_a_folder_of_another_model_is_one_clear_error(tmp_path: Path) -> None:
     source = tmp_path / "hf"
     _hf_folder(source, "qwen3_moe")
     settings = [word for word in _overrides(source) if not word.startswith("model.hidden_size")]
-    said = train("countdown_tiny_supervised", tmp_path / "run", *ONE_STEP, *settings, f"init_from={source}", status=2)
-    assert "is of another model" in said and "set model.hidden_size=32" in said and "Traceback" not in said
-    assert not (tmp_path / "run").exists()
+    for other in (settings, ["model=checkpoint", "model.hidden_size=64"]):
+        said = train("countdown_tiny_supervised", tmp_path / "run", *ONE_STEP, *other, f"init_from={source}", status=2)
+        assert "is of another model" in said and "set model.hidden_size=32" in said and "Traceback" not in said
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_no_family_has_is_refused_before_the_run(tmp_path: Path) -> None:
