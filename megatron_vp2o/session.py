@@ -50,6 +50,7 @@ from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, first_rank_says  # noqa: E402
 from megatron_vp2o.rewards import open_reward  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
+from megatron_vp2o.rl.drift import SampledDrift  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
 from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, Transform, no_transform  # noqa: E402
 from megatron_vp2o.rl.mismatch import MismatchControl  # noqa: E402
@@ -164,7 +165,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer, observe=_observed(config))
     region = None
     if isinstance(algorithm, VP2OConfig) and bounded and hook is not None:
-        region = TrustRegion(policy, hook, algorithm.trust_region)
+        region = TrustRegion(policy, hook, algorithm.trust_region, _drift(algorithm, policy, groups))
         # All of a rollout batch's contexts, so that each of its optimizer steps finds enough among its own sequences.
         updates = algorithm.minibatches * algorithm.epochs
         engine.log_gates(LOGGED_PER_CONTEXT * updates * algorithm.trust_region.contexts_per_rank)
@@ -181,6 +182,12 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     sink = RunSink(config, as_plain(config), rank=groups.rank)
     samples = RunSamples(config.logging, config.run_dir, groups.rank)
     return Run(config, task, tokenizer, groups, sink, samples, policy, engine, saver, hook, region)
+
+
+def _drift(algorithm: VP2OConfig, policy: MegatronPolicy, groups: Groups) -> SampledDrift | None:
+    """What measures the policy's drift; None where nothing is to be scored for it."""
+    share = algorithm.trust_region.drift_share
+    return SampledDrift(policy, groups, share=share, micro_batch_size=algorithm.micro_batch_size) if share else None
 
 
 def _observed(config: TrainConfig) -> bool:

@@ -499,6 +499,15 @@ class TrustRegionConfig:
     """off | monitor | enforce."""
     delta: Annotated[float, Range(1e-9, 1000)] = 0.1
     """Largest mean distance between the learner's barycenters and the anchor's; barycenters have at most unit length."""
+    delta_nats: Annotated[Optional[float], Range(1e-9, 1000)] = None
+    """Learn delta from the run: from pairs of distance and policy drift of its steps, so that a step at the bound costs this
+    many nats a response token; `delta` is then what counts until there are enough pairs. null: delta stays as it is."""
+    max_policy_drift: Annotated[Optional[float], Range(1e-9, 1000)] = None
+    """Largest mean |log pi - log pi_actor| of a response token after a step, in nats. A step beyond it is halved or rejected
+    like one beyond delta. null: the policy's drift is recorded, and no part of the verdict. This project's, not the paper's."""
+    drift_share: Annotated[float, Range(1e-6, 1, also=(0,))] = 0.0625
+    """Share of an optimizer step's rows, over all ranks, that are scored again after the step, to measure the policy's drift.
+    0: none, and nothing is known of it."""
     contexts_per_rank: Annotated[int, Range(1, 10**6)] = 1024
     """Response tokens of an optimizer step at which the distance is taken, on each rank and in each layer."""
     max_backtracks: Annotated[int, Range(0, 100)] = 3

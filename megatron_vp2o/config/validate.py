@@ -457,6 +457,12 @@ def _control(algorithm: VP2OConfig) -> Iterator[str]:
             f"algorithm.trust_region.delta={region.delta} can never be exceeded, because barycenters have at most unit length: "
             "choose less than 2 or algorithm.trust_region.mode=monitor"
         )
+    for name in ("delta_nats", "max_policy_drift"):
+        if getattr(region, name) is not None and not region.drift_share:
+            yield (
+                f"algorithm.trust_region.{name}={getattr(region, name)} needs the policy's drift, and "
+                "algorithm.trust_region.drift_share=0 measures none: choose a share above 0, or null"
+            )
     rows = algorithm.prompts_per_step * algorithm.group_size
     if budget.mode is ControlMode.enforce and budget.min_ess <= 1.0 / rows:
         yield (

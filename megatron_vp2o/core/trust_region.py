@@ -17,6 +17,7 @@ Shape legend: `...` any leading dimensions (layers), T contexts, E experts, K ex
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,30 +155,44 @@ class Verdict:
 
 
 def verdict(
-    distance: float, delta: float, *, attempt: int, max_backtracks: int, shrink: float = 0.5, accept_all: bool = False
+    distance: float,
+    delta: float,
+    *,
+    attempt: int,
+    max_backtracks: int,
+    drift: float = 0.0,
+    max_drift: float = math.inf,
+    shrink: float = 0.5,
+    accept_all: bool = False,
 ) -> Verdict:
-    """Accept iff D <= delta, else try again with a step `shrink` times as large, at most `max_backtracks` times.
+    """Accept iff D <= delta and the policy's drift <= max_drift, else try again with a step `shrink` times as large, at most
+    `max_backtracks` times.
 
-    A distance that is no number is never within the bound. Every rank that is given the same numbers says the same.
+    A distance or drift that is no number is never within the bound. Every rank that is given the same numbers says the same.
 
     Args:
         distance: D after this attempt.
         delta: bound, > 0.
+        drift: what the policy itself moved by at the step's own tokens, in nats; this project's, not the paper's.
+        max_drift: its bound, > 0; infinite where there is none, and then any drift is within it.
         attempt: how many attempts at this step came before.
         max_backtracks: how many smaller steps may be tried; 0 rejects at once.
         shrink: in (0, 1).
         accept_all: observe only (`monitor`): the outcome is always accept.
 
     Raises:
-        ValueError: for a delta that is not positive, an attempt outside 0..max_backtracks, or a shrink outside (0, 1).
+        ValueError: for a delta or max_drift that is not positive, an attempt outside 0..max_backtracks, or a shrink outside (0, 1).
     """
     if not delta > 0:
         raise ValueError(f"delta={delta}: no step can stay within it; choose a bound > 0")
     if not 0 <= attempt <= max_backtracks:
         raise ValueError(f"attempt={attempt}: with max_backtracks={max_backtracks} it is 0 to {max_backtracks}")
+    if not max_drift > 0:
+        raise ValueError(f"max_drift={max_drift}: no step can stay within it; choose a bound > 0")
     if not 0 < shrink < 1:
         raise ValueError(f"shrink={shrink}: choose a factor between 0 and 1")
-    if accept_all or distance <= delta:
+    within = distance <= delta and (drift <= max_drift or max_drift == math.inf)
+    if accept_all or within:
         return Verdict(Outcome.accept, distance, delta, attempt, shrink**attempt)
     if attempt < max_backtracks:
         return Verdict(Outcome.backtrack, distance, delta, attempt, shrink ** (attempt + 1))

@@ -22,8 +22,9 @@ from megatron_vp2o.rl.types import Objective, Policy, Rollouts, StepStats, Train
 class Stepper(Protocol):
     """Takes an optimizer step once gradients are ready."""
 
-    def begin(self) -> None:
-        """Before the forward pass of a step: everything that its passes and the transform move is to be remembered."""
+    def begin(self, batch: TrainBatch) -> None:
+        """Before the forward pass of a step on this batch: everything that its passes and the transform move is to be
+        remembered."""
 
     def step(self) -> StepStats: ...
 
@@ -58,7 +59,7 @@ class PlainSteps:
         self._carriers: tuple[Carrier, ...] = (policy, *carriers)
         self._carried: list[Any] = []
 
-    def begin(self) -> None:
+    def begin(self, batch: TrainBatch) -> None:
         self._carried = [carrier.carry() for carrier in self._carriers]
 
     def step(self) -> StepStats:

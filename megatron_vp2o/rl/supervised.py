@@ -65,7 +65,7 @@ class SupervisedTrainer(TrainingLoop):
         """Forward, backward, transform, optimizer."""
         batch = next(self.batches)
         with watch("train"):
-            self.stepper.begin()
+            self.stepper.begin(batch)
             reduced = self.policy.forward_backward(batch, next_token, self.settings.micro_batch_size)
             transformed = self.transform()
             stats = self.stepper.step()

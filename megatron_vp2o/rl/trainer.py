@@ -30,6 +30,7 @@ from megatron_vp2o.rl.samples import SampleSink, samples_of
 from megatron_vp2o.rl.selection import select_tokens
 from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import (
+    ROW,
     Objective,
     Policy,
     Problem,
@@ -43,7 +44,6 @@ from megatron_vp2o.rl.types import (
 
 REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"  # keys of Progress.extra
 POSITION = "position"  # another one: prompts drawn
-ROW = "row"  # key of a batch's extras
 
 
 class RLTrainer(TrainingLoop):
@@ -228,7 +228,7 @@ class RLTrainer(TrainingLoop):
 
     def _update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows."""
-        self.stepper.begin()
+        self.stepper.begin(batch)
         metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
         metrics |= self.transform()
         stats = self.stepper.step()

@@ -136,6 +136,10 @@ GATE_ROW = "gate_row"
 """Key of a batch's extras: which logged sequence each row is, [N]."""
 
 
+ROW = "row"
+"""Key of a batch's extras: the number of each row among all data-parallel ranks' rollouts, int64 [N]."""
+
+
 @dataclass
 class LoggedGates:
     """The actor's gates at sampled contexts: those from which every `stride`-th response token was drawn."""
@@ -271,4 +275,17 @@ class Policy(Protocol):
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
         """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
+        ...
+
+
+class PolicyDrift(Protocol):
+    """How far the policy itself has moved from the actors', at a step's own tokens."""
+
+    def observe(self, batch: TrainBatch) -> None:
+        """This is what the coming step trains on. Collective."""
+        ...
+
+    def measure(self) -> float:
+        """Mean |log pi - log pi_actor| of a response token under the weights as they are now, in nats. Collective over all
+        ranks, which get the same number. It changes nothing."""
         ...

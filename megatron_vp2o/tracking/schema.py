@@ -341,6 +341,23 @@ SECTIONS: tuple[Section, ...] = (
             Metric("trust_region/distance_prototypes", NONE, "its part from the prototypes", REGION, VP2O),
             Metric("trust_region/distance_layer_max", NONE, "D of the layer with the largest", REGION, VP2O),
             Metric("trust_region/proposed", NONE, "D of the step as the optimizer proposed it", REGION, VP2O),
+            Metric(
+                "trust_region/delta", NONE, "bound of D in force: the setting, or learnt from the run", REGION, VP2O
+            ),
+            Metric(
+                "trust_region/policy_drift",
+                NATS,
+                "mean |log pi - log pi_actor| of a response token after the step, on a share of its rows",
+                REGION,
+                VP2O,
+            ),
+            Metric(
+                "trust_region/policy_drift_proposed",
+                NATS,
+                "the same of the step as the optimizer proposed it",
+                REGION,
+                VP2O,
+            ),
             Metric("trust_region/halvings", COUNT, "how often an update was halved, mean", REGION, VP2O),
             Metric("trust_region/halved", COUNT, "updates taken after halving so far", REGION, VP2O),
             Metric("trust_region/rejected", COUNT, "updates taken back so far", REGION, VP2O),

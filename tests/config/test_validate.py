@@ -291,6 +291,16 @@ VP2O_RULES = [
         {"algorithm.trust_region.delta": 1.9},
     ),
     (
+        {"algorithm.trust_region.drift_share": 0.0, "algorithm.trust_region.max_policy_drift": 0.3},
+        ["max_policy_drift=0.3", "drift_share=0", "above 0, or null"],
+        {"algorithm.trust_region.max_policy_drift": None},
+    ),
+    (
+        {"algorithm.trust_region.drift_share": 0.0, "algorithm.trust_region.delta_nats": 0.05},
+        ["delta_nats=0.05", "drift_share=0", "above 0, or null"],
+        {"algorithm.trust_region.drift_share": 0.1},
+    ),
+    (
         {"algorithm.budget.min_ess": 1 / 512},
         ["min_ess=0.00195", "256 rollouts", "at least 0.00391"],
         {"algorithm.budget.min_ess": 0.01},

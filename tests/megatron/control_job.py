@@ -43,8 +43,9 @@ class Learner:
         share = ROWS // self.groups.dp_size
         rows = range(self.groups.dp_rank * share, (self.groups.dp_rank + 1) * share)
         self.region.settings = replace(self.region.settings, delta=delta)
-        self.region.begin()
-        self.policy.forward_backward(global_batch(batch, rows), next_token, micro_batch_size=3)
+        part = global_batch(batch, rows)
+        self.region.begin(part)
+        self.policy.forward_backward(part, next_token, micro_batch_size=3)
         self.hook.transform()
         return self.region.step()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-EVENTS = ("taken", "rejected", "skipped", "empty", "no rows")
+EVENTS = ("taken", "rejected", "drifted", "skipped", "empty", "no rows")
+"""rejected: barycenters moved too far; drifted: the policy did."""
+REJECTED = ("rejected", "drifted")
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"distributed_optimizer": True}],
     2: [
@@ -30,7 +32,7 @@ def draw(seed: int, world_size: int) -> dict[str, Any]:
     rng = random.Random(seed)
     region = rng.choice(["off", "monitor", "enforce", "enforce"])
     sigmoid = rng.random() < 0.5
-    possible = [event for event in EVENTS if event != "rejected" or region == "enforce"]
+    possible = [event for event in EVENTS if event not in REJECTED or region == "enforce"]
     events = ["taken", "taken", rng.choice(possible[1:]), *rng.choices(possible, k=3)]
     rng.shuffle(events)
     return {

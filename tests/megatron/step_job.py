@@ -19,8 +19,9 @@ from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
 from megatron_vp2o.rl.batching import rows_of
 from megatron_vp2o.rl.control import PlainSteps, Stepper
-from megatron_vp2o.rl.objectives import next_token
-from megatron_vp2o.rl.types import TrainBatch
+from megatron_vp2o.rl.drift import SampledDrift
+from megatron_vp2o.rl.objectives import BEHAVIOUR, next_token
+from megatron_vp2o.rl.types import ROW, TrainBatch
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
 WIDE, NARROW = 1.9, 1e-12
@@ -72,13 +73,19 @@ class Learner:
             bounds = TrustRegionConfig(
                 mode=ControlMode[case["region"]], contexts_per_rank=16, snapshot_on_host=case["on_host"]
             )
-            self.stepper = self.region = TrustRegion(self.policy, self.hook, bounds)
+            drift = SampledDrift(self.policy, self.groups, share=0.3, micro_batch_size=2)
+            self.stepper = self.region = TrustRegion(self.policy, self.hook, bounds, drift)
             self.region.set_anchor()
 
     def step(self, number: int, event: str) -> str:
         """One step, and what became of it."""
         share = ROWS // self.groups.dp_size
-        batch = global_batch(number, range(self.groups.dp_rank * share, (self.groups.dp_rank + 1) * share))
+        rows = range(self.groups.dp_rank * share, (self.groups.dp_rank + 1) * share)
+        batch = global_batch(number, rows)
+        batch.extras[ROW] = torch.tensor(rows)
+        batch.extras[BEHAVIOUR] = -3 * torch.rand(
+            batch.tokens_NS.shape, generator=torch.Generator().manual_seed(number)
+        )
         if event == "no rows":
             batch = rows_of(batch, torch.arange(0))
         elif event == "empty":
@@ -92,8 +99,9 @@ class Learner:
 
         if self.region is not None:
             delta = NARROW if event == "rejected" else WIDE
-            self.region.settings = replace(self.region.settings, delta=delta)
-        self.stepper.begin()
+            most = NARROW if event == "drifted" else None
+            self.region.settings = replace(self.region.settings, delta=delta, max_policy_drift=most)
+        self.stepper.begin(batch)
         self.policy.forward_backward(batch, objective, micro_batch_size=3)
         self.transform()
         stats = self.stepper.step()

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import ControlMode, SteinConfig, TrustRegionConfig
+from megatron_vp2o.core.calibration import MIN_PAIRS
 from megatron_vp2o.parallel.groups import Groups
-from megatron_vp2o.rl.objectives import next_token
+from megatron_vp2o.rl.drift import SampledDrift
+from megatron_vp2o.rl.objectives import BEHAVIOUR, next_token
+from megatron_vp2o.rl.types import ROW
 from tests.megatron.control_job import MegatronEngine, MegatronPolicy, SteinHook, TrustRegion, world
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
@@ -48,10 +52,12 @@ class Learner:
         )
 
     def step(self, batch: int, delta: float) -> dict[str, float]:
+        rows = global_batch(batch, range(ROWS))
+        rows.extras |= {ROW: torch.arange(ROWS), BEHAVIOUR: -3 * torch.ones(rows.tokens_NS.shape)}
         if self.region is not None:
             self.region.settings = replace(self.region.settings, delta=delta)
-            self.region.begin()
-        metrics = self.policy.forward_backward(global_batch(batch, range(ROWS)), next_token, micro_batch_size=3)
+            self.region.begin(rows)
+        metrics = self.policy.forward_backward(rows, next_token, micro_batch_size=3)
         if self.observe:
             metrics |= self.hook.transform()
         stats = self.policy.optimizer_step() if self.region is None else self.region.step()
@@ -125,3 +131,35 @@ def test_prototypes_may_be_wanted_by_less_or_more_than_the_checkpoint_has(groups
                 other.region.set_anchor()
             moved = other.step(1, ACCEPT)
             assert all(value == value for value in moved.values())
+
+
+def test_what_was_learnt_of_delta_goes_on(groups: Groups, tmp_path: Path) -> None:
+    """With delta_nats the bound is that of the pairs seen so far, and the same after a stop and a start."""
+
+    def learner() -> Learner:
+        one = Learner(groups, tmp_path / "checkpoints", observe=True, bounded=True, interval=1)
+        assert one.region is not None
+        one.region.drift = SampledDrift(one.policy, groups, share=0.5, micro_batch_size=4)
+        one.region.settings = replace(one.region.settings, delta_nats=0.05)
+        return one
+
+    first = learner()
+    assert first.region is not None
+    first.region.set_anchor()
+    metrics = []
+    for batch in range(8):
+        if batch == MIN_PAIRS + 2:
+            path = first.saver.save(batch, {"actor_age": 1, "actor_version": 0})
+        metrics.append(first.step(batch, ACCEPT))
+    deltas = [one["trust_region/delta"] for one in metrics]
+    assert deltas[:MIN_PAIRS] == [ACCEPT] * MIN_PAIRS and len(set(deltas[MIN_PAIRS:])) == 8 - MIN_PAIRS
+    # the pairs of all steps, by numpy
+    pairs = [(one["trust_region/proposed"], one["trust_region/policy_drift_proposed"]) for one in metrics]
+    distance, drift = np.array(pairs[:-1]).T
+    weight = 0.9 ** np.arange(len(distance))[::-1]
+    assert deltas[-1] == pytest.approx(0.05 * (weight * distance**2).sum() / (weight * distance * drift).sum())
+    resumed = learner()
+    resumed.saver.load(path)
+    for batch in range(MIN_PAIRS + 2, 8):
+        assert resumed.step(batch, ACCEPT) == metrics[batch]
+    assert different(resumed.state(), first.state()) == []

@@ -64,6 +64,8 @@ def draw(chance: random.Random, ranks: int) -> Draw:
         steps=steps,
         micro_batch_size=chance.choice([1, 2, 3, 7]),
         delta=chance.choice([1e-9, 1.9, 1.9]),
+        max_policy_drift=chance.choice([None, 1e-9, 900.0]),
+        drift_share=chance.choice([0.1, 0.5, 1.0]),
         stein={"eta": chance.choice([0.0, 0.05])},
         specialization=specialization,
         problems=chance.randint(1, 4),

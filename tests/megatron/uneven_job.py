@@ -38,9 +38,10 @@ from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
 from megatron_vp2o.rl.batching import policy_batch, rows_of  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
+from megatron_vp2o.rl.drift import SampledDrift  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
-from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
+from megatron_vp2o.rl.types import ROW, Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from tests.megatron.stein_job import whole_experts  # noqa: E402
 
@@ -59,6 +60,8 @@ class Draw:
         minibatches: of each row, the optimizer step that takes it.
         steps: optimizer steps.
         delta: of the trust region.
+        max_policy_drift: of the trust region, too.
+        drift_share: share of the rows that the policy's drift is measured on.
         stein: settings of the transform.
         problems: of the evaluation.
     """
@@ -70,6 +73,8 @@ class Draw:
     steps: int
     micro_batch_size: int
     delta: float
+    max_policy_drift: float | None
+    drift_share: float
     stein: dict[str, Any] = field(default_factory=dict)
     specialization: dict[str, Any] = field(default_factory=dict)
     problems: int = 3
@@ -95,7 +100,14 @@ def config_of(draw: Draw) -> TrainConfig:
             entropy_coef=0.01,
             stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **draw.stein}),
             specialization=SpecializationConfig(**draw.specialization),
-            trust_region=TrustRegionConfig(mode=ControlMode.enforce, delta=draw.delta, contexts_per_rank=10**5),
+            trust_region=TrustRegionConfig(
+                mode=ControlMode.enforce,
+                delta=draw.delta,
+                delta_nats=0.05 if draw.seed % 2 else None,
+                max_policy_drift=draw.max_policy_drift,
+                drift_share=draw.drift_share,
+                contexts_per_rank=10**5,
+            ),
             budget=BudgetConfig(mode=ControlMode.monitor),
         ),
         model=ModelConfig(
@@ -127,7 +139,8 @@ def _steps(draw: Draw) -> dict[str, Any]:
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=task.tokenizer.vocab_size, optimizer_steps=10)
     hook = SteinHook(policy.ddp, algorithm.stein, groups, optimizer=policy.optimizer)
-    region = TrustRegion(policy, hook, algorithm.trust_region)
+    drift = SampledDrift(policy, groups, share=draw.drift_share, micro_batch_size=draw.micro_batch_size)
+    region = TrustRegion(policy, hook, algorithm.trust_region, drift)
     engine = MegatronEngine(config, policy, eos_ids=(1,), pad_id=0)
     engine.log_gates(10**5)
     meter = BudgetMeter(algorithm.budget, groups)
@@ -166,7 +179,7 @@ def _steps(draw: Draw) -> dict[str, Any]:
 def _update(
     part: TrainBatch, draw: Draw, policy: MegatronPolicy, hook: SteinHook, region: TrustRegion, objective: Any
 ) -> dict[str, Any]:
-    region.begin()
+    region.begin(part)
     metrics = policy.forward_backward(part, objective, draw.micro_batch_size)
     metrics |= hook.transform()
     stats = region.step()
@@ -192,7 +205,9 @@ def _prompt(p: int) -> list[int]:
 def _batch(rollouts: Rollouts, row_N: torch.Tensor) -> TrainBatch:
     """All rows of this rank; advantages are any function of a row's number."""
     advantages_N = torch.sin(row_N.float() * 2.3)
-    return policy_batch(rollouts, advantages_N, torch.ones(len(row_N)).bool(), 1.0)
+    batch = policy_batch(rollouts, advantages_N, torch.ones(len(row_N)).bool(), 1.0)
+    batch.extras[ROW] = row_N
+    return batch
 
 
 def _fixed_batch() -> TrainBatch:

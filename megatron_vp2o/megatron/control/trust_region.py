@@ -9,6 +9,7 @@ Shape legend: L MoE layers of this pipeline stage, C contexts of this rank, E ex
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +19,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
+from megatron_vp2o.core.calibration import Calibration
 from megatron_vp2o.core.trust_region import Outcome, Verdict, consecutive_rejections, deviation, renormalised, verdict
 from megatron_vp2o.errors import ControlError
 from megatron_vp2o.megatron.control.snapshot import Snapshot
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
 from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
-from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats
+from megatron_vp2o.rl.types import LoggedGates, PolicyDrift, Rollouts, StepStats, TrainBatch
 
+DRIFT = "trust_region/policy_drift"
+_LEARNT = ("product", "square", "pairs")  # of the calibration
 _COUNTERS = ("consecutive_rejections", "steps_rejected", "steps_halved")
 
 
@@ -34,10 +38,18 @@ class TrustRegion:
 
     Args:
         hook: knows the layers and their prototypes; its transform need not be in use.
+        drift: measures what a step did to the policy itself, for the verdict and for delta; None where neither wants it.
     """
 
-    def __init__(self, policy: MegatronPolicy, hook: SteinHook, settings: TrustRegionConfig) -> None:
-        self.policy, self.hook, self.settings = policy, hook, settings
+    def __init__(
+        self,
+        policy: MegatronPolicy,
+        hook: SteinHook,
+        settings: TrustRegionConfig,
+        drift: PolicyDrift | None = None,
+    ) -> None:
+        self.policy, self.hook, self.settings, self.drift = policy, hook, settings, drift
+        self.calibration = Calibration()
         self.groups = policy.groups
         self.consecutive_rejections = 0
         self.steps_rejected = 0
@@ -80,14 +92,17 @@ class TrustRegion:
                 tree[key] = ShardedTensor.from_rank_offsets(key, value.detach(), replica_id=replica)
         return tree
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """Plain numbers that a resumed run needs."""
-        return {name: getattr(self, name) for name in _COUNTERS}
+        learnt = {name: getattr(self.calibration, name) for name in _LEARNT}
+        return {name: getattr(self, name) for name in _COUNTERS} | learnt
 
-    def load_state_dict(self, loaded: dict[str, Any], counters: dict[str, int]) -> None:
+    def load_state_dict(self, loaded: dict[str, Any], counters: dict[str, float]) -> None:
         """Take up what `sharded_state_dict(loading=True)` was filled with, and `counters`."""
         for name in _COUNTERS:
             setattr(self, name, counters[name])
+        # checkpoints from before there was a calibration have none of its numbers
+        self.calibration = Calibration(**{name: counters[name] for name in _LEARNT if name in counters})
         self._anchor = {}
         if not self.hook.layers:
             return
@@ -109,8 +124,10 @@ class TrustRegion:
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, batch: TrainBatch) -> None:
         """Before the forward pass: what the passes and the transform move must be put back if the step does not happen."""
+        if self.drift is not None:
+            self.drift.observe(batch)
         self._carried = self.policy.carry(), self.hook.carry()
 
     def _put_back(self) -> None:
@@ -134,40 +151,65 @@ class TrustRegion:
             return stats
         halvings = 0
         present = self.hook.carry()  # each attempt is measured from here, as if it had been the only one
-        metrics = first = self._measure()
+        metrics = first = self._look()
+        delta = (
+            self.delta
+        )  # one bound for all attempts at this step; what is learnt from it counts from the next one on
         decision = self._judge(metrics, 0)
         while before is not None and decision.outcome is Outcome.backtrack:
             halvings += 1
             before.halve()
             self._carried[0].halve()
             self.hook.put_back(present)
-            metrics = self._measure()
+            metrics = self._look()
             decision = self._judge(metrics, halvings)
         rejected = decision.outcome is Outcome.reject
         if before is not None and rejected:
             before.restore()
             self._put_back()
         self._drop_contexts()
-        self._count(rejected, halvings, first["trust_region/distance"])
         metrics |= {
+            "trust_region/delta": delta,
             "trust_region/proposed": first["trust_region/distance"],
             "trust_region/halvings": float(halvings),
+        }
+        if DRIFT in first:
+            metrics["trust_region/policy_drift_proposed"] = first[DRIFT]
+            self.calibration.observe(first["trust_region/distance"], first[DRIFT])
+        self._count(rejected, halvings, metrics)
+        metrics |= {
             "trust_region/halved": float(self.steps_halved),
             "trust_region/rejected": float(self.steps_rejected),
         }
         return replace(stats, metrics={**stats.metrics, **metrics}, rejected=rejected)
 
+    @property
+    def delta(self) -> float:
+        """The bound of D in force: the setting, or what the run has learnt."""
+        settings = self.settings
+        if settings.delta_nats is None:
+            return settings.delta
+        return self.calibration.delta(settings.delta_nats, settings.delta)
+
+    def _look(self) -> dict[str, float]:
+        """What an attempt at a step did: distances of barycenters, and where it is wanted the policy's drift. Collective."""
+        metrics = self._measure()
+        return metrics if self.drift is None else metrics | {DRIFT: self.drift.measure()}
+
     def _judge(self, metrics: dict[str, float], attempt: int) -> Verdict:
         settings = self.settings
+        most = settings.max_policy_drift
         return verdict(
             metrics["trust_region/distance"],
-            settings.delta,
+            self.delta,
             attempt=attempt,
             max_backtracks=settings.max_backtracks,
+            drift=metrics.get(DRIFT, 0.0),
+            max_drift=math.inf if most is None else most,
             accept_all=settings.mode is not ControlMode.enforce,
         )
 
-    def _count(self, rejected: bool, halvings: int, distance: float) -> None:
+    def _count(self, rejected: bool, halvings: int, metrics: dict[str, float]) -> None:
         self.steps_halved += halvings > 0 and not rejected
         self.steps_rejected += rejected
         outcome = Outcome.reject if rejected else Outcome.accept
@@ -175,10 +217,20 @@ class TrustRegion:
         limit = self.settings.max_consecutive_rejections
         if self.consecutive_rejections >= limit:
             raise ControlError(
-                f"{limit} steps in a row left the trust region: the last one moved the barycenters by D={distance:.4g} and "
-                f"algorithm.trust_region.delta={self.settings.delta:g}, even when halved {self.settings.max_backtracks} times; "
-                "lower optimizer.lr or raise delta (the last checkpoint is untouched)"
+                f"{limit} steps in a row left the trust region: the last one moved the barycenters by "
+                f"D={metrics['trust_region/proposed']:.4g} and algorithm.trust_region.delta={metrics['trust_region/delta']:g}"
+                f"{self._drift_said(metrics)}, even when halved {self.settings.max_backtracks} times; lower optimizer.lr or raise "
+                "what was exceeded (the last checkpoint is untouched)"
             )
+
+    def _drift_said(self, metrics: dict[str, float]) -> str:
+        if DRIFT not in metrics:
+            return ""
+        bound = self.settings.max_policy_drift
+        return (
+            f", and the policy by {metrics['trust_region/policy_drift_proposed']:.4g} nats a token and "
+            f"algorithm.trust_region.max_policy_drift={'null' if bound is None else f'{bound:g}'}"
+        )
 
     # --- the distance -------------------------------------------------------------------------------------------------
 
