@@ -73,6 +73,7 @@ EXPERTS = (
     Spec("trust_region/distance", "Distance of barycenters"),
     Spec("trust_region/distance_gates", "Its part from routers"),
     Spec("trust_region/distance_prototypes", "Its part from prototypes"),
+    Spec("trust_region/policy_drift", "Drift of the policy after the step"),
     Spec("trust_region/rejected", "Rejected steps", exact=True),
     Spec("budget/drift", "Drift"),
     Spec("budget/ess", "Effective sample size", zero=False),
