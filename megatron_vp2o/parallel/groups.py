@@ -97,6 +97,11 @@ def first_rank_says(value: T, group: dist.ProcessGroup) -> T:
     return box[0]
 
 
+def speaks_for_replica(groups: Groups) -> bool:
+    """Whether this is the rank on which `on_replica` makes its value."""
+    return (groups.tp.size() == 1 and groups.pp.size() == 1) or groups.is_data_source
+
+
 def on_replica(make: Callable[[], T], groups: Groups) -> T:
     """What `make` returns on the one rank that speaks for a data-parallel replica, on all ranks of that replica.
 
@@ -105,7 +110,7 @@ def on_replica(make: Callable[[], T], groups: Groups) -> T:
     """
     if groups.tp.size() == 1 and groups.pp.size() == 1:
         return make()
-    value: Any = make() if groups.is_data_source else None
+    value: Any = make() if speaks_for_replica(groups) else None
     if groups.tp.rank() == 0:
         value = first_rank_says(value, groups.pp)
     said: T = first_rank_says(value, groups.tp)

@@ -54,6 +54,11 @@ class ComposedReward:
         self.close()
 
     @property
+    def grades_elsewhere(self) -> bool:
+        """Whether worker processes do the work, and nothing of a user's runs in this one."""
+        return self._pool is not None and "own" not in self._here
+
+    @property
     def counts(self) -> Counts:
         """What happened to answers and workers so far."""
         return Counts() if self._pool is None else self._pool.counts

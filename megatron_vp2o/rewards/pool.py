@@ -41,6 +41,8 @@ MOST_IN_CHUNK = 64
 ATTEMPTS = 2
 """Workers that must die over an answer before the answer is held responsible."""
 MOST_FAILED_STARTS = 3
+CLOSING_S = 3.0
+"""Seconds that closing a pool waits for another thread that is grading with it."""
 PATIENCE = 20.0
 """Times its limit that an answer may take on the clock while its worker has not had that much processor time."""
 _BOOT = """\
@@ -164,8 +166,18 @@ class WorkerPool:
                 self._abandon()
 
     def close(self) -> None:
-        """End all processes. Again does nothing."""
+        """End all processes; a call of `grade` in another thread ends with an error. Again does nothing."""
         self._closed = True
+        grading = not self._lock.acquire(timeout=CLOSING_S)  # the other thread looks up within a second
+        try:
+            self._end()
+        finally:
+            if not grading:
+                self._lock.release()
+
+    # What follows runs in the caller's thread, with the lock held.
+
+    def _end(self) -> None:
         for worker in list(self._workers):
             self._forget(worker)
         if self._control is not None:
@@ -181,8 +193,6 @@ class WorkerPool:
                 self._nursery.wait()
             self._nursery = None
         self._selector.close()
-
-    # What follows runs in the caller's thread, with the lock held.
 
     def _start_nursery(self) -> None:
         ours, theirs = socket.socketpair()

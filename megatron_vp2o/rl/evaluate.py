@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_vp2o.config.schema import EvaluationConfig, TrainConfig
 from megatron_vp2o.core.evaluation import answer_entropy, coverage, pass_at_k
 from megatron_vp2o.parallel.groups import Groups, gather_objects, sum_scalars
-from megatron_vp2o.rl.grading import grade
-from megatron_vp2o.rl.types import Problem, RolloutEngine, Rollouts, SamplingParams, Split, Task
+from megatron_vp2o.rl.grading import Grading
+from megatron_vp2o.rl.types import Problem, RolloutEngine, Rollouts, SamplingParams, Split, Task, Verdict
 
 PROBLEMS_FILE = "problems_{split}.jsonl"
 """In the run folder after a run's last evaluation: one line a problem (`Tally`), for statistics over problems."""
@@ -92,11 +92,14 @@ def evaluate(
     problems = [task.problem(split, i) for i in range(groups.dp_rank, count, groups.dp_size)]
     prompts = [problem.prompt_tokens(task.tokenizer) for problem in problems]
     uids = [problem.uid for problem in problems]
-    greedy = engine.generate(prompts, uids, SamplingParams(0.0, 1.0, max_new_tokens, seed))
-    sampled = engine.generate(
-        prompts, uids, SamplingParams(settings.temperature, settings.top_p, max_new_tokens, seed), settings.samples
-    )
-    sums, own = _tally(task, problems, greedy, sampled, settings, groups)
+    with Grading(task, problems, 1, groups) as once, Grading(task, problems, settings.samples, groups) as often:
+        with once.beside(engine):
+            greedy = engine.generate(prompts, uids, SamplingParams(0.0, 1.0, max_new_tokens, seed))
+        sampling = SamplingParams(settings.temperature, settings.top_p, max_new_tokens, seed)
+        with often.beside(engine):
+            sampled = engine.generate(prompts, uids, sampling, settings.samples)
+        verdicts = (once.verdicts(greedy), often.verdicts(sampled))
+    sums, own = _tally(problems, sampled, verdicts, settings)
     sums = sum_scalars(sums, groups.dp)
     tallies = sorted((t for part in gather_objects(own, groups.dp) for t in part), key=lambda tally: tally.problem)
     solved, right = sums.pop("solved"), sums.pop("right")
@@ -111,20 +114,17 @@ def evaluate(
 
 
 def _tally(
-    task: Task,
     problems: Sequence[Problem],
-    greedy: Rollouts,
     sampled: Rollouts,
+    verdicts: tuple[list[list[Verdict]], list[list[Verdict]]],
     settings: EvaluationConfig,
-    groups: Groups,
 ) -> tuple[dict[str, float], list[Tally]]:
-    """Sums over this rank's problems, and what was found of each."""
+    """Sums over this rank's problems, and what was found of each; `verdicts` are those of the greedy and the sampled ones."""
     tallies: list[Tally] = []
     n = settings.samples
     keys = ["greedy_accuracy", *(f"pass@{k}" for k in settings.pass_at), "distinct", "coverage", "response_length"]
     sums = dict.fromkeys([*keys, "countable", "solved", "answer_entropy", "right", "tokens_of_right"], 0.0)
-    greedy_verdicts = grade(task, problems, greedy, 1, groups)
-    sampled_verdicts = grade(task, problems, sampled, n, groups)
+    greedy_verdicts, sampled_verdicts = verdicts
     for p, problem in enumerate(problems):
         sums["greedy_accuracy"] += greedy_verdicts[p][0].correct
         answers: Counter[Hashable] = Counter()

@@ -20,7 +20,7 @@ from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper
 from megatron_vp2o.rl.evaluate import evaluate_splits
-from megatron_vp2o.rl.grading import grade
+from megatron_vp2o.rl.grading import Grading
 from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
 from megatron_vp2o.rl.mismatch import MismatchControl, Recomputed
 from megatron_vp2o.rl.objectives import BEHAVIOUR, ENGINE, REFERENCE, SELECTED, WEIGHT
@@ -94,13 +94,16 @@ class RLTrainer(TrainingLoop):
         """One rollout batch and the optimizer steps on it."""
         with watch("sync"):
             self._refresh_actors()
-        with watch("rollout"):
-            problems, rollouts = self._generate(step)
-        with watch("reference"):
-            reference_NS = self._score_reference(rollouts)
-            recomputed, differences = self._compare(rollouts)
-        with watch("reward"):
-            earned, metrics = self._grade(problems, rollouts, reference_NS)
+        problems, uids = self.prompts(self.position(step))
+        with Grading(self.task, problems, self.settings.group_size, self.groups) as grading:
+            with watch("rollout"), grading.beside(self.engine):
+                rollouts = self._generate(problems, uids)
+            with watch("reference"):
+                reference_NS = self._score_reference(rollouts)
+                recomputed, differences = self._compare(rollouts)
+            with watch("reward"):
+                verdicts = grading.verdicts(rollouts)
+                earned, metrics = self._earned(problems, rollouts, verdicts, reference_NS)
         with watch("train"):
             self.stepper.observe_rollouts(rollouts)
             batch = self._batch(rollouts, earned, reference_NS, recomputed)
@@ -128,13 +131,12 @@ class RLTrainer(TrainingLoop):
         """Prompts drawn before this step. Kept in checkpoints, because a resumed run may take another number a step."""
         return int(self.progress.extra.get(POSITION, step * self.settings.prompts_per_step))
 
-    def _generate(self, step: int) -> tuple[list[Problem], Rollouts]:
-        problems, uids = self.prompts(self.position(step))
+    def _generate(self, problems: list[Problem], uids: list[int]) -> Rollouts:
         sampling = SamplingParams(
             self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
         )
         prompts = [problem.prompt_tokens(self.task.tokenizer) for problem in problems]
-        return problems, self.engine.generate(prompts, uids, sampling, self.settings.group_size)
+        return self.engine.generate(prompts, uids, sampling, self.settings.group_size)
 
     def _score_reference(self, rollouts: Rollouts) -> Tensor | None:
         """Log-probabilities of the rollouts' tokens under the reference [N, S]; None in a run without one."""
@@ -148,11 +150,14 @@ class RLTrainer(TrainingLoop):
             return None, {}
         return self.mismatch(rollouts, self.engine.log_probs(rollouts, self.sampling.temperature))
 
-    def _grade(
-        self, problems: list[Problem], rollouts: Rollouts, reference_NS: Tensor | None
+    def _earned(
+        self,
+        problems: list[Problem],
+        rollouts: Rollouts,
+        verdicts: list[list[Verdict]],
+        reference_NS: Tensor | None,
     ) -> tuple[Earned, dict[str, float]]:
         """What the rollouts earned, and what that and their lengths say of the batch."""
-        verdicts = grade(self.task, problems, rollouts, self.settings.group_size, self.groups)
         earned = self.rewards(verdicts, rollouts, reference_NS)
         self._show(problems, rollouts, verdicts, earned)
         metrics = earned.metrics(self.groups)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,6 +107,8 @@ class Task(Protocol):
     name: str
     tokenizer: Tokenizer
     max_prompt_tokens: int  # bound over all problems of all splits
+    grades_elsewhere: bool
+    """Whether `verify_all` waits for other processes, so that a second thread may call it while this process generates."""
 
     def size(self, split: Split) -> int: ...
     def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
@@ -187,6 +189,19 @@ class Rollouts:
     def response(self, n: int) -> list[int]:
         """Response token ids of sequence n, end-of-sequence included."""
         return self.tokens_NS[n, int(self.prompt_len_N[n]) : int(self.total_len_N[n])].tolist()
+
+
+HandOver = Callable[[Sequence[int], Sequence[list[int]]], None]
+"""Takes responses that are complete: their rows among all sequences of one call of `generate`, and their token ids."""
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A rollout engine that hands responses over while it generates others."""
+
+    def handing_over(self, take: HandOver) -> AbstractContextManager[None]:
+        """Inside, `generate` hands every response to `take`, once, as soon as it is complete. Ranks may differ in this."""
+        ...
 
 
 class RolloutEngine(Protocol):

@@ -115,6 +115,7 @@ class PooledTask(ABC):
     name: str
     tokenizer: Tokenizer
     max_prompt_tokens: int
+    grades_elsewhere = False
 
     def __init__(self, name: str, pool: dict[Split, tuple[Draw, ...]], tokenizer: str | None = None) -> None:
         self.name = name

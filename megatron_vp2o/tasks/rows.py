@@ -47,6 +47,7 @@ class RowsTask:
             DataError: a file that cannot be read, or rows that cannot be used where they are not to be skipped.
         """
         self.config, self.reward, self._progress = config, reward, progress
+        self.grades_elsewhere: bool = getattr(reward, "grades_elsewhere", False)
         self.tokenizer: Tokenizer = CharTokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
         self.writer = PromptWriter(self.tokenizer, config)
         limits = [limit for limit in (config.max_prompt_tokens, room) if limit is not None]

@@ -82,7 +82,7 @@ def test_recipe_is_valid(name, tmp_path, monkeypatch):
             Path(name_of_file).touch()
         config.algorithm.data.path = "text"
     if config.task.tokenizer is not None:
-        Path(config.task.tokenizer).mkdir(parents=True)
+        Path(config.task.tokenizer).mkdir(parents=True, exist_ok=True)  # a Hugging Face folder is both
     validate(config, world_size(name))
     assert (config.name, config.run_dir) == (name, f"runs/{name}")
 
@@ -95,6 +95,12 @@ def test_large_twins_are_there():
     sizes = {match.groups() for match in matches if match}
     models = ("33b_a4b", "qwen3_30b_a3b", "gpt_oss_20b", "mixtral_8x7b")
     assert sizes == {(model, length) for model in models for length in ("8k", "16k")}
+    for model in ("33b_a4b", "qwen3_30b_a3b"):
+        for kind in ("math", "code", "instructions"):
+            for length in ("8k", "16k"):
+                config = compose(f"vp2o_{model}_{kind}_{length}_64xh100")
+                assert config.task.name == "rows" and set(config.reward.active()) == {kind}
+                assert config.rollout.sampling.max_new_tokens == {"8k": 8192, "16k": 16384}[length]
 
 
 @pytest.mark.parametrize("name", LARGE_TWINS)

@@ -115,6 +115,35 @@ def test_small_batches_give_the_same_sequences(engine, monkeypatch, limit):
     assert max(rows) <= limit and (limit > 16 or max(rows) > limit // 2)
 
 
+@pytest.mark.parametrize(("limit", "size"), [(1024, 8), (16, 8), (5, 8), (3, 1)])
+def test_every_response_is_handed_over_once_when_it_is_complete(engine, monkeypatch, limit, size):
+    """And decoding goes on: all but the last of those that leave a batch are handed over before it ends."""
+    monkeypatch.setattr(engine, "max_batch_size", limit)
+    sampling = SamplingParams(1.0, 1.0, 12, seed=11)
+    handed: dict[int, list[int]] = {}
+    calls = []
+    forward = engine._forward
+
+    def take(rows, responses):
+        assert not handed.keys() & set(rows)
+        handed.update(zip(rows, responses, strict=True))
+        calls.append("take")
+
+    def counted(*arguments):
+        calls.append("forward")
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine, "_forward", counted)
+    with engine.handing_over(take):
+        rollouts = engine.generate(PROMPTS, range(4), sampling, group_size=size)
+    assert [handed[n] for n in range(4 * size)] == [rollouts.response(n) for n in range(4 * size)]
+    assert calls[-1] == "take"
+    assert "forward" in calls[calls.index("take") :]
+    plain = engine.generate(PROMPTS, range(4), sampling, group_size=size)
+    assert len(handed) == 4 * size and torch.equal(plain.tokens_NS, rollouts.tokens_NS)
+    assert torch.equal(plain.logprobs_NS, rollouts.logprobs_NS)
+
+
 def test_stops_at_end_of_sequence_and_at_the_limit(engine):
     rollouts = engine.generate(PROMPTS, range(4), SamplingParams(1.0, 1.0, 12, seed=11), group_size=64)
     ended = 0

@@ -420,6 +420,7 @@ def test_the_position_survives_another_batch_size(tmp_path: Path, tokenizer: str
 
 
 DAMAGES = int(os.environ.get("VP2O_DAMAGED_FILES", "40"))
+DAMAGE_SEED = int(os.environ.get("VP2O_DAMAGED_SEED", "0"))
 
 
 def _damaged(random: Random, folder: Path, number: int) -> Path:
@@ -470,8 +471,8 @@ def _damage_value(random: Random, value: Any) -> None:
 
 
 def test_damaged_files_are_a_clear_error_or_counted_skips(tmp_path: Path, tokenizer: str) -> None:
-    """VP2O_DAMAGED_FILES files (seed 0): nothing but a UserError that names the file, or rows that are all there."""
-    random = Random(0)
+    """VP2O_DAMAGED_FILES files (VP2O_DAMAGED_SEED): nothing but a UserError that names the file, or rows that are all there."""
+    random = Random(DAMAGE_SEED)
     outcomes: Counter[str] = Counter()
     for number in range(DAMAGES):
         path = _damaged(random, tmp_path, number)

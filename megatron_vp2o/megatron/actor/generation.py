@@ -29,7 +29,7 @@ from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
-from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams, TrainBatch
+from megatron_vp2o.rl.types import HandOver, LoggedGates, Rollouts, SamplingParams, TrainBatch
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
 
 COMPACT_BELOW = 0.75
@@ -65,6 +65,7 @@ class MegatronEngine:
         self._lockstep = shared and self.groups.dp_size > 1
         self._layers = moe_layers(self.actor)
         self._logged_contexts = 0
+        self._take: HandOver | None = None
         # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.
         self._ask_every = 8 if self.groups.device.type == "cuda" else 1
 
@@ -164,6 +165,26 @@ class MegatronEngine:
     def _tensors(self) -> list[Tensor]:
         return weight_tensors(self.actor)
 
+    @contextmanager
+    def handing_over(self, take: HandOver) -> Iterator[None]:
+        """See `rl.types.HandsOver`: a response is handed over when its sequence leaves the batch."""
+        self._take = take
+        try:
+            yield
+        finally:
+            self._take = None
+
+    def _hand_over(self, first: int, row_R: Tensor, tokens_NS: Tensor, prompt_len_N: Tensor, length_N: Tensor) -> None:
+        """Responses of the rows `row_R` of a batch whose rows are those from `first` on."""
+        if self._take is None or not len(row_R):
+            return
+        rows, starts, ends = (column.tolist() for column in (row_R, prompt_len_N[row_R], length_N[row_R]))
+        texts = tokens_NS[row_R].tolist()
+        self._take(
+            [first + row for row in rows],
+            [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)],
+        )
+
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
@@ -186,7 +207,8 @@ class MegatronEngine:
         parts, logged = [], []
         for chosen, members in batches:
             firsts = [uid * group_size for uid in uids[chosen]]
-            part, part_gates = self._generate_batch(prompts[chosen], firsts, sampling, members, width, stride)
+            first = sum(len(part[0]) for part in parts)
+            part, part_gates = self._generate_batch(prompts[chosen], firsts, sampling, members, width, stride, first)
             if prompts[chosen]:
                 parts.append(part)
                 logged.append(part_gates)
@@ -223,12 +245,14 @@ class MegatronEngine:
         members: range,
         width: int,
         stride: int,
+        first: int,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """One batch from prefill to the last end-of-sequence. An empty one decodes a dummy, to keep step with other ranks.
 
         Args:
             firsts: identity of the first sequence of each prompt's group.
             members: which sequences of each group.
+            first: row of its first sequence among those of the call.
 
         Returns the columns of `Rollouts`, and the gates at every `stride`-th context, [L, N, J, E] (empty for stride 0).
         """
@@ -287,9 +311,12 @@ class MegatronEngine:
                 if not (any_rank(live > 0, self.groups.dp) if self._lockstep else live):
                     break
                 if 0 < live < COMPACT_BELOW * len(row_R):
+                    self._hand_over(first, row_R[~keep_R], tokens_NS, prompt_len_N, length_N)
                     kept_R = keep_R.nonzero().squeeze(1)
                     row_R = row_R[kept_R]
                     cache.select(kept_R)
+        if not dummy:
+            self._hand_over(first, row_R, tokens_NS, prompt_len_N, length_N)
         return (tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N), gates_LNJE
 
     @contextmanager
