@@ -17,6 +17,7 @@ PACKAGE = "megatron_vp2o"
 # What each part of the package may import of the others. `rl.types` is the vocabulary that they share.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "own_code": {"errors"},
     "core": set(),
     "config": {"errors", "core.choices"},  # names only
     "cli": {"config", "errors"},
@@ -36,8 +37,8 @@ BELOW: dict[str, set[str]] = {
     },  # of hf: names and shapes
     "rollout": {"parallel", "core", "config", "errors", "rl.types"},
     "hf": {"parallel", "core", "config", "errors", "rl.types"},
-    "rewards": {"config", "errors", "rl.types"},
-    "tasks": {"data", "core", "config", "errors", "rl.types"},
+    "rewards": {"own_code", "config", "errors", "rl.types"},
+    "tasks": {"own_code", "data", "core", "config", "errors", "rl.types"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors", "hf.reader"},
     "study": {

@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "countdown": schema.CountdownTaskConfig,
         "shortest_path": schema.ShortestPathTaskConfig,
         "rows": RowsTaskConfig,
+        "own": schema.OwnTaskConfig,
         "addends": schema.AddendsTaskConfig,
         "coloring": schema.ColoringTaskConfig,
         "open_path": schema.OpenPathTaskConfig,

@@ -163,6 +163,18 @@ class TaskConfig:
 
 
 @dataclass
+class OwnTaskConfig(TaskConfig):
+    """A class of your own, in one file (CONTRIBUTING.md)."""
+
+    name: str = "own"
+    """Which task."""
+    path: Optional[str] = None
+    """The class, `file.py:Class` or `package.module:Class`, made as `Class(config, progress=...)`."""
+    settings: Any = None
+    """What the class wants to be told, in a form of its own: it reads `config.settings`."""
+
+
+@dataclass
 class CountdownTaskConfig(TaskConfig):
     """Countdown: make a target from given numbers with + - * / and parentheses."""
 

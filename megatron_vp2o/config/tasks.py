@@ -12,6 +12,7 @@ from megatron_vp2o.config.schema import (
     AddendsTaskConfig,
     ColoringTaskConfig,
     CountdownTaskConfig,
+    OwnTaskConfig,
     ShortestPathTaskConfig,
     TaskConfig,
 )
@@ -33,6 +34,8 @@ def task_problems(task: TaskConfig) -> Iterator[str]:
         )
     if isinstance(task, RowsTaskConfig):
         yield from rows_problems(task)
+    if isinstance(task, OwnTaskConfig) and (task.path is None or ":" not in task.path):
+        yield f"task.path={task.path}: name your class, task.path=file.py:Class or package.module:Class"
     if isinstance(task, CountdownTaskConfig):
         for kind in ("number", "target"):
             low, high = getattr(task, f"min_{kind}"), getattr(task, f"max_{kind}")

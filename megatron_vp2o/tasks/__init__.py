@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_vp2o.config.rows import RowsTaskConfig
-from megatron_vp2o.config.schema import TaskConfig
+from megatron_vp2o.config.schema import OwnTaskConfig, TaskConfig
 from megatron_vp2o.config.tasks import check_task
 from megatron_vp2o.rl.types import Reward, Task
 from megatron_vp2o.tasks.addends import AddendsTask
 from megatron_vp2o.tasks.coloring import ColoringTask
 from megatron_vp2o.tasks.countdown import CountdownTask
 from megatron_vp2o.tasks.open_path import OpenPathTask
+from megatron_vp2o.tasks.own import own_task
 from megatron_vp2o.tasks.rows import RowsTask
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask
 
@@ -40,4 +41,6 @@ def make_task(
     check_task(config)
     if isinstance(config, RowsTaskConfig):
         return RowsTask(config, reward=reward, room=room, progress=progress)
+    if isinstance(config, OwnTaskConfig):
+        return own_task(config, progress=progress)
     return TASKS[config.name](config, progress=progress)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from megatron_vp2o import own_code
 from megatron_vp2o.errors import RewardError
 from megatron_vp2o.rewards.grade import Grade, RowError, as_grade
 from megatron_vp2o.rewards.graders.base import BatchGrader
@@ -51,34 +48,5 @@ def load_function(path: str) -> Callable[..., Any]:
     Raises:
         RewardError: there is no such file, module or function, or its import raises; says which.
     """
-    place, _, name = path.rpartition(":")
-    module = _from_file(path, place) if place.endswith(".py") else _from_name(path, place)
-    found = getattr(module, name, None)
-    if not callable(found):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(
-            f"reward.path={path}: {place} has no function {name}; it has {', '.join(names[:8]) or 'none'}"
-        )
+    found: Callable[..., Any] = own_code.load("reward.path", path, "function", RewardError)
     return found
-
-
-def _from_file(path: str, file: str) -> Any:
-    if not Path(file).is_file():
-        raise RewardError(f"reward.path={path}: there is no file {Path(file).absolute()}")
-    name = f"vp2o_reward_{Path(file).stem}"
-    specification = importlib.util.spec_from_file_location(name, file)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward.path={path}: importing it raises {type(error).__name__}: {error}") from error
-    return module
-
-
-def _from_name(path: str, name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise RewardError(f"reward.path={path}: importing {name} raises {type(error).__name__}: {error}") from error
