@@ -45,20 +45,30 @@ from megatron_vp2o.megatron.hf import start as hf_start  # noqa: E402
 from megatron_vp2o.megatron.indexed import IndexedDocuments  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.parallel import failure  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, first_rank_says  # noqa: E402
 from megatron_vp2o.rewards import open_reward  # noqa: E402
-from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper  # noqa: E402
+from megatron_vp2o.rl.control import BudgetMeter, PlainSteps  # noqa: E402
 from megatron_vp2o.rl.drift import SampledDrift  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate_splits  # noqa: E402
-from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, Transform, no_transform  # noqa: E402
+from megatron_vp2o.rl.interfaces import (  # noqa: E402  # noqa: E402
+    GradientTransform,
+    RefreshPolicy,
+    Restorable,
+    Reward,
+    Stepper,
+    Task,
+    Tokenizer,
+)
+from megatron_vp2o.rl.loop import DATA, REFERENCE, ROWS, TrainingLoop, no_transform  # noqa: E402
 from megatron_vp2o.rl.mismatch import MismatchControl  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
-from megatron_vp2o.rl.refresh import EveryBatches, RefreshPolicy, WhenSpent  # noqa: E402
+from megatron_vp2o.rl.refresh import EveryBatches, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
-from megatron_vp2o.rl.types import Reward, Split, Task, Tokenizer  # noqa: E402
+from megatron_vp2o.rl.types import Split  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from megatron_vp2o.tasks.rows import RowsTask  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
@@ -85,21 +95,9 @@ class Run:
     samples: RunSamples
     policy: MegatronPolicy
     engine: MegatronEngine
-    saver: checkpoint.Checkpointer
-    hook: SteinHook | None
-    """Prototypes and the Stein transform; None where neither is needed."""
-    region: TrustRegion | None
-    """None where it is off."""
-
-    @property
-    def transform(self) -> Transform:
-        return no_transform if self.hook is None or not _observed(self.config) else self.hook.transform
-
-    @property
-    def stepper(self) -> Stepper:
-        if self.region is not None:
-            return self.region
-        return PlainSteps(self.policy) if self.hook is None else PlainSteps(self.policy, self.hook)
+    checkpointer: checkpoint.MegatronCheckpointer
+    transform: GradientTransform
+    stepper: Stepper
 
 
 def train(config: TrainConfig) -> int:
@@ -138,7 +136,7 @@ def _train(config: TrainConfig, reward: Reward | None) -> int:
         with run.sink, failure.tells_all_ranks():  # closing the sink may take its time
             status = trainer.run()
             if status == 0:  # where the last step was not saved, nobody has looked at its weights yet
-                checkpoint.refuse_dead_weights(run.policy, run.saver.folder, trainer.progress.step)
+                checkpoint.refuse_dead_weights(run.policy, run.checkpointer.folder, trainer.progress.step)
             if status == 0 and config.checkpoint.export_hf:
                 _export(run)
     return status
@@ -157,31 +155,43 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     )
     hf_start.start(config, policy, tokenizer, groups)
     engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
-    stein = config.algorithm.stein
     algorithm = config.algorithm
     bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off
-    hook = None
-    if _observed(config) or bounded:
-        hook = SteinHook(policy.ddp, stein, groups, optimizer=policy.optimizer, observe=_observed(config))
+    observed = algorithm.stein.enabled or algorithm.stein.monitor
+    prototypes = ExpertPrototypes(policy.ddp, algorithm.stein, groups) if observed or bounded else None
+    stein = SteinTransform(prototypes, optimizer=policy.optimizer) if prototypes is not None and observed else None
     region = None
-    if isinstance(algorithm, VP2OConfig) and bounded and hook is not None:
-        region = TrustRegion(policy, hook, algorithm.trust_region, _drift(algorithm, policy, groups))
+    if isinstance(algorithm, VP2OConfig) and bounded and prototypes is not None:
+        region = TrustRegion(
+            policy, prototypes, algorithm.trust_region, *_present(stein), drift=_drift(algorithm, policy, groups)
+        )
         # All of a rollout batch's contexts, so that each of its optimizer steps finds enough among its own sequences.
         updates = algorithm.minibatches * algorithm.epochs
         engine.log_gates(LOGGED_PER_CONTEXT * updates * algorithm.trust_region.contexts_per_rank)
     folder = Path(config.run_dir)
-    saver = checkpoint.Checkpointer(
+    checkpointer = checkpoint.MegatronCheckpointer(
         folder / "checkpoints",
         policy,
         engine,
         keep=config.checkpoint.keep,
         tokenizer_save=tokenizer.save,
-        hook=hook,
+        prototypes=prototypes,
+        stein=stein,
         region=region,
     )
-    sink = RunSink(config, as_plain(config), rank=groups.rank)
-    samples = RunSamples(config.logging, config.run_dir, groups.rank)
-    return Run(config, task, tokenizer, groups, sink, samples, policy, engine, saver, hook, region)
+    return Run(
+        config,
+        task,
+        tokenizer,
+        groups,
+        RunSink(config, as_plain(config), rank=groups.rank),
+        RunSamples(config.logging, config.run_dir, groups.rank),
+        policy,
+        engine,
+        checkpointer,
+        no_transform if stein is None else stein.apply,
+        region or PlainSteps(policy, *_present(prototypes, stein)),
+    )
 
 
 def _drift(algorithm: VP2OConfig, policy: MegatronPolicy, groups: Groups) -> SampledDrift | None:
@@ -190,9 +200,8 @@ def _drift(algorithm: VP2OConfig, policy: MegatronPolicy, groups: Groups) -> Sam
     return SampledDrift(policy, groups, share=share, micro_batch_size=algorithm.micro_batch_size) if share else None
 
 
-def _observed(config: TrainConfig) -> bool:
-    """Whether routing statistics are wanted: by the transform, or to be recorded."""
-    return config.algorithm.stein.enabled or config.algorithm.stein.monitor
+def _present(*parts: Restorable | None) -> list[Restorable]:
+    return [part for part in parts if part is not None]
 
 
 def _tokenizer(config: TrainConfig, task: Task) -> Tokenizer:
@@ -244,7 +253,7 @@ def _supervised(run: Run, settings: SupervisedConfig) -> SupervisedTrainer:
         config,
         groups,
         run.sink,
-        run.saver,
+        run.checkpointer,
         policy=run.policy,
         batches=batches(documents),
         held_out=held_out,
@@ -279,7 +288,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         config,
         run.groups,
         run.sink,
-        run.saver,
+        run.checkpointer,
         task=run.task,
         policy=run.policy,
         engine=run.engine,
@@ -318,7 +327,7 @@ def _resume(run: Run, trainer: TrainingLoop) -> None:
         run.sink.start()
         run.samples.start(0)
         return
-    trainer.restore(run.saver.load(found))
+    trainer.restore(run.checkpointer.load(found))
     run.sink.start(trainer.progress.step)
     run.samples.start(trainer.progress.step)
     logger.info("resumed from %s at step %d", found, trainer.progress.step)

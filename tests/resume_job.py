@@ -193,9 +193,9 @@ def _diverge(step: int) -> None:
 
     take, taken = MegatronPolicy.optimizer_step, 0
 
-    def optimizer_step(policy: MegatronPolicy) -> Any:
+    def optimizer_step(policy: MegatronPolicy, tokens: int) -> Any:
         nonlocal taken
-        stats = take(policy)
+        stats = take(policy, tokens)
         taken += 1
         if taken == step:
             parameters = list(policy.model.parameters())

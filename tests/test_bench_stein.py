@@ -11,11 +11,11 @@ from tools.bench import stein
 
 
 def test_report_is_made_of_medians_and_the_ratio_of_pairs(capsys: pytest.CaptureFixture[str]) -> None:
-    # the machine slows down by half: pairs of neighbours still say 10 %, of which the hook has 4
+    # the machine slows down by half: pairs of neighbours still say 10 %, of which the transform has 4
     times = [((0.11, 0.004), (0.10, 0.0)), ((0.11, 0.004), (0.10, 0.0)), ((0.165, 0.006), (0.15, 0.0))]
     stein.report(times, {"exchange": [0.001, 0.002, 0.009]}, goal=8.0)
     shown = capsys.readouterr().out
-    assert "10.0 % of a step (goal: 8 %); the hook alone 4.0 %" in shown
+    assert "10.0 % of a step (goal: 8 %); the transform alone 4.0 %" in shown
     assert f"  {'  exchange':18}{2.0:12,.2f} ms" in shown and "prototypes" not in shown
     stein.report(times, {}, goal=None)
     assert "no goal" in capsys.readouterr().out

@@ -72,12 +72,13 @@ ONCE = {  # called once a run
     "megatron_vp2o.session:make_task",
     "torch.distributed:init_process_group",
     "megatron_vp2o.session:MegatronPolicy",
-    "megatron_vp2o.session:SteinHook",
+    "megatron_vp2o.session:ExpertPrototypes",
+    "megatron_vp2o.session:SteinTransform",
     f"{LEARNER}.policy:get_megatron_optimizer",
     "megatron_vp2o.session:save_config",
     "megatron_vp2o.megatron.platform.world:stop",
 }
-RANK_ZERO = {"megatron_vp2o.session:save_config", f"{CHECKPOINT}:Checkpointer._write_rest"}
+RANK_ZERO = {"megatron_vp2o.session:save_config", f"{CHECKPOINT}:MegatronCheckpointer._write_rest"}
 PLACES = sorted(
     ONCE
     | LAST_STAGE
@@ -95,8 +96,8 @@ PLACES = sorted(
         "megatron_vp2o.megatron.model.moe_layer:VP2OMoELayer.postprocess",
         f"{LEARNER}.policy:MegatronPolicy._reduce",
         f"{LEARNER}.policy:MegatronPolicy.optimizer_step",
-        "megatron_vp2o.megatron.stein.gradient_hook:SteinHook._collect",
-        "megatron_vp2o.megatron.stein.gradient_hook:SteinHook._repel",
+        "megatron_vp2o.megatron.stein.transform:SteinTransform._collect_statistics",
+        "megatron_vp2o.megatron.stein.transform:SteinTransform._repel",
         "megatron_vp2o.parallel.exchange:ExpertExchange.mix",
         f"{CONTROL}:Snapshot",
         f"{CONTROL}:Snapshot.halve",
@@ -104,7 +105,7 @@ PLACES = sorted(
         f"{CONTROL}:TrustRegion._measure",
         "megatron_vp2o.rl.control:BudgetMeter.read",
         "megatron_vp2o.tracking.sink:RunSink.write",
-        f"{CHECKPOINT}:Checkpointer._tree",
+        f"{CHECKPOINT}:MegatronCheckpointer._tree",
         f"{CHECKPOINT}:write_tensors",
         f"{CHECKPOINT}:files.describe",
         "megatron_vp2o.rl.evaluate:_tally",

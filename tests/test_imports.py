@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_vp2o"
 
-# What each part of the package may import of the others. `rl.types` is the vocabulary that they share.
+# What each part of the package may import of the others. `rl.types` and `rl.interfaces` are the vocabulary that they share.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "own_code": {"errors"},
@@ -22,9 +22,10 @@ BELOW: dict[str, set[str]] = {
     "config": {"errors", "core.choices"},  # names only
     "cli": {"config", "errors"},
     "parallel": {"core", "config", "errors"},
-    "data": {"core", "config", "errors", "rl.types"},
-    "tracking": {"core", "config", "errors", "rl.types"},
+    "data": {"core", "config", "errors", "rl.types", "rl.interfaces"},
+    "tracking": {"core", "config", "errors", "rl.types", "rl.interfaces"},
     "report": {"tracking", "config", "errors"},
+    # of hf: names and shapes; of tracking: how metrics aggregate
     "megatron": {
         "hf",
         "parallel",
@@ -33,12 +34,14 @@ BELOW: dict[str, set[str]] = {
         "errors",
         "data",
         "rl.types",
+        "rl.interfaces",
+        "tracking.schema",
         "rollout.protocol",
-    },  # of hf: names and shapes
-    "rollout": {"parallel", "core", "config", "errors", "rl.types"},
-    "hf": {"parallel", "core", "config", "errors", "rl.types"},
-    "rewards": {"own_code", "config", "errors", "rl.types"},
-    "tasks": {"own_code", "data", "core", "config", "errors", "rl.types"},
+    },
+    "rollout": {"parallel", "core", "config", "errors", "rl.types", "rl.interfaces"},
+    "hf": {"parallel", "core", "config", "errors", "rl.types", "rl.interfaces"},
+    "rewards": {"own_code", "config", "errors", "rl.types", "rl.interfaces"},
+    "tasks": {"own_code", "data", "core", "config", "errors", "rl.types", "rl.interfaces"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors", "hf.reader"},
     "study": {

@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Split, Task, Tokenizer
+from megatron_vp2o.rl.interfaces import Task, Tokenizer
+from megatron_vp2o.rl.types import Split
 
 CHECKED_BYTES = 2**26
 """How much of a JSONL file is read before a run starts: half a second."""

@@ -133,7 +133,6 @@ class PackedBatches(Iterator[TrainBatch]):
             tokens_NS=tensor(tokens_RS),
             length_N=tensor(used_R),
             loss_mask_NS=tensor(counts_RS),
-            extras={},
             segment_NS=tensor(segment_RS) if self.pack else None,
         )
 

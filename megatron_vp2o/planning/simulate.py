@@ -1,7 +1,7 @@
 """One training step of any rank of a recipe's world, in this one process: which groups it is in, what it holds, what it sends.
 
-The model, the optimizer, the hook and the step are the run's own, built under `meta_world`. What is not traced: generation,
-scoring, and the trust region's verdict, whose loops end when tokens say so.
+The model, the optimizer, the Stein transform and the step are the run's own, built under `meta_world`. What is not traced:
+generation, scoring, and the trust region's verdict, whose loops end when tokens say so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from megatron_vp2o.megatron.model.specs import use_transformer_engine  # noqa: E
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.platform.compat import forget_auxiliary_losses  # noqa: E402
 from megatron_vp2o.megatron.stein import expert_gradients  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups, Place  # noqa: E402
 from megatron_vp2o.planning.meta_world import Collective, MetaWorld, meta_world  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
@@ -106,25 +107,24 @@ def trace(config: TrainConfig, rank: int, world_size: int, *, width: int, rows: 
 
 def _step(config: TrainConfig, mode: MetaWorld, groups: Groups, width: int, rows: int, vocab_size: int) -> Trace:
     policy = MegatronPolicy(config, groups, vocab_size=vocab_size, optimizer_steps=1000)
-    hook = None
+    stein = None
     if config.algorithm.stein.enabled:
-        hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
+        prototypes = ExpertPrototypes(policy.ddp, config.algorithm.stein, groups)
+        stein = SteinTransform(prototypes, optimizer=policy.optimizer)
     tensor = config.parallel.tensor_parallel
     mode.awaited = torch.tensor([width // tensor, rows, config.model.hidden_size])
     mode.said = {"loss": 1.0, "tokens": float(width * rows)}  # metrics, from the last pipeline stage
     mask_NS = torch.ones(rows, width, dtype=torch.bool)
-    batch = TrainBatch(
-        torch.zeros(rows, width, dtype=torch.long), torch.full((rows,), width), mask_NS, {}, temperature=1.0
-    )
+    batch = TrainBatch(torch.zeros(rows, width, dtype=torch.long), torch.full((rows,), width), mask_NS, temperature=1.0)
     mode.phase = "forward_backward"
     policy.forward_backward(batch, next_token, rows)
-    if hook is not None:
+    if stein is not None:
         mode.phase = "stein"
-        hook.transform()
+        stein.apply()
     mode.phase = "optimizer"
-    policy.optimizer_step()
+    policy.optimizer_step(width * rows)
     sizes = {name: parameter.numel() for name, parameter in policy.model.named_parameters()}
-    exchange = hook.gradients.exchange if hook is not None and hook.layers else None
+    exchange = stein.gradients.exchange if stein is not None and prototypes.layers else None
     return Trace(
         rank=groups.rank,
         world_size=groups.world_size,

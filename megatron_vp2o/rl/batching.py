@@ -8,13 +8,12 @@ Shape legend: N sequences of this data-parallel rank, S padded sequence length, 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from megatron_vp2o.data.shuffle import Order, shuffled
-from megatron_vp2o.rl.types import GATE_ROW, Problem, Rollouts, Split, Task, TrainBatch
+from megatron_vp2o.rl.interfaces import Task
+from megatron_vp2o.rl.types import Problem, Rollouts, Split, TrainBatch
 
 
 class PromptSchedule:
@@ -48,40 +47,28 @@ def policy_batch(
     Behaviour log-probabilities are those without the nucleus, which is what the learner computes too: docs/method.md.
     """
     mask_NS = rollouts.response_mask_NS()[keep_N]
-    extras = {"behaviour_logprobs": rollouts.model_logprobs_NS[keep_N], "advantages": advantages_N[keep_N]}
-    if rollouts.gates is not None:
-        extras[GATE_ROW] = rollouts.gates.row_N[keep_N]
     return TrainBatch(
         tokens_NS=rollouts.tokens_NS[keep_N],
         length_N=rollouts.total_len_N[keep_N],
         loss_mask_NS=mask_NS,
-        extras=extras,
         temperature=temperature,
+        behaviour_logprobs_NS=rollouts.model_logprobs_NS[keep_N],
+        advantages_N=advantages_N[keep_N],
+        gate_row_N=None if rollouts.gates is None else rollouts.gates.row_N[keep_N],
     )
 
 
-def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...], row_N: torch.Tensor, rows: int) -> list[TrainBatch]:
+def split(batch: TrainBatch, parts: int, *, seed: tuple[int, ...], rows: int) -> list[TrainBatch]:
     """Deal a batch's rows to `parts` minibatches, the same ones whatever rank holds a row (some may be empty on a rank).
 
     Args:
-        row_N: global row number of each row of this batch.
+        batch: with the global row numbers `row_N`.
         rows: how many rows there are on all ranks.
     """
     if parts == 1:
         return [batch]
+    assert batch.row_N is not None
     # Each row's place in a shuffled order, which is cut into equal parts.
     place = np.random.default_rng(seed).permutation(rows)
-    part_N = torch.from_numpy(place * parts // rows)[row_N]
-    return [rows_of(batch, (part_N == part).nonzero().squeeze(1)) for part in range(parts)]
-
-
-def rows_of(batch: TrainBatch, index_N: torch.Tensor) -> TrainBatch:
-    """Some rows of a batch."""
-    return replace(
-        batch,
-        tokens_NS=batch.tokens_NS[index_N],
-        length_N=batch.length_N[index_N],
-        loss_mask_NS=batch.loss_mask_NS[index_N],
-        extras={key: value[index_N] for key, value in batch.extras.items()},
-        segment_NS=None if batch.segment_NS is None else batch.segment_NS[index_N],
-    )
+    part_N = torch.from_numpy(place * parts // rows)[batch.row_N]
+    return [batch.rows((part_N == part).nonzero().squeeze(1)) for part in range(parts)]

@@ -5,7 +5,7 @@ Shape legend: N sequences of a micro-batch, S positions, R data-parallel ranks.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,58 +15,30 @@ from megatron_vp2o.config.schema import BudgetConfig
 from megatron_vp2o.core.budget import BUDGET_SUMS, Budget, budget, budget_sums, combine, sequence_log_ratios
 from megatron_vp2o.core.choices import RatioLength
 from megatron_vp2o.parallel.groups import Groups, gather_rows
-from megatron_vp2o.rl.objectives import BEHAVIOUR
-from megatron_vp2o.rl.types import Objective, Policy, Rollouts, StepStats, TrainBatch
-
-
-class Stepper(Protocol):
-    """Takes an optimizer step once gradients are ready."""
-
-    def begin(self, batch: TrainBatch) -> None:
-        """Before the forward pass of a step on this batch: everything that its passes and the transform move is to be
-        remembered."""
-
-    def step(self) -> StepStats: ...
-
-    def set_anchor(self) -> None:
-        """The actors have the learner's weights now."""
-
-    def observe_rollouts(self, rollouts: Rollouts) -> None:
-        """These are what the coming steps train on."""
-
-
-class Carrier(Protocol):
-    """Has state that forward, backward or transform move on, and that must be put back where the step does not happen."""
-
-    def carry(self) -> Any:
-        """That state, as it is now."""
-        ...
-
-    def put_back(self, carried: Any) -> None:
-        """Return to what `carry` returned."""
-        ...
+from megatron_vp2o.rl.interfaces import Objective, Policy, Restorable
+from megatron_vp2o.rl.types import Rollouts, StepStats, TrainBatch
 
 
 class PlainSteps:
     """Every step as the optimizer proposes it; one that it skips leaves no trace.
 
     Args:
-        carriers: whose state goes back when a step is skipped, besides the policy's.
+        others: whose state is restored when a step is skipped, besides the policy's.
     """
 
-    def __init__(self, policy: Policy, *carriers: Carrier) -> None:
+    def __init__(self, policy: Policy, *others: Restorable) -> None:
         self._policy = policy
-        self._carriers: tuple[Carrier, ...] = (policy, *carriers)
-        self._carried: list[Any] = []
+        self._parts: tuple[Restorable, ...] = (policy, *others)
+        self._saved: list[Any] = []
 
     def begin(self, batch: TrainBatch) -> None:
-        self._carried = [carrier.carry() for carrier in self._carriers]
+        self._saved = [part.save_state() for part in self._parts]
 
-    def step(self) -> StepStats:
-        stats = self._policy.optimizer_step()
+    def step(self, tokens: int) -> StepStats:
+        stats = self._policy.optimizer_step(tokens)
         if stats.skipped:
-            for carrier, carried in zip(self._carriers, self._carried, strict=True):
-                carrier.put_back(carried)
+            for part, saved in zip(self._parts, self._saved, strict=True):
+                part.restore_state(saved)
         return stats
 
     def set_anchor(self) -> None:
@@ -90,10 +62,11 @@ class BudgetMeter:
         """The same objective; the meter listens."""
 
         def metered(logprobs_NS: Tensor, entropy_NS: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            assert batch.behaviour_logprobs_NS is not None
             self._seen.append(
                 sequence_log_ratios(
                     logprobs_NS,
-                    batch.extras[BEHAVIOUR],
+                    batch.behaviour_logprobs_NS,
                     batch.loss_mask_NS,
                     normalise_by_length=self.settings.ratio_length is RatioLength.mean,
                 )
@@ -103,7 +76,7 @@ class BudgetMeter:
         return metered
 
     def read(self) -> Budget:
-        """Of everything since the last call. Collective: last pipeline stages compute, all ranks get the same."""
+        """The budget of everything since the last call. Collective: last pipeline stages compute, all ranks get the same."""
         rows_4 = torch.zeros(BUDGET_SUMS, dtype=torch.float64, device=self.groups.device)
         if self._seen:
             log_ratio_N, present_N = (torch.cat(parts) for parts in zip(*self._seen, strict=True))

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.parallel.groups import Groups, gather_rows, max_scalars, sum_scalars
-from megatron_vp2o.rl.batching import rows_of
-from megatron_vp2o.rl.objectives import BEHAVIOUR
-from megatron_vp2o.rl.types import ROW, Policy, TrainBatch
+from megatron_vp2o.rl.interfaces import Policy
+from megatron_vp2o.rl.types import TrainBatch
 
 
 class SampledDrift:
-    """`rl.types.PolicyDrift` by a forward pass over a share of the rows, chosen by their global numbers: the same in all layouts.
+    """`rl.interfaces.PolicyDrift` by a forward pass over a share of the rows, chosen by their global numbers: the same in all
+    layouts.
 
     Args:
         share: of an optimizer step's rows over all ranks; at least one row is taken.
@@ -31,16 +31,18 @@ class SampledDrift:
         self._sample: TrainBatch | None = None
 
     def observe(self, batch: TrainBatch) -> None:
-        """See `PolicyDrift`. Raises KeyError for a batch without the rows' global numbers or the actors' log-probabilities."""
-        chosen_N = sampled_rows(batch.extras[ROW], self._share, self._groups)
-        self._sample = rows_of(batch, chosen_N.nonzero().squeeze(1))
+        """See `PolicyDrift`. The batch needs the rows' global numbers and the actors' log-probabilities."""
+        assert batch.row_N is not None and batch.behaviour_logprobs_NS is not None
+        chosen_N = sampled_rows(batch.row_N, self._share, self._groups)
+        self._sample = batch.rows(chosen_N.nonzero().squeeze(1))
 
     def measure(self) -> float:
         """See `PolicyDrift`."""
         assert self._sample is not None, "measure() before observe()"
         sample = self._sample
+        assert sample.behaviour_logprobs_NS is not None
         logprobs_NS = self._policy.log_probs(sample, self._micro_batch_size)
-        change_NS = (logprobs_NS - sample.extras[BEHAVIOUR]).double().abs()
+        change_NS = (logprobs_NS - sample.behaviour_logprobs_NS).double().abs()
         sums = {
             "change": float(change_NS[sample.loss_mask_NS].sum()),
             "tokens": float(sample.loss_mask_NS.sum()),
@@ -50,7 +52,7 @@ class SampledDrift:
 
 
 def sampled_rows(row_N: Tensor, share: float, groups: Groups) -> Tensor:
-    """Which of this rank's rows are in the sample, bool [N]: every so manieth of all ranks' rows in the order of their numbers.
+    """Which of this rank's rows are in the sample, bool [N]: every `1/share`-th of all ranks' rows in the order of their numbers.
 
     Rows of one group have numbers in a row, so that the sample reaches over as many groups as it can. Collective over
     data-parallel ranks; some may have no row, and some no row in the sample.

@@ -16,7 +16,8 @@ from megatron_vp2o.config.schema import EvaluationConfig, TrainConfig
 from megatron_vp2o.core.evaluation import answer_entropy, coverage, pass_at_k
 from megatron_vp2o.parallel.groups import Groups, gather_objects, sum_scalars
 from megatron_vp2o.rl.grading import Grading
-from megatron_vp2o.rl.types import Problem, RolloutEngine, Rollouts, SamplingParams, Split, Task, Verdict
+from megatron_vp2o.rl.interfaces import RolloutEngine, Task
+from megatron_vp2o.rl.types import Problem, Rollouts, SamplingParams, Split, Verdict
 
 PROBLEMS_FILE = "problems_{split}.jsonl"
 """In the run folder after a run's last evaluation: one line a problem (`Tally`), for statistics over problems."""

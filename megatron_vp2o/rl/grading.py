@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 from megatron_vp2o.parallel.groups import Groups, on_replica, speaks_for_replica
-from megatron_vp2o.rl.types import HandsOver, Problem, RolloutEngine, Rollouts, Task, Tokenizer, Verdict
+from megatron_vp2o.rl.interfaces import HandsOver, RolloutEngine, Task, Tokenizer
+from megatron_vp2o.rl.types import Problem, Rollouts, Verdict
 
 NOT_TEXT = "\N{REPLACEMENT CHARACTER}"
 

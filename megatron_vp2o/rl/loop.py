@@ -8,29 +8,18 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.status import PREEMPTED
 from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
 from megatron_vp2o.rl import stop
+from megatron_vp2o.rl.interfaces import Checkpointer, Sink
 from megatron_vp2o.rl.types import StepStats
-
-
-class Sink(Protocol):
-    """Takes the metrics of a step (record, trackers and console behind it; does nothing but on one rank)."""
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
-
-    def phase(self, message: str) -> AbstractContextManager[None]: ...
-
-
-class Saver(Protocol):
-    def save(self, step: int, state: dict[str, Any]) -> Any: ...
 
 
 class Stopwatch:
@@ -67,8 +56,8 @@ class Progress:
 class TrainingLoop(ABC):
     """Steps from where `progress` stands to the end."""
 
-    def __init__(self, config: TrainConfig, groups: Groups, sink: Sink, saver: Saver) -> None:
-        self.config, self.groups, self.sink, self.saver = config, groups, sink, saver
+    def __init__(self, config: TrainConfig, groups: Groups, sink: Sink, checkpointer: Checkpointer) -> None:
+        self.config, self.groups, self.sink, self.checkpointer = config, groups, sink, checkpointer
         self.progress = Progress()
         self.identities: dict[str, str] = {}
         """What a resumed run must find as it was, by a name of `_IDENTITIES`: the data, the KL reference."""
@@ -166,7 +155,7 @@ class TrainingLoop(ABC):
 
     def _save(self) -> None:
         start = time.perf_counter()
-        self.saver.save(self.progress.step, vars(self.progress).copy())
+        self.checkpointer.save(self.progress.step, vars(self.progress).copy())
         self._saving_s = time.perf_counter() - start
 
     def _write(self, metrics: dict[str, float], watch: Stopwatch) -> None:
@@ -208,9 +197,6 @@ _EMPTY = (
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-Transform = Callable[[], dict[str, float]]
 
 
 def no_transform() -> dict[str, float]:

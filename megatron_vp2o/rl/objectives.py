@@ -22,13 +22,6 @@ from megatron_vp2o.core.objective import (
 )
 from megatron_vp2o.rl.types import TrainBatch
 
-BEHAVIOUR = "behaviour_logprobs"  # [N, S], required
-ADVANTAGES = "advantages"  # [N], required
-REFERENCE = "reference_logprobs"  # [N, S], optional
-WEIGHT = "weight"  # [N, S], optional: of each token's surrogate, for an engine that disagrees with the trainer
-SELECTED = "selected_tokens"  # [N, S] bool, for Clip-Cov and KL-Cov
-ENGINE = "engine_logprobs"  # [N, S], optional: the engine's log-probabilities under the weights that are being trained
-
 
 def policy_objective(settings: GRPOConfig) -> PolicyObjective:
     """The objective that the settings name. A KL in the reward is no part of it."""
@@ -55,27 +48,31 @@ def policy_objective(settings: GRPOConfig) -> PolicyObjective:
 
 @dataclass(frozen=True)
 class OnRollouts:
-    """A policy objective as an `Objective`: what the policy does not compute comes from the batch's `extras`."""
+    """A policy objective as an `Objective`: what the policy does not compute comes from the batch."""
 
     objective: PolicyObjective
 
     def __call__(self, logprobs_NS: Tensor, entropy_NS: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raises KeyError if the batch lacks `behaviour_logprobs` or `advantages`."""
+        """Raises ValueError if the batch lacks the actor's log-probabilities or the advantages."""
+        if batch.behaviour_logprobs_NS is None or batch.advantages_N is None:
+            raise ValueError(
+                "a policy objective needs a batch with behaviour_logprobs_NS and advantages_N: see policy_batch"
+            )
         loss, metrics = self.objective(
             PolicyInputs(
                 logprobs_NS=logprobs_NS,
-                behaviour_logprobs_NS=batch.extras[BEHAVIOUR],
-                advantages_N=batch.extras[ADVANTAGES],
+                behaviour_logprobs_NS=batch.behaviour_logprobs_NS,
+                advantages_N=batch.advantages_N,
                 mask_NS=batch.loss_mask_NS,
-                reference_logprobs_NS=batch.extras.get(REFERENCE),
+                reference_logprobs_NS=batch.reference_logprobs_NS,
                 entropy_NS=entropy_NS,
-                selected_NS=batch.extras.get(SELECTED),
-                weight_NS=batch.extras.get(WEIGHT),
+                selected_NS=batch.selected_NS,
+                weight_NS=batch.weight_NS,
             )
         )
-        if ENGINE in batch.extras:
-            difference_NS = (logprobs_NS.detach() - batch.extras[ENGINE]).abs()
-            metrics["logprob_mismatch_max"] = torch.where(batch.loss_mask_NS, difference_NS, 0.0).amax()
+        if batch.engine_logprobs_NS is not None:
+            difference_NS = (logprobs_NS.detach() - batch.engine_logprobs_NS).abs()
+            metrics["logprob_mismatch"] = torch.where(batch.loss_mask_NS, difference_NS, 0.0).amax()
         return loss, metrics
 
 

@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vp2o.core.budget import Budget, RefreshReason, refresh_reasons
-
-
-class RefreshPolicy(Protocol):
-    def reason(self, age: int) -> RefreshReason | None:
-        """Why the actors are to be refreshed before the next rollout batch, or None to keep them.
-
-        Args:
-            age: rollout batches generated with the actors' present weights.
-        """
-        ...
-
-    def observe(self, budget: Budget | None, rejected: bool) -> None:
-        """What the last rollout batch's training found: the budget, if it is measured, and whether a step was rejected."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values that a resumed run needs."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass

@@ -48,7 +48,8 @@ from megatron_vp2o.core.prior import sequence_log_ratio
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
 from megatron_vp2o.rl.grading import response_text
-from megatron_vp2o.rl.types import Rollouts, Tokenizer, Verdict
+from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rl.types import Rollouts, Verdict
 
 Embedder = Callable[[list[str]], Tensor]
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_vp2o.rl.grading import response_text
+from megatron_vp2o.rl.interfaces import SampleSink, Tokenizer
 from megatron_vp2o.rl.rewards import Earned
-from megatron_vp2o.rl.types import Problem, Rollouts, Tokenizer, Verdict
-
-
-class SampleSink(Protocol):
-    """Takes samples, on one rank; on the others nothing is ever due."""
-
-    prompts: int  # most prompts of a step
-    responses: int  # most responses of a prompt
-
-    def due(self, step: int) -> bool: ...
-    def write(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+from megatron_vp2o.rl.types import Problem, Rollouts, Verdict
 
 
 def samples_of(

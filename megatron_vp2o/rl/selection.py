@@ -16,22 +16,20 @@ from megatron_vp2o.config.schema import GRPOConfig, PolicyLoss
 from megatron_vp2o.core.baseline_objectives import covariance
 from megatron_vp2o.core.sampling import uniform_N
 from megatron_vp2o.parallel.groups import Groups, gather_rows, sum_scalars
-from megatron_vp2o.rl.objectives import ADVANTAGES, BEHAVIOUR
 from megatron_vp2o.rl.types import TrainBatch
 
 
-def select_tokens(
-    batch: TrainBatch, settings: GRPOConfig, groups: Groups, *, row_N: Tensor, seed: int
-) -> Tensor | None:
+def select_tokens(batch: TrainBatch, settings: GRPOConfig, groups: Groups, *, seed: int) -> Tensor | None:
     """True at the tokens that are treated apart, [N, S]; None where the objective has none. Collective over data-parallel ranks.
 
     Args:
-        row_N: global number of each row, for random numbers that do not depend on who holds it.
+        batch: with advantages, the actors' log-probabilities, and the global row numbers `row_N`, on which random numbers
+            depend, and not on who holds a row.
     """
     if settings.objective not in (PolicyLoss.clip_cov, PolicyLoss.kl_cov):
         return None
-    mask_NS, logprobs_NS = batch.loss_mask_NS, batch.extras[BEHAVIOUR]
-    advantages_N = batch.extras[ADVANTAGES]
+    mask_NS, logprobs_NS, advantages_N = batch.loss_mask_NS, batch.behaviour_logprobs_NS, batch.advantages_N
+    assert logprobs_NS is not None and advantages_N is not None and batch.row_N is not None
     length_N = mask_NS.sum(dim=1)
     sums = sum_scalars(
         {
@@ -47,7 +45,7 @@ def select_tokens(
     if settings.objective is PolicyLoss.kl_cov:
         return _largest(covariance_NS, k, groups)
     inside_NS = (covariance_NS > settings.covariance_low) & (covariance_NS < settings.covariance_high)
-    chance_NS = uniform_N(seed, row_N[:, None], torch.arange(mask_NS.shape[1]))
+    chance_NS = uniform_N(seed, batch.row_N[:, None], torch.arange(mask_NS.shape[1]))
     return _largest(torch.where(inside_NS, chance_NS, -torch.inf), k, groups)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 from megatron_vp2o.data.packing import PackedBatches
 from megatron_vp2o.parallel.groups import Groups, sum_scalars
-from megatron_vp2o.rl.control import PlainSteps, Stepper
-from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
+from megatron_vp2o.rl.control import PlainSteps
+from megatron_vp2o.rl.interfaces import Checkpointer, GradientTransform, Policy, Sink, Stepper
+from megatron_vp2o.rl.loop import Stopwatch, TrainingLoop, no_transform
 from megatron_vp2o.rl.objectives import next_token
-from megatron_vp2o.rl.types import Policy
 
 STREAM = "stream"
 
@@ -43,15 +43,15 @@ class SupervisedTrainer(TrainingLoop):
         config: TrainConfig,
         groups: Groups,
         sink: Sink,
-        saver: Saver,
+        checkpointer: Checkpointer,
         *,
         policy: Policy,
         batches: PackedBatches,
         held_out: Callable[[bool], dict[str, float]],
-        transform: Transform = no_transform,
+        transform: GradientTransform = no_transform,
         stepper: Stepper | None = None,
     ) -> None:
-        super().__init__(config, groups, sink, saver)
+        super().__init__(config, groups, sink, checkpointer)
         assert isinstance(config.algorithm, SupervisedConfig)
         self.settings = config.algorithm
         self.policy, self.batches, self.held_out, self.transform = policy, batches, held_out, transform
@@ -68,7 +68,7 @@ class SupervisedTrainer(TrainingLoop):
             self.stepper.begin(batch)
             reduced = self.policy.forward_backward(batch, next_token, self.settings.micro_batch_size)
             transformed = self.transform()
-            stats = self.stepper.step()
+            stats = self.stepper.step(int(reduced["tokens"]))
         progress = self.progress
         progress.samples += self.settings.global_batch_size
         self.count_update(stats)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.parallel.groups import Groups
-from megatron_vp2o.rl.types import Policy, RolloutEngine
+from megatron_vp2o.rl.interfaces import Policy, RolloutEngine
 
 
 def verify_sync(policy: Policy, engine: RolloutEngine, version: int, groups: Groups) -> None:

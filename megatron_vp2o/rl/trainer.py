@@ -18,31 +18,31 @@ from megatron_vp2o.config.schema import GRPOConfig, KLReference, TrainConfig
 from megatron_vp2o.core.budget import RefreshReason
 from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
-from megatron_vp2o.rl.control import BudgetMeter, PlainSteps, Stepper
+from megatron_vp2o.rl.control import BudgetMeter, PlainSteps
 from megatron_vp2o.rl.evaluate import evaluate_splits
 from megatron_vp2o.rl.grading import Grading
-from megatron_vp2o.rl.loop import Saver, Sink, Stopwatch, TrainingLoop, Transform, no_transform
-from megatron_vp2o.rl.mismatch import MismatchControl, Recomputed
-from megatron_vp2o.rl.objectives import BEHAVIOUR, ENGINE, REFERENCE, SELECTED, WEIGHT
-from megatron_vp2o.rl.refresh import RefreshPolicy
-from megatron_vp2o.rl.rewards import Earned, RewardShaping
-from megatron_vp2o.rl.samples import SampleSink, samples_of
-from megatron_vp2o.rl.selection import select_tokens
-from megatron_vp2o.rl.sync import verify_sync
-from megatron_vp2o.rl.types import (
-    ROW,
+from megatron_vp2o.rl.interfaces import (
+    Checkpointer,
+    GradientTransform,
     Objective,
     Policy,
-    Problem,
+    RefreshPolicy,
     RolloutEngine,
-    Rollouts,
-    SamplingParams,
+    SampleSink,
+    Sink,
+    Stepper,
     Task,
-    TrainBatch,
-    Verdict,
 )
+from megatron_vp2o.rl.loop import Stopwatch, TrainingLoop, no_transform
+from megatron_vp2o.rl.mismatch import MismatchControl, Recomputed
+from megatron_vp2o.rl.rewards import Earned, RewardShaping
+from megatron_vp2o.rl.samples import samples_of
+from megatron_vp2o.rl.selection import select_tokens
+from megatron_vp2o.rl.sync import verify_sync
+from megatron_vp2o.rl.types import Problem, Rollouts, SamplingParams, TrainBatch, Verdict
+from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
 
-REFRESHES, REFRESH_POLICY, REJECTED = "refreshes", "refresh_policy", "rejected"  # keys of Progress.extra
+REFRESHES, REFRESH_POLICY = "refreshes", "refresh_policy"  # keys of Progress.extra
 POSITION = "position"  # another one: prompts drawn
 
 
@@ -54,7 +54,7 @@ class RLTrainer(TrainingLoop):
         config: TrainConfig,
         groups: Groups,
         sink: Sink,
-        saver: Saver,
+        checkpointer: Checkpointer,
         *,
         task: Task,
         policy: Policy,
@@ -62,13 +62,13 @@ class RLTrainer(TrainingLoop):
         objective: Objective,
         refresh: RefreshPolicy,
         reference: RolloutEngine | None = None,
-        transform: Transform = no_transform,
+        transform: GradientTransform = no_transform,
         stepper: Stepper | None = None,
         meter: BudgetMeter | None = None,
         samples: SampleSink | None = None,
         mismatch: MismatchControl | None = None,
     ) -> None:
-        super().__init__(config, groups, sink, saver)
+        super().__init__(config, groups, sink, checkpointer)
         assert isinstance(config.algorithm, GRPOConfig)
         self.settings = config.algorithm
         self.task, self.policy, self.engine = task, policy, engine
@@ -107,8 +107,9 @@ class RLTrainer(TrainingLoop):
         with watch("train"):
             self.stepper.observe_rollouts(rollouts)
             batch = self._batch(rollouts, earned, reference_NS, recomputed)
-            updates = self._updates(batch, step)
-            metrics |= differences | _combine(updates) | self._mismatch(rollouts, updates) | self._judge_actors(updates)
+            updates, rejected = self._update_on(batch, step)
+            metrics |= differences | combine(updates) | self._mismatch(rollouts, updates)
+            metrics |= self._judge_actors(rejected)
         self._count(metrics, watch)
         self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
         return metrics
@@ -194,20 +195,16 @@ class RLTrainer(TrainingLoop):
         if self.config.reward.mask_truncated:
             keep_N &= rollouts.finished_N
         batch = policy_batch(rollouts, earned.advantages_PG.flatten(), keep_N, self.sampling.temperature)
-        # Which of all ranks' rollouts each row is.
-        batch.extras[ROW] = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
+        batch.row_N = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
         if self.progress.actor_version == self.progress.optimizer_steps:
-            batch.extras[ENGINE] = rollouts.model_logprobs_NS[keep_N]
+            batch.engine_logprobs_NS = rollouts.model_logprobs_NS[keep_N]
         if reference_NS is not None:
-            batch.extras[REFERENCE] = reference_NS[keep_N]
+            batch.reference_logprobs_NS = reference_NS[keep_N]
         if recomputed is not None and recomputed.weight_NS is not None:
             # The ratio is to the trainer's own log-probabilities then; what the engine's differ by is in the weights.
-            batch.extras[BEHAVIOUR] = recomputed.logprobs_NS[keep_N]
-            batch.extras[WEIGHT] = recomputed.weight_NS[keep_N]
-        seed = self.config.seed + self.progress.step
-        selected_NS = select_tokens(batch, settings, self.groups, row_N=batch.extras[ROW], seed=seed)
-        if selected_NS is not None:
-            batch.extras[SELECTED] = selected_NS
+            batch.behaviour_logprobs_NS = recomputed.logprobs_NS[keep_N]
+            batch.weight_NS = recomputed.weight_NS[keep_N]
+        batch.selected_NS = select_tokens(batch, settings, self.groups, seed=self.config.seed + self.progress.step)
         return batch
 
     def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:
@@ -216,37 +213,39 @@ class RLTrainer(TrainingLoop):
         return [
             part
             for epoch in range(settings.epochs)
-            for part in split(
-                batch, settings.minibatches, seed=(self.config.seed, step, epoch), row_N=batch.extras[ROW], rows=rows
-            )
+            for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch), rows=rows)
         ]
 
-    def _updates(self, batch: TrainBatch, step: int) -> list[dict[str, float]]:
-        """The optimizer steps on a rollout batch; a rejected one is the last, because its actors are about to be refreshed."""
+    def _update_on(self, batch: TrainBatch, step: int) -> tuple[list[dict[str, float]], bool]:
+        """The optimizer steps on a rollout batch, and whether the last was rejected: its actors are refreshed before the next."""
         updates: list[dict[str, float]] = []
         for part in self._minibatches(batch, step):
-            updates.append(self._update(part))
-            if updates[-1].pop("rejected"):
-                self.progress.extra[REJECTED] = True
-                break
-        return updates
+            metrics, rejected = self._update(part)
+            updates.append(metrics)
+            if rejected:
+                return updates, True
+        return updates, False
 
-    def _update(self, batch: TrainBatch) -> dict[str, float]:
-        """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows."""
+    def _update(self, batch: TrainBatch) -> tuple[dict[str, float], bool]:
+        """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows.
+
+        Returns:
+            Metrics, and whether the step was rejected.
+        """
         self.stepper.begin(batch)
         metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
         metrics |= self.transform()
-        stats = self.stepper.step()
+        stats = self.stepper.step(int(metrics["tokens"]))
         self.count_update(stats)
-        taken = {"optimizer/lr": stats.lr, "rejected": stats.rejected}
+        taken = {"optimizer/lr": stats.lr}
         if stats.tokens:
             taken["optimizer/grad_norm"] = stats.grad_norm
-        return metrics | stats.metrics | taken
+        return metrics | stats.metrics | taken, stats.rejected
 
-    def _judge_actors(self, updates: list[dict[str, float]]) -> dict[str, float]:
+    def _judge_actors(self, rejected: bool) -> dict[str, float]:
         """Tell the refresh policy what this rollout batch found."""
         budget = None if self.meter is None else self.meter.read()
-        self.refresh.observe(budget, bool(self.progress.extra.pop(REJECTED, False)))
+        self.refresh.observe(budget, rejected)
         self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
         if budget is None or budget.sequences == 0:
             return {}
@@ -263,8 +262,8 @@ class RLTrainer(TrainingLoop):
         With a fresh actor the first update recomputed them anyway; otherwise, or where it had no token, the actor scores some
         of its own rollouts. Absent where there is none.
         """
-        if "logprob_mismatch_max" in updates[0] and updates[0]["tokens"] > 0:
-            return {"policy/logprob_mismatch": updates[0]["logprob_mismatch_max"]}
+        if "logprob_mismatch" in updates[0] and updates[0]["tokens"] > 0:
+            return {"policy/logprob_mismatch": updates[0]["logprob_mismatch"]}
         some = rollouts.rows(torch.arange(min(self.settings.micro_batch_size, len(rollouts.total_len_N))))
         recomputed_NS = self.engine.log_probs(some, self.sampling.temperature)
         difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else -1.0
@@ -294,25 +293,28 @@ class RLTrainer(TrainingLoop):
         return evaluate_splits(self.engine, self.task, self.config, self.groups, final=final)
 
 
-_COUNTERS = ("trust_region/halved", "trust_region/rejected")
+_APART = ("tokens", "ratio", "logprob_mismatch")
+"""What an update reports and no metric of the step is made of; the mismatch has a rule of its own."""
 
 
-def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
-    """One step's metrics from its optimizer steps': token-weighted means, maxima, last values of schedule and totals."""
+def combine(updates: list[dict[str, float]]) -> dict[str, float]:
+    """One step's metrics from its optimizer steps', each as `tracking.schema` says that it aggregates.
+
+    An update without a loss token measured nothing of its tokens: means over tokens and maxima of `policy/*` leave it out.
+    """
     tokens = sum(update["tokens"] for update in updates)
     combined: dict[str, float] = {"tokens": tokens}
-    keys = {key for update in updates for key in update} - {"tokens", "ratio", "logprob_mismatch_max", "rejected"}
-    for key in keys:
-        # An update without a token measured no token; what it did measure (the schedule, say) has a slash in its name.
+    for key in sorted({key for update in updates for key in update}.difference(_APART)):
+        name = key if "/" in key else f"policy/{key}"
         having = [u for u in updates if key in u and (u["tokens"] > 0 or "/" in key)]
         if not having:
             continue
         values = [update[key] for update in having]
-        name = key if "/" in key else f"policy/{key}"
-        if key.endswith("_max") or key in _COUNTERS:
+        aggregate = aggregate_of(name)
+        if aggregate is Aggregate.maximum:
             combined[name] = max(values)
-        elif "/" in key:
-            combined[name] = sum(values) / len(values)
-        else:
+        elif aggregate is Aggregate.token_mean:
             combined[name] = sum(u[key] * u["tokens"] for u in having) / tokens
+        else:
+            combined[name] = sum(values) / len(values)
     return combined

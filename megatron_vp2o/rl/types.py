@@ -1,19 +1,20 @@
-"""What the parts of the training loop hand to each other.
+"""What the parts of the training loop hand to each other: plain data. `interfaces.py` has who hands it on.
 
 Shape legend: N sequences on this data-parallel rank, S padded sequence length (prompt then response, right-padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_vp2o.rl.interfaces import Tokenizer
 
 
 class Split(Enum):
@@ -70,60 +71,6 @@ class RewardResult:
         return Verdict(correct, canonical, self.reason, self.reward, self.parts)
 
 
-class Reward(Protocol):
-    """Grades responses to rows of a user's file, a batch at a time."""
-
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
-    ) -> list[RewardResult]:
-        """One result for each response.
-
-        Args:
-            prompts: text that the model was given, chat template included.
-            responses: what it wrote, without end-of-sequence.
-            rows: the file's row of each, every column of it, with the mapped columns also under the names `prompt` and
-                `answer` (and `data_source` and `extra_info` where the file has verl's layout).
-
-        Raises:
-            RewardError or ConfigError naming the row, where a row or the user's function makes grading impossible.
-        """
-        ...
-
-
-class Tokenizer(Protocol):
-    vocab_size: int  # ids are below this; the model's vocabulary may be padded beyond it
-    pad_id: int
-    eos_id: int  # the one that ends a demonstration
-    eos_ids: tuple[int, ...]  # all that end a response, `eos_id` among them
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def save(self, folder: Path) -> None: ...
-
-
-class Task(Protocol):
-    """A family of problems: generator, tokenizer, verifier, demonstrations, count of right answers."""
-
-    name: str
-    tokenizer: Tokenizer
-    max_prompt_tokens: int  # bound over all problems of all splits
-    grades_elsewhere: bool
-    """Whether `verify_all` waits for other processes, so that a second thread may call it while this process generates."""
-
-    def size(self, split: Split) -> int: ...
-    def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
-        """Problem `index` of a split. Variants put the same problem differently, where a task can; 0 is the original."""
-        ...
-
-    def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict for each response; `problems[i]` is what `responses[i]` answers. In bounded time, for any text."""
-        ...
-
-    def demonstration(self, problem: Problem, seed: int) -> str:
-        """One right answer (without end-of-sequence), drawn from the distinct ones by `seed`."""
-        ...
-
-
 @dataclass
 class SamplingParams:
     """temperature 0 is greedy; seed and a sequence's `uid` fix its random numbers whatever the layout or batch order."""
@@ -132,14 +79,6 @@ class SamplingParams:
     top_p: float
     max_new_tokens: int
     seed: int
-
-
-GATE_ROW = "gate_row"
-"""Key of a batch's extras: which logged sequence each row is, [N]."""
-
-
-ROW = "row"
-"""Key of a batch's extras: the number of each row among all data-parallel ranks' rollouts, int64 [N]."""
 
 
 @dataclass
@@ -191,68 +130,45 @@ class Rollouts:
         return self.tokens_NS[n, int(self.prompt_len_N[n]) : int(self.total_len_N[n])].tolist()
 
 
-HandOver = Callable[[Sequence[int], Sequence[list[int]]], None]
-"""Takes responses that are complete: their rows among all sequences of one call of `generate`, and their token ids."""
-
-
-@runtime_checkable
-class HandsOver(Protocol):
-    """A rollout engine that hands responses over while it generates others."""
-
-    def handing_over(self, take: HandOver) -> AbstractContextManager[None]:
-        """Inside, `generate` hands every response to `take`, once, as soon as it is complete. Ranks may differ in this."""
-        ...
-
-
-class RolloutEngine(Protocol):
-    """Holds its own snapshot of the weights (`version`); generation never sees the learner's."""
-
-    version: int
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
-    ) -> Rollouts:
-        """`group_size` sequences for each of this rank's prompts; sequence g of prompt p is row p * group_size + g.
-
-        uids: a global identity of each prompt, for layout-independent random numbers.
-        Collective over the ranks that share the model.  Prompts may be empty on a rank when others have some.
-        """
-        ...
-
-    def refresh(self, version: int) -> None:
-        """Take the learner's weights as they are now and call them `version`."""
-        ...
-
-    def checksum(self) -> int:
-        """Of the weights that the engine holds: after a refresh, what `Policy.checksum` says on the same rank."""
-        ...
-
-    def at_learner_weights(self) -> AbstractContextManager[None]:
-        """Inside, the engine generates with the learner's weights (for evaluation); outside, with its own snapshot again."""
-        ...
-
-    def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32."""
-        ...
-
-
 @dataclass
 class TrainBatch:
     """One optimizer step's data on this data-parallel rank; equal on its tensor- and pipeline-parallel ranks.
 
-    Position s of `*_NS` speaks of the token AT s (not of the prediction made there); position 0 is never trained on.
+    Position s of `*_NS` speaks of the token AT s (not of the prediction made there); position 0 is never trained on. What is
+    optional is None in batches that have no use for it; supervised training needs the first three only.
     """
 
     tokens_NS: Tensor  # int64, right-padded
     length_N: Tensor  # int64, valid tokens
     loss_mask_NS: Tensor  # bool, tokens that count in the loss
-    extras: dict[str, Tensor]  # further per-sequence [N] or per-token [N, S] tensors, handed to the objective
     temperature: float = 1.0  # of the log-probabilities
     segment_NS: Tensor | None = None  # int64; packed rows: which document each token belongs to, -1 for padding
+    behaviour_logprobs_NS: Tensor | None = None  # of the actor that generated the tokens, without the nucleus
+    advantages_N: Tensor | None = None
+    reference_logprobs_NS: Tensor | None = None  # of the KL reference
+    engine_logprobs_NS: Tensor | None = None  # the engine's, where it holds the very weights that are being trained
+    weight_NS: Tensor | None = None  # of each token's surrogate, for an engine that disagrees with the trainer
+    selected_NS: Tensor | None = None  # bool; tokens that Clip-Cov or KL-Cov treats apart
+    gate_row_N: Tensor | None = None  # int64; which sequence of `LoggedGates` each row is
+    row_N: Tensor | None = None  # int64; which of all ranks' rollouts each row is
 
+    def map(self, per_row: Callable[[Tensor], Tensor], per_token: Callable[[Tensor, float], Tensor]) -> TrainBatch:
+        """The batch with every tensor replaced.
 
-# (logprobs_NS and entropy_NS, both with gradient, micro-batch) -> (SUM over loss tokens, {metric: SUM over loss tokens})
-Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
+        Args:
+            per_row: what becomes of a tensor [N].
+            per_token: what becomes of a tensor [N, S], given the value that padding has in it.
+        """
+        changed: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                padding = -1.0 if name == "segment_NS" else 0.0
+                changed[name] = per_token(value, padding) if value.dim() == 2 else per_row(value)
+        return replace(self, **changed)  # type: ignore[arg-type]  # tensor fields only
+
+    def rows(self, index_N: Tensor) -> TrainBatch:
+        """Some of the rows."""
+        return self.map(lambda value_N: value_N[index_N], lambda value_NS, _: value_NS[index_N])
 
 
 @dataclass
@@ -265,42 +181,3 @@ class StepStats:
     skipped: bool  # the optimizer refused the step (non-finite gradient)
     tokens: int  # global loss tokens
     rejected: bool = False  # the trust region took the step back
-
-
-class Policy(Protocol):
-    """The learner. Every call is collective over all ranks."""
-
-    def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
-        """Accumulate and reduce gradients of the objective's mean over all ranks' loss tokens. Returns global metric means."""
-        ...
-
-    def optimizer_step(self) -> StepStats: ...
-
-    def carry(self) -> Any:
-        """What forward and backward passes change besides gradients (buffers, random generators), as it is now."""
-        ...
-
-    def put_back(self, carried: Any) -> None:
-        """Return to what `carry` returned: the step did not happen."""
-        ...
-
-    def checksum(self) -> int:
-        """Of this rank's weights."""
-        ...
-
-    def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
-        """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
-        ...
-
-
-class PolicyDrift(Protocol):
-    """How far the policy itself has moved from the actors', at a step's own tokens."""
-
-    def observe(self, batch: TrainBatch) -> None:
-        """This is what the coming step trains on. Collective."""
-        ...
-
-    def measure(self) -> float:
-        """Mean |log pi - log pi_actor| of a response token under the weights as they are now, in nats. Collective over all
-        ranks, which get the same number. It changes nothing."""
-        ...

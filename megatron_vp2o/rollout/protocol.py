@@ -7,7 +7,7 @@
 
 Two engines implement it: `megatron.actor.generation.MegatronEngine` in the learner's own processes, and
 `rollout.pool.ServerPool` with vLLM servers. `rollout/contract.py` is the test suite that both pass, and that a third engine can
-import. What the training loop sees is `rl.types.RolloutEngine`, which is collective over the ranks of a run: the embedded
+import. What the training loop sees is `rl.interfaces.RolloutEngine`, which is collective over the ranks of a run: the embedded
 engine is one itself, and `rollout.served.ServedEngine` makes one from a pool.
 """
 

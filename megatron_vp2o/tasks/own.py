@@ -7,7 +7,7 @@ import inspect
 from megatron_vp2o import own_code
 from megatron_vp2o.config.schema import OwnTaskConfig
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Task
+from megatron_vp2o.rl.interfaces import Task
 
 _PARTS = ("name", "tokenizer", "max_prompt_tokens", "size", "problem", "verify_all", "demonstration")
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from megatron_vp2o.config.schema import TaskConfig
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Problem, Split, Tokenizer, Verdict
+from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rl.types import Problem, Split, Verdict
 from megatron_vp2o.tasks.tokenizer import CharTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from megatron_vp2o.config.rows import ChatTemplate, RowsTaskConfig
 from megatron_vp2o.data.rows.columns import BadRow, Example, Message
 from megatron_vp2o.data.rows.index import Index
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Tokenizer
+from megatron_vp2o.rl.interfaces import Tokenizer
 from megatron_vp2o.tasks.tokenizer import HuggingFaceTokenizer
 
 PLACE = "{prompt}"

@@ -17,7 +17,8 @@ from megatron_vp2o.data.rows.index import Index, open_index
 from megatron_vp2o.data.rows.sources import find_sources
 from megatron_vp2o.data.rows.splits import Kept, Training, repeated, rows_with, seeded, smallest_keys
 from megatron_vp2o.errors import ConfigError, DataError, RewardError
-from megatron_vp2o.rl.types import Problem, Reward, Split, Tokenizer, Verdict
+from megatron_vp2o.rl.interfaces import Reward, Tokenizer
+from megatron_vp2o.rl.types import Problem, Split, Verdict
 from megatron_vp2o.tasks.prompts import PromptWriter
 from megatron_vp2o.tasks.tokenizer import CharTokenizer, load_tokenizer
 
@@ -29,7 +30,7 @@ NAMED = 5  # rows that a message names
 
 
 class RowsTask:
-    """Implements `rl.types.Task`. Verdicts' reasons are the reward's."""
+    """Implements `rl.interfaces.Task`. Verdicts' reasons are the reward's."""
 
     name = "rows"
 

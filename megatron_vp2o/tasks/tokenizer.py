@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Tokenizer
+from megatron_vp2o.rl.interfaces import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

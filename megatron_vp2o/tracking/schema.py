@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from megatron_vp2o.config.schema import Algorithm
 
@@ -36,6 +37,17 @@ COUNT = "count"
 NONE = "1"
 
 
+class Aggregate(Enum):
+    """How the values of several optimizer steps (and micro-batches, ranks) become one number of a training step."""
+
+    mean = "mean"
+    """Each optimizer step weighs the same."""
+    token_mean = "token_mean"
+    """Each weighs its loss tokens; steps without any do not count."""
+    maximum = "maximum"
+    """Also for totals that only grow."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a line. A key with `{k}` stands for one key for each k of `evaluation.pass_at`, one with `{part}` for one
@@ -46,6 +58,7 @@ class Metric:
     meaning: str
     when: str  # it is null on lines where it was not measured
     algorithms: frozenset[Algorithm] = ALL
+    aggregate: Aggregate = Aggregate.mean
 
     def keys(self, pass_at: Sequence[int], parts: Sequence[str] = ()) -> list[str]:
         """The key, or its expansions for `pass_at` in ascending order or for `parts`."""
@@ -158,9 +171,21 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Policy",
         (
-            Metric("policy/loss", NONE, "objective that was minimised, mean over loss tokens", LEARNT, REINFORCEMENT),
             Metric(
-                "policy/clip_fraction", FRACTION, "loss tokens whose gradient the clip stops", LEARNT, REINFORCEMENT
+                "policy/loss",
+                NONE,
+                "objective that was minimised, mean over loss tokens",
+                LEARNT,
+                REINFORCEMENT,
+                aggregate=Aggregate.token_mean,
+            ),
+            Metric(
+                "policy/clip_fraction",
+                FRACTION,
+                "loss tokens whose gradient the clip stops",
+                LEARNT,
+                REINFORCEMENT,
+                aggregate=Aggregate.token_mean,
             ),
             Metric(
                 "policy/approx_kl",
@@ -168,6 +193,7 @@ SECTIONS: tuple[Section, ...] = (
                 "KL(behaviour ‖ learner), k3 estimate, mean over loss tokens",
                 LEARNT,
                 REINFORCEMENT,
+                aggregate=Aggregate.token_mean,
             ),
             Metric(
                 "policy/kl_reference",
@@ -175,6 +201,7 @@ SECTIONS: tuple[Section, ...] = (
                 "KL(learner ‖ reference), k3 estimate, mean over loss tokens",
                 "training steps of runs with a reference",
                 REINFORCEMENT,
+                aggregate=Aggregate.token_mean,
             ),
             Metric(
                 "policy/entropy",
@@ -182,14 +209,23 @@ SECTIONS: tuple[Section, ...] = (
                 "entropy of the next-token distribution at the rollout temperature, mean over loss tokens",
                 LEARNT,
                 REINFORCEMENT,
+                aggregate=Aggregate.token_mean,
             ),
-            Metric("policy/ratio_max", NONE, "largest importance ratio of a loss token", LEARNT, REINFORCEMENT),
+            Metric(
+                "policy/ratio_max",
+                NONE,
+                "largest importance ratio of a loss token",
+                LEARNT,
+                REINFORCEMENT,
+                Aggregate.maximum,
+            ),
             Metric(
                 "policy/logprob_mismatch",
                 NATS,
                 "largest |recomputed - rollout| log-probability under the same weights",
                 "training steps with a response",
                 REINFORCEMENT,
+                Aggregate.maximum,
             ),
         ),
     ),
@@ -295,7 +331,7 @@ SECTIONS: tuple[Section, ...] = (
         "Stein field",
         (
             Metric("stein/prototype_overlap", NONE, "squared cosine of two prototypes, mean over pairs", STEIN),
-            Metric("stein/prototype_overlap_max", NONE, "the largest one", STEIN),
+            Metric("stein/prototype_overlap_max", NONE, "the largest one", STEIN, aggregate=Aggregate.maximum),
             Metric("stein/prototype_rank", NONE, "effective rank of the prototypes' Gram matrix", STEIN),
             Metric(
                 "stein/prototype_residual",
@@ -311,7 +347,13 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Rollout actors",
         (
-            Metric("actor/version", "steps", "optimizer steps behind the actors' weights", STEP, REINFORCEMENT),
+            Metric(
+                "actor/version",
+                "steps",
+                "number of the optimizer step whose weights the actors hold (not a lag)",
+                STEP,
+                REINFORCEMENT,
+            ),
             Metric("actor/age", COUNT, "rollout batches generated with these weights", STEP, REINFORCEMENT),
             Metric("actor/refreshes", COUNT, "times the actors got the learner's weights so far", STEP, REINFORCEMENT),
             *(
@@ -339,7 +381,14 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric("trust_region/distance_gates", NONE, "its part from the routers", REGION, VP2O),
             Metric("trust_region/distance_prototypes", NONE, "its part from the prototypes", REGION, VP2O),
-            Metric("trust_region/distance_layer_max", NONE, "D of the layer with the largest", REGION, VP2O),
+            Metric(
+                "trust_region/distance_layer_max",
+                NONE,
+                "D of the layer with the largest",
+                REGION,
+                VP2O,
+                Aggregate.maximum,
+            ),
             Metric("trust_region/proposed", NONE, "D of the step as the optimizer proposed it", REGION, VP2O),
             Metric(
                 "trust_region/delta", NONE, "bound of D in force: the setting, or learnt from the run", REGION, VP2O
@@ -359,8 +408,8 @@ SECTIONS: tuple[Section, ...] = (
                 VP2O,
             ),
             Metric("trust_region/halvings", COUNT, "how often an update was halved, mean", REGION, VP2O),
-            Metric("trust_region/halved", COUNT, "updates taken after halving so far", REGION, VP2O),
-            Metric("trust_region/rejected", COUNT, "updates taken back so far", REGION, VP2O),
+            Metric("trust_region/halved", COUNT, "updates taken after halving so far", REGION, VP2O, Aggregate.maximum),
+            Metric("trust_region/rejected", COUNT, "updates taken back so far", REGION, VP2O, Aggregate.maximum),
             Metric("budget/drift", NATS, "mean |log-ratio| of a response", BUDGET, VP2O),
             Metric("budget/ess", FRACTION, "tempered effective sample size over the number of responses", BUDGET, VP2O),
         ),
@@ -417,3 +466,12 @@ def find_metric(key: str) -> Metric | None:
     """What the registry says of a recorded key (`eval/pass@16` is found under `eval/pass@{k}`); None if unknown."""
     general = re.sub(r"^reward/part/.*", "reward/part/{part}", re.sub(r"@\d+$", "@{k}", key))
     return _BY_KEY.get(key) or _BY_KEY.get(general)
+
+
+def aggregate_of(key: str) -> Aggregate:
+    """How a metric of optimizer steps becomes one of a training step; of those that it does not know, `policy/*`
+    are means over tokens, as all sums of an objective are, and others plain means."""
+    metric = find_metric(key)
+    if metric is not None:
+        return metric.aggregate
+    return Aggregate.token_mean if key.startswith("policy/") else Aggregate.mean

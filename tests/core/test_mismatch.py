@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_no_token_and_no_number() -> None:
 @pytest.mark.parametrize("objective", ["grpo", "vp2o"])
 def test_a_weight_multiplies_a_tokens_gradient_and_nothing_else(objective: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    settings = {"kl_coef": 0.1, "entropy_coef": 0.0}
+    settings: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.0}
     loss = (
         GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, **settings)
         if objective == "grpo"

@@ -12,7 +12,8 @@ from megatron_vp2o.data import documents as module
 from megatron_vp2o.data.documents import JsonlText, TaskDemonstrations
 from megatron_vp2o.data.packing import PackedBatches
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Problem, Split, Tokenizer, Verdict
+from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rl.types import Problem, Split, Verdict
 
 
 class Letters:
@@ -40,6 +41,7 @@ class Echo:
     name = "echo"
     tokenizer: Tokenizer = Letters()
     max_prompt_tokens = 2
+    grades_elsewhere = False
 
     def size(self, split: Split) -> int:
         return 5 if split is Split.train else 2

@@ -132,7 +132,7 @@ def test_the_global_batch_does_not_depend_on_data_parallelism(lengths, S, dp_siz
             rows = slice(rank, None, dp_size)
             segment_NS = None if want.segment_NS is None else want.segment_NS[rows]
             want_part = TrainBatch(
-                want.tokens_NS[rows], want.length_N[rows], want.loss_mask_NS[rows], {}, segment_NS=segment_NS
+                want.tokens_NS[rows], want.length_N[rows], want.loss_mask_NS[rows], segment_NS=segment_NS
             )
             assert part.tokens_NS.is_contiguous()
             assert equal(part, want_part)

@@ -24,11 +24,11 @@ from megatron_vp2o.hf.tensor_files import config_of  # noqa: E402
 from megatron_vp2o.megatron.hf import load as hf_load  # noqa: E402
 from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import install  # noqa: E402
+from megatron_vp2o.megatron.stein.install import install  # noqa: E402
 
 
 def metrics(folders: list[str], batches: list[list[Any]], layout: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The hook's metrics for each folder, after one step on the batches; rank r takes every (data-parallel size)th.
+    """The transform's metrics for each folder, after one step on the batches; rank r takes every (data-parallel size)th.
 
     Args:
         batches: (token ids, lengths) of each micro-batch; tokens beyond a row's length are padding.

@@ -22,7 +22,7 @@ def example() -> str:
 CHECK = """
 import json, pathlib, sys
 pathlib.Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps([
-    reported[0]["loss"], stein.hook.steps, stein.metrics,
+    reported[0]["loss"], stein.transform.steps, stein.metrics,
     config.finalize_model_grads_func is finalize_model_grads,
     [type(layer.mlp).__name__ for layer in model.decoder.layers],
 ]))

@@ -57,7 +57,7 @@ def drawn(seed: int) -> Any:
     rope = {"rope_type": "default", "rope_theta": float(draw.randrange(1000, 10**6))}
     family = seed % 3
     if family == 0:
-        own = {"moe_intermediate_size": 16 * draw.randint(1, 9), "norm_topk_prob": draw.random() < 0.5}
+        own: dict[str, Any] = {"moe_intermediate_size": 16 * draw.randint(1, 9), "norm_topk_prob": draw.random() < 0.5}
         return transformers.Qwen3MoeConfig(**shape, **own, rope_parameters=rope)
     if family == 1:
         return transformers.MixtralConfig(**shape, intermediate_size=16 * draw.randint(1, 9), rope_parameters=rope)

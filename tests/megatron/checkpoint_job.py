@@ -28,7 +28,7 @@ from megatron_vp2o.rl.types import Rollouts
 from tests.megatron.policy_job import MegatronEngine, MegatronPolicy, fixed_batch, world  # isort: skip  (enables the CPU)
 from megatron_vp2o.megatron.checkpoint import folder as checkpoint_folder  # isort: skip
 from megatron_vp2o.megatron.checkpoint.identity import weights_identity  # isort: skip
-from megatron_vp2o.megatron.checkpoint.checkpointer import Checkpointer, latest, load_weights  # isort: skip
+from megatron_vp2o.megatron.checkpoint.checkpointer import MegatronCheckpointer, latest, load_weights  # isort: skip
 
 VOCAB, ROWS = 24, 8
 OBJECTIVE = OnRollouts(GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.01))
@@ -67,7 +67,7 @@ class Learner:
         self.policy = MegatronPolicy(settings, groups, vocab_size=VOCAB, optimizer_steps=10)
         self.engine = MegatronEngine(settings, self.policy, eos_ids=[1], pad_id=0)
         self.engine.refresh(-1)  # defined weights, to compare
-        self.saver = Checkpointer(folder, self.policy, self.engine, keep=keep, tokenizer_save=_save_tokenizer)
+        self.saver = MegatronCheckpointer(folder, self.policy, self.engine, keep=keep, tokenizer_save=_save_tokenizer)
 
     def train(self, *steps: int) -> None:
         """An optimizer step on each of these batches; data-parallel ranks share a batch out."""
@@ -82,7 +82,7 @@ class Learner:
             rollouts = Rollouts(tokens_NS, ones_N, 9 * ones_N, zeros_NS, zeros_NS, ones_N.bool(), 0)
             batch = policy_batch(rollouts, advantages_N[mine], ones_N.bool(), 1.0)
             self.policy.forward_backward(batch, OBJECTIVE, micro_batch_size=4)
-            assert not self.policy.optimizer_step().skipped
+            assert not self.policy.optimizer_step(1).skipped
 
     def log_probs(self) -> Tensor:
         """Of a fixed batch, the same on every rank."""

@@ -14,7 +14,8 @@ from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.control.trust_region import TrustRegion
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.platform import world
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+from megatron_vp2o.megatron.stein.transform import SteinTransform
 from megatron_vp2o.rl.batching import policy_batch, split
 from megatron_vp2o.rl.objectives import next_token
 from megatron_vp2o.rl.types import SamplingParams, StepStats
@@ -25,7 +26,7 @@ WIDE, NARROW = 1.9, 1e-9
 
 
 class Learner:
-    """A policy with hook and region, stepped by hand."""
+    """A policy with transform and region, stepped by hand."""
 
     def __init__(self, layout: dict[str, Any]) -> None:
         layout = dict(layout)
@@ -34,9 +35,11 @@ class Learner:
         config = small_config(model={"precision": precision}, **layout)
         self.groups = world.start(config.parallel, config.seed)
         self.policy = MegatronPolicy(config, self.groups, vocab_size=VOCAB, optimizer_steps=20)
-        self.hook = SteinHook(self.policy.ddp, config.algorithm.stein, self.groups, optimizer=self.policy.optimizer)
+        self.transform = SteinTransform(
+            ExpertPrototypes(self.policy.ddp, config.algorithm.stein, self.groups), optimizer=self.policy.optimizer
+        )
         settings = TrustRegionConfig(mode=ControlMode.enforce, contexts_per_rank=64, snapshot_on_host=on_host)
-        self.region = TrustRegion(self.policy, self.hook, settings)
+        self.region = TrustRegion(self.policy, self.transform.prototypes, settings, self.transform)
         self.region.set_anchor()
 
     def step(self, batch: int, delta: float) -> StepStats:
@@ -45,9 +48,9 @@ class Learner:
         self.region.settings = replace(self.region.settings, delta=delta)
         part = global_batch(batch, rows)
         self.region.begin(part)
-        self.policy.forward_backward(part, next_token, micro_batch_size=3)
-        self.hook.transform()
-        return self.region.step()
+        metrics = self.policy.forward_backward(part, next_token, micro_batch_size=3)
+        self.transform.apply()
+        return self.region.step(int(metrics["tokens"]))
 
     def bits(self) -> list[torch.Tensor]:
         """Everything that a step changes: weights, masters, moments, learning rate, prototypes, co-activation average."""
@@ -59,10 +62,10 @@ class Learner:
                     tensors.append(parameter.detach().clone())
                     state = optimizer.optimizer.state.get(parameter, {})
                     tensors.extend(state[key].clone() for key in sorted(state) if isinstance(state[key], torch.Tensor))
-        tensors.append(torch.tensor([self.policy.scheduler.num_steps, self.hook.steps]))
-        state_ = self.hook.state
-        if state_ is not None:
-            tensors.extend(t.clone() for t in (state_.prototypes_LED, state_.coactivation_LEE) if t is not None)
+        tensors.append(torch.tensor([self.policy.scheduler.num_steps, self.transform.steps]))
+        if self.transform.prototypes.state is not None:
+            state_ = (*vars(self.transform.prototypes.state).values(), self.transform.coactivation_LEE)
+            tensors.extend(t.clone() for t in state_ if t is not None)
         return tensors
 
 
@@ -171,12 +174,11 @@ def _logged_against_recomputed(layout: dict[str, Any]) -> dict[str, float]:
     region.observe_rollouts(rollouts)
     keep_N = torch.arange(len(rollouts.total_len_N)) % 3 != 0
     batch = policy_batch(rollouts, torch.ones(len(keep_N)), keep_N, 1.0)
-    (_, part) = split(
-        batch, 2, seed=(1, 2), row_N=torch.arange(len(batch.length_N)), rows=len(batch.length_N)
-    )  # rows in another order, not all of them
+    batch.row_N = torch.arange(len(batch.length_N))
+    (_, part) = split(batch, 2, seed=(1, 2), rows=len(batch.length_N))  # rows in another order, not all of them
     policy.forward_backward(part, next_token, micro_batch_size=3)
     logged = region._measure()["trust_region/distance_gates"]
-    contexts = sum(len(layer.contexts()) for layer in learner.hook.layers)
+    contexts = sum(len(layer.contexts()) for layer in learner.transform.prototypes.layers)
     region._logged = None
     return {
         "logged": logged,

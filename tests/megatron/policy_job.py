@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         keep_N = row_N % 5 != 0 if step == 1 else row_N >= 0  # ranks may keep different numbers of rows
         batch = policy_batch(rollouts, advantages_N, keep_N, 1.0)
         metrics = policy.forward_backward(batch, objective, micro_batch_size=6)
-        stats = policy.optimizer_step()
+        stats = policy.optimizer_step(1)
         scored_NS = engine.log_probs(rollouts, 1.0)
         result["loss"].append(metrics["loss"])
         result["entropy"].append(metrics["entropy"])

@@ -30,8 +30,8 @@ from megatron_vp2o.config.schema import (  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.rl.batching import rows_of  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.sync import verify_sync  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
@@ -77,7 +77,7 @@ def batch_of(case: dict[str, Any]) -> TrainBatch:
     mask_NS = inside_NS & (torch.rand(rows, width, generator=generator) < case["loss_share"])
     mask_NS[:, 0] = False
     mask_NS[0, 1] = True
-    return TrainBatch(tokens_NS, length_N, mask_NS, {})
+    return TrainBatch(tokens_NS, length_N, mask_NS)
 
 
 def no_objective(logprob_NS: Tensor, entropy_NS: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,21 +213,21 @@ def layout(cases: list[dict[str, Any]], parallel: list[dict[str, Any]]) -> list[
         config = config_of(case, **settings)
         groups = world.start(config.parallel, config.seed)
         policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=4)
-        hook = SteinHook(policy.ddp, SteinConfig(monitor=True, neighbours=2), groups)
+        transform = SteinTransform(ExpertPrototypes(policy.ddp, SteinConfig(monitor=True, neighbours=2), groups))
         batch = batch_of(case)
         index = torch.arange(case["rows"])
         if groups.dp_size > 1:
             cut = case["rows"] - case["last"]
             index = (index[:cut], index[cut:])[groups.dp_rank]
-        mine = rows_of(batch, index)
+        mine = batch.rows(index)
         metrics = policy.forward_backward(mine, no_objective, case["micro_batch_size"])
         norm = float(policy.optimizer.get_grad_norm()) if policy.optimizer.prepare_grads() is False else float("nan")
         routers = {
             str(layer.layer_number): layer.router.weight.main_grad.flatten().tolist() for layer in policy._layers
         }
-        statistics = hook.transform()
-        assert hook.state is not None and hook.state.coactivation_LEE is not None
-        stats = policy.optimizer_step()
+        statistics = transform.apply()
+        assert transform.prototypes.state is not None and transform.coactivation_LEE is not None
+        stats = policy.optimizer_step(1)
         policy.forward_backward(mine, no_objective, case["micro_batch_size"])
         biases = {
             str(layer.layer_number): layer.router.expert_bias.tolist()
@@ -244,7 +244,7 @@ def layout(cases: list[dict[str, Any]], parallel: list[dict[str, Any]]) -> list[
                 "statistics": statistics,
                 "coactivation": {
                     str(layer.layer_number): C_EE.tolist()
-                    for layer, C_EE in zip(hook.layers, hook.state.coactivation_LEE, strict=True)
+                    for layer, C_EE in zip(transform.prototypes.layers, transform.coactivation_LEE, strict=True)
                 },
             }
         )
@@ -266,12 +266,12 @@ def actors(cases: list[dict[str, Any]], parallel: dict[str, Any]) -> list[dict[s
         engine = MegatronEngine(config, policy, eos_ids=[1], pad_id=0)
         for _ in range(3):  # an odd number: steps of one size cannot cancel
             policy.forward_backward(batch_of(case), next_token, case["micro_batch_size"])
-            policy.optimizer_step()
+            policy.optimizer_step(1)
         engine.refresh(2)
         verify_sync(policy, engine, 2, groups)
         rollouts = engine.generate([[5, 6, 7], [8, 9]], [0, 1], SamplingParams(1.0, 1.0, 8, seed=1), 4)
         mask_NS = rollouts.response_mask_NS()
-        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {})
+        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS)
         difference_NS = (policy.log_probs(batch, 3) - rollouts.logprobs_NS) * mask_NS
         biases = [layer.router.expert_bias for layer in policy._layers if layer.router.expert_bias is not None]
         moved = max((bias.abs().max().item() for bias in biases), default=0.0)

@@ -1,4 +1,4 @@
-"""What the ranks of test_gradient_hook.py do: train the same global batch with the Stein hook under a layout.
+"""What the ranks of test_stein_layouts.py do: train the same global batch with the Stein transform under a layout.
 
 Gradients and parameters come back as whole experts, whatever rank held which part, so that layouts can be compared.
 """
@@ -28,7 +28,8 @@ from megatron_vp2o.config.schema import (  # noqa: E402
 from megatron_vp2o.core.choices import Orthogonality, RepulsionScale  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
@@ -80,61 +81,68 @@ def global_batch(step: int, rows: range) -> TrainBatch:
     mask_NS = torch.arange(WIDTH) < length_N[:, None]
     mask_NS[:, :2] = False
     index = torch.arange(rows.start, rows.stop)
-    return TrainBatch(tokens_NS[index], length_N[index], mask_NS[index], {}, temperature=1.0)
+    return TrainBatch(tokens_NS[index], length_N[index], mask_NS[index], temperature=1.0)
 
 
-def run(layouts: list[dict[str, Any]], steps: int = 5, hook: bool = True) -> list[dict[str, Any]]:
+def run(layouts: list[dict[str, Any]], steps: int = 5, transform: bool = True) -> list[dict[str, Any]]:
     """One result a layout; the world's size is the same for all."""
     torch.set_num_threads(1)
     results = []
     for layout in layouts:
         try:
-            results.append(train(small_config(**layout), steps, hook))
+            results.append(train(small_config(**layout), steps, transform))
         finally:
             world.stop_model_parallel()
     world.stop()
     return results
 
 
-def train(config: TrainConfig, steps: int, with_hook: bool = True) -> dict[str, Any]:
+def train(config: TrainConfig, steps: int, with_transform: bool = True) -> dict[str, Any]:
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=steps)
-    hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer) if with_hook else None
+    transform = (
+        SteinTransform(ExpertPrototypes(policy.ddp, config.algorithm.stein, groups), optimizer=policy.optimizer)
+        if with_transform
+        else None
+    )
     share = ROWS // groups.dp_size
     rows = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "metrics": []}
     for step in range(steps):
         metrics = policy.forward_backward(global_batch(step, rows), next_token, micro_batch_size=3)
-        if hook is not None:
-            result["metrics"].append(hook.transform())
+        if transform is not None:
+            result["metrics"].append(transform.apply())
             if step == 0:
-                result["gradients"] = whole_experts(hook, groups, hook.gradients.of, owned=True)
-                assert hook.state is not None and hook.state.coactivation_LEE is not None
-                result["layers"] = [weights.layer for weights in hook.weights]
-                result["coactivation"] = hook.state.coactivation_LEE.tolist()
-                result["prototypes"] = hook.state.prototypes_LED.tolist()
-                result["bytes"] = hook.gradients.exchange.bytes_sent
-                result["workspace"] = hook.gradients.exchange.workspace_bytes
+                result["gradients"] = whole_experts(transform, groups, transform.gradients.of, owned=True)
+                assert transform.prototypes.state is not None and transform.coactivation_LEE is not None
+                result["layers"] = [weights.layer for weights in transform.prototypes.weights]
+                result["coactivation"] = transform.coactivation_LEE.tolist()
+                result["prototypes"] = transform.prototypes.values_LED.tolist()
+                result["bytes"] = transform.gradients.exchange.bytes_sent
+                result["workspace"] = transform.gradients.exchange.workspace_bytes
                 result["own_bytes"] = sum(
-                    row.numel * 4 for weights in hook.weights for rows in weights.parts.values() for row in rows
+                    row.numel * 4
+                    for weights in transform.prototypes.weights
+                    for rows in weights.parts.values()
+                    for row in rows
                 )
-        stats = policy.optimizer_step()
+        stats = policy.optimizer_step(1)
         result["loss"].append(metrics["loss"])
         result["grad_norm"].append(stats.grad_norm)
     policy.gather_parameters()
-    if hook is not None:
-        result["parameters"] = whole_experts(hook, groups, lambda parameter: parameter.detach(), owned=False)
+    if transform is not None:
+        result["parameters"] = whole_experts(transform, groups, lambda parameter: parameter.detach(), owned=False)
     scored = policy.log_probs(replace(global_batch(99, range(ROWS))), 5)
     result["final"] = scored.tolist()
     return result
 
 
 def whole_experts(
-    hook: SteinHook, groups: Groups, values: Callable[[Any], torch.Tensor], *, owned: bool
+    transform: SteinTransform, groups: Groups, values: Callable[[Any], torch.Tensor], *, owned: bool
 ) -> dict[str, list[float]]:
     """ "layer.expert.part" -> the whole tensor, flat, put together from the ranks of this pipeline stage."""
-    shard = hook.gradients._members.shard[hook.gradients._members.rank]
-    mine = list(_pieces(hook, groups, values, shard if owned else None))
+    shard = transform.gradients._members.shard[transform.gradients._members.rank]
+    mine = list(_pieces(transform, groups, values, shard if owned else None))
     everyone: list[Any] = [None] * groups.stage.size()
     dist.all_gather_object(everyone, mine, group=groups.stage)
     shards: dict[str, dict[int, list[float]]] = {}
@@ -144,17 +152,18 @@ def whole_experts(
             row[start : start + len(numbers)] = numbers
     width = groups.etp.size()
     return {
-        name: _join(name, [parts[i] for i in range(width)], hook.weights[0].hidden) for name, parts in shards.items()
+        name: _join(name, [parts[i] for i in range(width)], transform.prototypes.weights[0].hidden)
+        for name, parts in shards.items()
     }
 
 
 def _pieces(
-    hook: SteinHook, groups: Groups, values: Callable[[Any], torch.Tensor], shard: int | None
+    transform: SteinTransform, groups: Groups, values: Callable[[Any], torch.Tensor], shard: int | None
 ) -> Iterator[tuple[str, int, int, int, list[float]]]:
-    for weights in hook.weights:
+    for weights in transform.prototypes.weights:
         for part, rows in weights.parts.items():
             for e, row in enumerate(rows):
-                start, stop = (0, row.numel) if shard is None else hook.gradients._intervals(row)[shard]
+                start, stop = (0, row.numel) if shard is None else transform.gradients._intervals(row)[shard]
                 numbers = row.of(values(row.parameter))[start:stop].tolist()
                 yield f"{weights.layer}.{weights.first + e}.{part}", groups.etp.rank(), start, row.numel, numbers
 

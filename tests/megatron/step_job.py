@@ -16,12 +16,13 @@ from megatron_vp2o.config.schema import ControlMode, Precision, TrustRegionConfi
 from megatron_vp2o.megatron.control.trust_region import TrustRegion
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.platform import world
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
-from megatron_vp2o.rl.batching import rows_of
-from megatron_vp2o.rl.control import PlainSteps, Stepper
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+from megatron_vp2o.megatron.stein.transform import SteinTransform
+from megatron_vp2o.rl.control import PlainSteps
 from megatron_vp2o.rl.drift import SampledDrift
-from megatron_vp2o.rl.objectives import BEHAVIOUR, next_token
-from megatron_vp2o.rl.types import ROW, TrainBatch
+from megatron_vp2o.rl.interfaces import Stepper
+from megatron_vp2o.rl.objectives import next_token
+from megatron_vp2o.rl.types import TrainBatch
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
 WIDE, NARROW = 1.9, 1e-12
@@ -58,36 +59,35 @@ class Learner:
             self.policy = MegatronPolicy(config, self.groups, vocab_size=VOCAB, optimizer_steps=20)
         finally:
             megatron.core.optimizer.Adam = adam
-        observed = case["stein"] != "off"
-        self.hook: SteinHook | None = None
-        if observed or case["region"] != "off":
-            settings = config.algorithm.stein
-            self.hook = SteinHook(
-                self.policy.ddp, settings, self.groups, optimizer=self.policy.optimizer, observe=observed
-            )
-        self.transform = self.hook.transform if self.hook is not None and observed else dict
+        settings = config.algorithm.stein
+        observed, bounded = case["stein"] != "off", case["region"] != "off"
+        self.prototypes = ExpertPrototypes(self.policy.ddp, settings, self.groups) if observed or bounded else None
+        self.transform: SteinTransform | None = None
+        if self.prototypes is not None and observed:
+            self.transform = SteinTransform(self.prototypes, optimizer=self.policy.optimizer)
+        others = [] if self.transform is None else [self.transform]
         self.region: TrustRegion | None = None
-        self.stepper: Stepper = PlainSteps(self.policy, *([] if self.hook is None else [self.hook]))
-        if case["region"] != "off":
-            assert self.hook is not None
+        if self.prototypes is not None and bounded:
             bounds = TrustRegionConfig(
                 mode=ControlMode[case["region"]], contexts_per_rank=16, snapshot_on_host=case["on_host"]
             )
             drift = SampledDrift(self.policy, self.groups, share=0.3, micro_batch_size=2)
-            self.stepper = self.region = TrustRegion(self.policy, self.hook, bounds, drift)
+            self.region = TrustRegion(self.policy, self.prototypes, bounds, *others, drift=drift)
             self.region.set_anchor()
+        plain = [] if self.prototypes is None else [self.prototypes]
+        self.stepper: Stepper = self.region or PlainSteps(self.policy, *plain, *others)
 
     def step(self, number: int, event: str) -> str:
         """One step, and what became of it."""
         share = ROWS // self.groups.dp_size
         rows = range(self.groups.dp_rank * share, (self.groups.dp_rank + 1) * share)
         batch = global_batch(number, rows)
-        batch.extras[ROW] = torch.tensor(rows)
-        batch.extras[BEHAVIOUR] = -3 * torch.rand(
+        batch.row_N = torch.tensor(rows)
+        batch.behaviour_logprobs_NS = -3 * torch.rand(
             batch.tokens_NS.shape, generator=torch.Generator().manual_seed(number)
         )
         if event == "no rows":
-            batch = rows_of(batch, torch.arange(0))
+            batch = batch.rows(torch.arange(0))
         elif event == "empty":
             batch = replace(batch, loss_mask_NS=torch.zeros_like(batch.loss_mask_NS))
         poisoned = event == "skipped" and self.groups.dp_rank == 0
@@ -102,9 +102,10 @@ class Learner:
             most = NARROW if event == "drifted" else None
             self.region.settings = replace(self.region.settings, delta=delta, max_policy_drift=most)
         self.stepper.begin(batch)
-        self.policy.forward_backward(batch, objective, micro_batch_size=3)
-        self.transform()
-        stats = self.stepper.step()
+        metrics = self.policy.forward_backward(batch, objective, micro_batch_size=3)
+        if self.transform is not None:
+            self.transform.apply()
+        stats = self.stepper.step(int(metrics["tokens"]))
         return "rejected" if stats.rejected else "skipped" if stats.skipped else "taken"
 
     def everything(self) -> dict[str, Any]:
@@ -122,10 +123,12 @@ class Learner:
         state["schedule"] = self.policy.scheduler.num_steps
         state["generator"] = torch.get_rng_state()
         state |= {f"generator {k}": v for k, v in get_cuda_rng_tracker().get_states().items()}
-        if self.hook is not None:
-            hook = self.hook.state
-            state |= {f"stein {k}": v for k, v in (vars(hook) if hook is not None else {}).items()}
-            state |= {"stein steps": self.hook._steps, "stein current": self.hook._prototypes_current}
+        if self.prototypes is not None:
+            prototypes = self.prototypes.state
+            state |= {f"prototypes {k}": v for k, v in (vars(prototypes) if prototypes is not None else {}).items()}
+            state["prototypes current"] = self.prototypes.current
+        if self.transform is not None:
+            state |= {"coactivation": self.transform.coactivation_LEE, "stein steps": self.transform.steps}
         if self.region is not None:
             state |= {f"anchor {k}": v for k, v in (self.region._anchor or {}).items()}
         return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}

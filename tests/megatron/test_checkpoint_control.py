@@ -1,4 +1,4 @@
-"""What Stein hook and trust region carry from step to step goes through a checkpoint, for any combination of switches."""
+"""What Stein transform and trust region carry from step to step goes through a checkpoint, for any combination of switches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from megatron_vp2o.config.schema import ControlMode, SteinConfig, TrustRegionCon
 from megatron_vp2o.core.calibration import MIN_PAIRS
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.drift import SampledDrift
-from megatron_vp2o.rl.objectives import BEHAVIOUR, next_token
-from megatron_vp2o.rl.types import ROW
-from tests.megatron.control_job import MegatronEngine, MegatronPolicy, SteinHook, TrustRegion, world
+from megatron_vp2o.rl.objectives import next_token
+from tests.megatron.control_job import (
+    ExpertPrototypes,
+    MegatronEngine,
+    MegatronPolicy,
+    SteinTransform,
+    TrustRegion,
+    world,
+)
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
-from megatron_vp2o.megatron.checkpoint.checkpointer import Checkpointer  # isort: skip  (after the CPU is enabled)
+from megatron_vp2o.megatron.checkpoint.checkpointer import MegatronCheckpointer  # isort: skip  (after the CPU is enabled)
 
 ACCEPT, REJECT = 1.9, 1e-9
 
@@ -39,35 +45,45 @@ class Learner:
 
     def __init__(self, groups: Groups, folder: Path, *, observe: bool, bounded: bool, interval: int) -> None:
         config = small_config()
-        self.observe = observe
         stein: SteinConfig = replace(config.algorithm.stein, prototype_interval=interval)
         self.policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=20)
         self.engine = MegatronEngine(config, self.policy, eos_ids=(1,), pad_id=0)
         self.engine.refresh(0)
-        self.hook = SteinHook(self.policy.ddp, stein, groups, optimizer=self.policy.optimizer, observe=observe)
+        self.prototypes = ExpertPrototypes(self.policy.ddp, stein, groups)
+        self.transform = SteinTransform(self.prototypes, optimizer=self.policy.optimizer) if observe else None
+        others = [] if self.transform is None else [self.transform]
         settings = TrustRegionConfig(mode=ControlMode.enforce, contexts_per_rank=64)
-        self.region = TrustRegion(self.policy, self.hook, settings) if bounded else None
-        self.saver = Checkpointer(
-            folder, self.policy, self.engine, keep=9, tokenizer_save=None, hook=self.hook, region=self.region
+        self.region = TrustRegion(self.policy, self.prototypes, settings, *others) if bounded else None
+        self.saver = MegatronCheckpointer(
+            folder,
+            self.policy,
+            self.engine,
+            keep=9,
+            tokenizer_save=None,
+            prototypes=self.prototypes,
+            stein=self.transform,
+            region=self.region,
         )
 
     def step(self, batch: int, delta: float) -> dict[str, float]:
         rows = global_batch(batch, range(ROWS))
-        rows.extras |= {ROW: torch.arange(ROWS), BEHAVIOUR: -3 * torch.ones(rows.tokens_NS.shape)}
+        rows.row_N, rows.behaviour_logprobs_NS = torch.arange(ROWS), -3 * torch.ones(rows.tokens_NS.shape)
         if self.region is not None:
             self.region.settings = replace(self.region.settings, delta=delta)
             self.region.begin(rows)
         metrics = self.policy.forward_backward(rows, next_token, micro_batch_size=3)
-        if self.observe:
-            metrics |= self.hook.transform()
-        stats = self.policy.optimizer_step() if self.region is None else self.region.step()
+        if self.transform is not None:
+            metrics |= self.transform.apply()
+        stats = self.policy.optimizer_step(1) if self.region is None else self.region.step(int(metrics["tokens"]))
         return metrics | stats.metrics
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = {name: p.detach().clone() for name, p in self.policy.model.named_parameters()}
-        found["steps"], found["current"] = self.hook.steps, self.hook.prototypes_current
-        if self.hook.state is not None:
-            found |= {name: value for name, value in vars(self.hook.state).items() if isinstance(value, Tensor)}
+        found["current"] = self.prototypes.current
+        if self.prototypes.state is not None:
+            found |= vars(self.prototypes.state)
+        if self.transform is not None:
+            found |= {"steps": self.transform.steps, "coactivation": self.transform.coactivation_LEE}
         if self.region is not None:
             found |= {f"anchor {name}": tensor for name, tensor in (self.region._anchor or {}).items()}
             found |= self.region.counters()
@@ -84,7 +100,9 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("observe", "bounded", "interval"), [(True, True, 1), (True, True, 3), (True, False, 1), (False, True, 1)]
 )
-def test_hook_and_region_go_on(groups: Groups, tmp_path: Path, observe: bool, bounded: bool, interval: int) -> None:
+def test_transform_and_region_go_on(
+    groups: Groups, tmp_path: Path, observe: bool, bounded: bool, interval: int
+) -> None:
     """At every point: before the first step, after accepted and rejected ones, between updates of the prototypes."""
 
     def learner() -> Learner:
@@ -122,9 +140,9 @@ def test_prototypes_may_be_wanted_by_less_or_more_than_the_checkpoint_has(groups
         for other_observe, other_bounded in ((True, False), (False, True), (True, True)):
             other = Learner(groups, tmp_path / "other", observe=other_observe, bounded=other_bounded, interval=1)
             other.saver.load(path)
-            assert other.hook.state is not None and source.hook.state is not None
-            assert torch.equal(other.hook.state.prototypes_LED, source.hook.state.prototypes_LED)
-            assert (other.hook.state.coactivation_LEE is None) == (not observe)
+            assert torch.equal(other.prototypes.values_LED, source.prototypes.values_LED)
+            if other.transform is not None:
+                assert (other.transform.coactivation_LEE is None) == (not observe)
             if other.region is not None:
                 # Without an anchor the loop has to refresh the actors first.
                 assert other.engine.version == (0 if bounded else -1)

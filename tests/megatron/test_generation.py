@@ -73,7 +73,7 @@ def test_greedy_equals_decoding_without_a_cache(engine):
 def test_log_probs_equal_teacher_forced_ones(engine, temperature, top_p):
     rollouts = engine.generate(PROMPTS, range(4), SamplingParams(temperature, top_p, 12, seed=5), group_size=6)
     mask_NS = rollouts.response_mask_NS()
-    batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {}, temperature=temperature)
+    batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, temperature=temperature)
     learner_NS = engine.policy.log_probs(batch, 5) * mask_NS
     torch.testing.assert_close(learner_NS, rollouts.model_logprobs_NS, rtol=0, atol=1e-5)
     torch.testing.assert_close(engine.log_probs(rollouts, temperature), rollouts.model_logprobs_NS, rtol=0, atol=1e-5)

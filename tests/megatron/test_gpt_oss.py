@@ -94,11 +94,11 @@ def test_it_is_the_converted_model(policy: MegatronPolicy, groups: Groups) -> No
 
 def test_every_parameter_learns(policy: MegatronPolicy) -> None:
     mask = torch.ones(3, 24, dtype=torch.bool)
-    batch = TrainBatch(tokens(), torch.full((3,), 24), mask, {}, temperature=1.0)
+    batch = TrainBatch(tokens(), torch.full((3,), 24), mask, temperature=1.0)
     policy.forward_backward(batch, next_token, 3)
     still = [name for name, p in policy.model.named_parameters() if not p.main_grad.any()]  # type: ignore[attr-defined]
     assert still == []
-    assert not policy.optimizer_step().skipped
+    assert not policy.optimizer_step(1).skipped
 
 
 def test_decoding_agrees_with_scoring(policy: MegatronPolicy) -> None:

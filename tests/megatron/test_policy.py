@@ -85,11 +85,11 @@ OBJECTIVE = policy_job.OnRollouts(
 def test_a_non_finite_gradient_skips_the_step(policy, advantage):
     before = [p.detach().clone() for p in policy.model.parameters()]
     policy.forward_backward(one_batch(advantage), OBJECTIVE, 4)
-    stats = policy.optimizer_step()
+    stats = policy.optimizer_step(1)
     assert stats.skipped and not math.isfinite(stats.grad_norm)
     assert all(torch.equal(p, old) for p, old in zip(policy.model.parameters(), before, strict=True))
     policy.forward_backward(one_batch(0.5), OBJECTIVE, 4)
-    stats = policy.optimizer_step()
+    stats = policy.optimizer_step(1)
     assert not stats.skipped and math.isfinite(stats.grad_norm)
     assert all(p.isfinite().all() for p in policy.model.parameters())
 
@@ -98,7 +98,7 @@ def test_a_batch_without_loss_tokens_changes_nothing(policy):
     before = [p.detach().clone() for p in policy.model.parameters()]
     batch = policy_job.policy_batch(policy_job.fixed_batch(), torch.ones(4), torch.zeros(4).bool(), 1.0)
     metrics = policy.forward_backward(batch, OBJECTIVE, 4)
-    assert metrics["tokens"] == 0 and policy.optimizer_step().skipped
+    assert metrics["tokens"] == 0 and policy.optimizer_step(1).skipped
     assert all(torch.equal(p, old) for p, old in zip(policy.model.parameters(), before, strict=True))
 
 

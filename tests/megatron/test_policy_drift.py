@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from megatron_vp2o.parallel.groups import Groups
-from megatron_vp2o.rl.batching import rows_of
 from megatron_vp2o.rl.drift import SampledDrift, sampled_rows
-from megatron_vp2o.rl.objectives import BEHAVIOUR, next_token
-from megatron_vp2o.rl.types import ROW, TrainBatch
+from megatron_vp2o.rl.objectives import next_token
+from megatron_vp2o.rl.types import TrainBatch
 from tests.megatron.control_job import MegatronPolicy, world
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config
 
@@ -40,8 +39,8 @@ def batch_of(seed: int) -> TrainBatch:
     """Rows in any order, with any numbers."""
     batch = global_batch(seed, range(ROWS))
     generator = torch.Generator().manual_seed(seed)
-    batch.extras[ROW] = torch.randperm(500, generator=generator)[:ROWS]
-    batch.extras[BEHAVIOUR] = -4 * torch.rand(batch.tokens_NS.shape, generator=generator)
+    batch.row_N = torch.randperm(500, generator=generator)[:ROWS]
+    batch.behaviour_logprobs_NS = -4 * torch.rand(batch.tokens_NS.shape, generator=generator)
     return batch
 
 
@@ -50,7 +49,8 @@ def by_hand(policy: Any, batch: TrainBatch, row_N: list[int]) -> float:
     """The mean over these rows' tokens, one row after another, from the model's logits."""
     changes: list[float] = []
     for row in row_N:
-        n = batch.extras[ROW].tolist().index(row)
+        assert batch.row_N is not None and batch.behaviour_logprobs_NS is not None
+        n = batch.row_N.tolist().index(row)
         tokens_1S = batch.tokens_NS[n : n + 1, : int(batch.length_N[n])]
         policy.model.eval()
         logits_SV = policy.model(tokens_1S, torch.arange(tokens_1S.shape[1])[None], None)[0, :, :VOCAB].double()
@@ -58,7 +58,7 @@ def by_hand(policy: Any, batch: TrainBatch, row_N: list[int]) -> float:
         for s in range(1, tokens_1S.shape[1]):
             if batch.loss_mask_NS[n, s]:
                 logprob = logits_SV[s - 1].log_softmax(0)[tokens_1S[0, s]]
-                changes.append(abs(float(logprob) - float(batch.extras[BEHAVIOUR][n, s])))
+                changes.append(abs(float(logprob) - float(batch.behaviour_logprobs_NS[n, s])))
     return sum(changes) / len(changes)
 
 
@@ -69,12 +69,13 @@ def test_drift_is_that_of_a_plain_forward_pass(policy: Any, groups: Groups, shar
         batch = batch_of(seed)
         meter = SampledDrift(policy, groups, share=share, micro_batch_size=3)
         meter.observe(batch)
-        chosen = batch.extras[ROW][sampled_rows(batch.extras[ROW], share, groups)].tolist()
+        assert batch.row_N is not None
+        chosen = batch.row_N[sampled_rows(batch.row_N, share, groups)].tolist()
         assert rows - 1 <= len(chosen) <= rows and chosen
         before = meter.measure()
         assert before == pytest.approx(by_hand(policy, batch, chosen), rel=1e-5)
         policy.forward_backward(batch, next_token, micro_batch_size=16)
-        policy.optimizer_step()
+        policy.optimizer_step(1)
         after = meter.measure()
         assert after == pytest.approx(by_hand(policy, batch, chosen), rel=1e-5) and after != before
         found.add(after)
@@ -83,15 +84,15 @@ def test_drift_is_that_of_a_plain_forward_pass(policy: Any, groups: Groups, shar
 
 def test_a_policy_that_is_the_actors_has_no_drift(policy: Any, groups: Groups) -> None:
     batch = batch_of(5)
-    batch.extras[BEHAVIOUR] = policy.log_probs(batch, 16)
+    batch.behaviour_logprobs_NS = policy.log_probs(batch, 16)
     meter = SampledDrift(policy, groups, share=0.5, micro_batch_size=3)
     meter.observe(batch)
     assert meter.measure() < 1e-6
     # what is outside of the responses does not count, and a log-probability that is no number does
-    batch.extras[BEHAVIOUR][~batch.loss_mask_NS] = float("nan")
+    batch.behaviour_logprobs_NS[~batch.loss_mask_NS] = float("nan")
     meter.observe(batch)
     assert meter.measure() < 1e-6
-    batch.extras[BEHAVIOUR][:] = float("nan")
+    batch.behaviour_logprobs_NS[:] = float("nan")
     meter.observe(batch)
     assert meter.measure() != meter.measure()
 
@@ -134,5 +135,5 @@ def test_the_sample_follows_from_the_rows_alone(groups: Groups, seed: int) -> No
 
 def test_rows_with_nothing_to_train_on(policy: Any, groups: Groups) -> None:
     meter = SampledDrift(policy, groups, share=0.5, micro_batch_size=3)
-    meter.observe(rows_of(batch_of(7), torch.arange(0)))
+    meter.observe(batch_of(7).rows(torch.arange(0)))
     assert meter.measure() == 0.0

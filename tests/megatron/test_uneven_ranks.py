@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.megatron.test_gradient_hook import close
+from tests.megatron.test_stein_layouts import close
 from tests.megatron.uneven_job import GROUP, Draw
 
 JOB = "tests.megatron.uneven_job:run"

@@ -35,13 +35,14 @@ from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.control.trust_region import TrustRegion  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
-from megatron_vp2o.rl.batching import policy_batch, rows_of  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
+from megatron_vp2o.rl.batching import policy_batch  # noqa: E402
 from megatron_vp2o.rl.control import BudgetMeter  # noqa: E402
 from megatron_vp2o.rl.drift import SampledDrift  # noqa: E402
 from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
-from megatron_vp2o.rl.types import ROW, Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
+from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from tests.megatron.stein_job import whole_experts  # noqa: E402
 
@@ -138,9 +139,9 @@ def _steps(draw: Draw) -> dict[str, Any]:
     task = make_task(config.task, progress=False)
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=task.tokenizer.vocab_size, optimizer_steps=10)
-    hook = SteinHook(policy.ddp, algorithm.stein, groups, optimizer=policy.optimizer)
+    transform = SteinTransform(ExpertPrototypes(policy.ddp, algorithm.stein, groups), optimizer=policy.optimizer)
     drift = SampledDrift(policy, groups, share=draw.drift_share, micro_batch_size=draw.micro_batch_size)
-    region = TrustRegion(policy, hook, algorithm.trust_region, drift)
+    region = TrustRegion(policy, transform.prototypes, algorithm.trust_region, transform, drift=drift)
     engine = MegatronEngine(config, policy, eos_ids=(1,), pad_id=0)
     engine.log_gates(10**5)
     meter = BudgetMeter(algorithm.budget, groups)
@@ -157,18 +158,18 @@ def _steps(draw: Draw) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": row_N.tolist(), "updates": [], "stage": groups.pp.rank()}
     for step in range(draw.steps):
         wanted = [n for n, row in enumerate(row_N.tolist()) if row in draw.kept and draw.minibatches[row] == step]
-        part = rows_of(batch, torch.tensor(wanted, dtype=torch.int64))
-        result["updates"].append(_update(part, draw, policy, hook, region, objective))
+        part = batch.rows(torch.tensor(wanted, dtype=torch.int64))
+        result["updates"].append(_update(part, draw, policy, transform, region, objective))
         if step == 0:
-            result["gradients"] = whole_experts(hook, groups, hook.gradients.of, owned=True)
+            result["gradients"] = whole_experts(transform, groups, transform.gradients.of, owned=True)
     budget = meter.read()
     result |= {"drift": budget.drift, "ess": budget.ess}
     result["responses"] = {str(row): rollouts.response(n) for n, row in enumerate(row_N.tolist())}
     scored = engine.log_probs(rollouts, 1.0) - rollouts.model_logprobs_NS
     result["mismatch"] = scored.abs().amax().item() if scored.numel() else 0.0
     policy.gather_parameters()
-    result["parameters"] = whole_experts(hook, groups, lambda parameter: parameter.detach(), owned=False)
-    result["routers"] = {str(layer.layer_number): layer.router.weight.tolist() for layer in hook.layers}
+    result["parameters"] = whole_experts(transform, groups, lambda parameter: parameter.detach(), owned=False)
+    result["routers"] = {str(layer.layer_number): layer.router.weight.tolist() for layer in transform.prototypes.layers}
     result["final"] = policy.log_probs(_fixed_batch(), 3).tolist()
     result["evaluation"], _ = evaluate(
         engine, task, Split.validation, config.evaluation, groups, max_new_tokens=5, seed=3, prefix="eval"
@@ -177,14 +178,14 @@ def _steps(draw: Draw) -> dict[str, Any]:
 
 
 def _update(
-    part: TrainBatch, draw: Draw, policy: MegatronPolicy, hook: SteinHook, region: TrustRegion, objective: Any
+    part: TrainBatch, draw: Draw, policy: MegatronPolicy, transform: SteinTransform, region: TrustRegion, objective: Any
 ) -> dict[str, Any]:
     region.begin(part)
     metrics = policy.forward_backward(part, objective, draw.micro_batch_size)
-    metrics |= hook.transform()
-    stats = region.step()
-    assert hook.state is not None
-    coactivation_LEE = hook.state.coactivation_LEE  # None until a step had tokens
+    metrics |= transform.apply()
+    stats = region.step(int(metrics["tokens"]))
+    assert transform.prototypes.state is not None
+    coactivation_LEE = transform.coactivation_LEE  # None until a step had tokens
     return {
         "metrics": metrics | stats.metrics,
         "grad_norm": stats.grad_norm,
@@ -192,9 +193,9 @@ def _update(
         "outcome": [stats.skipped, stats.rejected],
         "by_layer": getattr(region, "by_layer", []),
         "rows": len(part.length_N),
-        "prototypes": hook.state.prototypes_LED.tolist(),
+        "prototypes": transform.prototypes.values_LED.tolist(),
         "coactivation": None if coactivation_LEE is None else coactivation_LEE.tolist(),
-        "layers": [weights.layer for weights in hook.weights],
+        "layers": [weights.layer for weights in transform.prototypes.weights],
     }
 
 
@@ -206,7 +207,7 @@ def _batch(rollouts: Rollouts, row_N: torch.Tensor) -> TrainBatch:
     """All rows of this rank; advantages are any function of a row's number."""
     advantages_N = torch.sin(row_N.float() * 2.3)
     batch = policy_batch(rollouts, advantages_N, torch.ones(len(row_N)).bool(), 1.0)
-    batch.extras[ROW] = row_N
+    batch.row_N = row_N
     return batch
 
 
@@ -214,4 +215,4 @@ def _fixed_batch() -> TrainBatch:
     """Sequences that every rank scores alike."""
     tokens_NS = torch.randint(2, SYMBOLS, (4, 9), generator=torch.Generator().manual_seed(0))
     length_N = torch.tensor([9, 7, 5, 2])
-    return TrainBatch(tokens_NS, length_N, torch.ones(4, 9).bool(), {}, temperature=1.0)
+    return TrainBatch(tokens_NS, length_N, torch.ones(4, 9).bool(), temperature=1.0)

@@ -14,7 +14,8 @@ import torch.distributed as dist  # noqa: E402
 from megatron_vp2o.config.compose import compose  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook  # noqa: E402
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
+from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.planning.simulate import static_memory  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
@@ -29,10 +30,12 @@ def stein(overrides: list[str]) -> dict[str, Any]:
     groups = world.start(config.parallel, 0)
     try:
         policy = MegatronPolicy(config, groups, vocab_size=IDS, optimizer_steps=10)
-        hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
+        transform = SteinTransform(
+            ExpertPrototypes(policy.ddp, config.algorithm.stein, groups), optimizer=policy.optimizer
+        )
         policy.forward_backward(_batch(groups.dp_rank), next_token, 4)
-        sent = count_bytes(dist, hook.transform)
-        policy.optimizer_step()
+        sent = count_bytes(dist, transform.apply)
+        policy.optimizer_step(1)
         return {"sent": sent, "memory": static_memory(policy)}
     finally:
         world.stop()
@@ -47,7 +50,7 @@ def losses(overrides: list[str], steps: int) -> list[float]:
         found = []
         for step in range(steps):
             found.append(policy.forward_backward(_batch(10 * step + groups.dp_rank), next_token, 4)["loss"])
-            policy.optimizer_step()
+            policy.optimizer_step(1)
         return found
     finally:
         world.stop()
@@ -55,4 +58,4 @@ def losses(overrides: list[str], steps: int) -> list[float]:
 
 def _batch(seed: int) -> TrainBatch:
     tokens = torch.randint(IDS, (4, WIDTH), generator=torch.Generator().manual_seed(seed))
-    return TrainBatch(tokens, torch.full((4,), WIDTH), torch.ones(4, WIDTH, dtype=torch.bool), {}, temperature=1.0)
+    return TrainBatch(tokens, torch.full((4,), WIDTH), torch.ones(4, WIDTH, dtype=torch.bool), temperature=1.0)

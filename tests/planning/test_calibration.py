@@ -38,7 +38,7 @@ def groups() -> Iterator[Groups]:
 
 def batch(rows: int = ROWS) -> TrainBatch:
     tokens = torch.randint(IDS, (rows, WIDTH), generator=torch.Generator().manual_seed(0))
-    return TrainBatch(tokens, torch.full((rows,), WIDTH), torch.ones(rows, WIDTH, dtype=torch.bool), {}, 1.0)
+    return TrainBatch(tokens, torch.full((rows,), WIDTH), torch.ones(rows, WIDTH, dtype=torch.bool), 1.0)
 
 
 def policy(config: TrainConfig, groups: Groups) -> MegatronPolicy:
@@ -78,7 +78,7 @@ def test_parameters_and_static_memory_are_exact(precision: str, groups: Groups) 
     config = compose("train", [f"model.precision={precision}"])
     real, vocabulary = policy(config, groups), padded_vocabulary(config)
     real.forward_backward(batch(8), next_token, 8)
-    assert not real.optimizer_step().skipped
+    assert not real.optimizer_step(1).skipped
     assert sum(p.numel() for p in real.model.parameters()) == count_parameters(config.model, vocabulary).total
     assert static_memory(real) == planned_memory(config, 1, vocabulary)
 

@@ -13,7 +13,7 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.rl.batching import policy_batch
 from megatron_vp2o.rl.control import BudgetMeter
-from megatron_vp2o.rl.objectives import ENGINE, OnRollouts
+from megatron_vp2o.rl.objectives import OnRollouts
 from megatron_vp2o.rl.types import SamplingParams
 from tests.megatron.policy_job import PROMPTS, VOCAB, small_config
 
@@ -32,14 +32,14 @@ def run(layout: dict[str, Any]) -> list[dict[str, float]]:
         rollouts = engine.generate(PROMPTS, list(range(len(PROMPTS))), SamplingParams(0.7, top_p, 10, seed=3), 4)
         rows = len(rollouts.total_len_N)
         batch = policy_batch(rollouts, torch.linspace(-1, 1, rows), torch.ones(rows, dtype=torch.bool), 0.7)
-        batch.extras[ENGINE] = rollouts.model_logprobs_NS
+        batch.engine_logprobs_NS = rollouts.model_logprobs_NS
         metrics = policy.forward_backward(batch, meter.watch(OnRollouts(objective)), micro_batch_size=6)
         results.append(
             {
                 "top_p": top_p,
                 "cut": (rollouts.logprobs_NS - rollouts.model_logprobs_NS).abs().max().item(),
                 "drift": meter.read().drift,
-                "mismatch": metrics["logprob_mismatch_max"],
+                "mismatch": metrics["logprob_mismatch"],
                 **{key: metrics[key] for key in ("ratio", "ratio_max", "clip_fraction")},
             }
         )

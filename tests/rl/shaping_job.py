@@ -42,21 +42,21 @@ def select(objective: str, seed: int) -> list[list[int]]:
     groups = world.start(ParallelConfig(), 0)
     generator = torch.Generator().manual_seed(seed)
     tokens_NS = torch.zeros(24, 9, dtype=torch.int64)
-    batch = {
-        "mask": torch.rand(24, 9, generator=generator) < 0.7,
-        "behaviour_logprobs": -2 * torch.rand(24, 9, generator=generator),
-        "advantages": 3 * torch.randn(24, generator=generator),
-    }
+    mask_NS = torch.rand(24, 9, generator=generator) < 0.7
+    behaviour_NS = -2 * torch.rand(24, 9, generator=generator)
+    advantages_N = 3 * torch.randn(24, generator=generator)
     cuts = [0, *([13, 24] if groups.dp_size == 2 else [24])]
     row_N = torch.arange(cuts[groups.dp_rank], cuts[groups.dp_rank + 1])
     part = TrainBatch(
         tokens_NS[row_N],
         torch.full((len(row_N),), 9),
-        batch.pop("mask")[row_N],
-        {key: value[row_N] for key, value in batch.items()},
+        mask_NS[row_N],
+        behaviour_logprobs_NS=behaviour_NS[row_N],
+        advantages_N=advantages_N[row_N],
+        row_N=row_N,
     )
     settings = GRPOConfig(objective=PolicyLoss[objective], covariance_fraction=0.1, covariance_low=0.2)
-    selected_NS = select_tokens(part, settings, groups, row_N=row_N, seed=seed)
+    selected_NS = select_tokens(part, settings, groups, seed=seed)
     world.stop()
     assert selected_NS is not None
     return [[int(row_N[n]), s] for n, s in selected_NS.nonzero().tolist()]

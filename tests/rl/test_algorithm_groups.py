@@ -30,13 +30,15 @@ def gradient(settings: GRPOConfig) -> torch.Tensor:
     reference_NS = logprobs_NS - 0.3 * torch.rand(8, 6, generator=generator)
     earned = RewardShaping(settings, CharTokenizer())(verdicts, rollouts, reference_NS)
     mask_NS = rollouts.response_mask_NS()
-    extras = {
-        "behaviour_logprobs": logprobs_NS - 0.4 * torch.rand(8, 6, generator=generator),
-        "advantages": earned.advantages_PG.flatten(),
-        "reference_logprobs": reference_NS,
-        "selected_tokens": mask_NS & (torch.rand(8, 6, generator=generator) < 0.5),
-    }
-    batch = TrainBatch(rollouts.tokens_NS, lengths_N, mask_NS, extras)
+    batch = TrainBatch(
+        rollouts.tokens_NS,
+        lengths_N,
+        mask_NS,
+        behaviour_logprobs_NS=logprobs_NS - 0.4 * torch.rand(8, 6, generator=generator),
+        advantages_N=earned.advantages_PG.flatten(),
+        reference_logprobs_NS=reference_NS,
+        selected_NS=mask_NS & (torch.rand(8, 6, generator=generator) < 0.5),
+    )
     learner_NS = logprobs_NS.clone().requires_grad_()
     entropy_NS = learner_NS.square()
     loss, _ = OnRollouts(policy_objective(settings))(learner_NS, entropy_NS, batch)

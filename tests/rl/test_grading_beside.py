@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron_vp2o.errors import RewardError
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.grading import Grading
-from megatron_vp2o.rl.types import HandOver, Problem, Rollouts, Verdict
+from megatron_vp2o.rl.interfaces import HandOver
+from megatron_vp2o.rl.types import Problem, Rollouts, Verdict
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
 
 

@@ -16,7 +16,8 @@ import yaml
 from megatron_vp2o.config.register import GROUPS, resource_dir
 from megatron_vp2o.config.schema import CountdownTaskConfig, ShortestPathTaskConfig, TaskConfig
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.rl.types import Split, Task
+from megatron_vp2o.rl.interfaces import Task
+from megatron_vp2o.rl.types import Split
 from megatron_vp2o.tasks import make_task, problems
 
 CONFIGS = [

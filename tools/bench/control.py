@@ -1,4 +1,4 @@
-"""What the trust region costs: a training step under it over one without, in turns, both with the Stein hook.
+"""What the trust region costs: a training step under it over one without, in turns, both with the Stein transform.
 
 The anchor's gates are recomputed here; those that actors log while decoding are cheaper still.
 """
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
     from megatron_vp2o.megatron.control.trust_region import TrustRegion
     from megatron_vp2o.megatron.learner.policy import MegatronPolicy
     from megatron_vp2o.megatron.platform import world
-    from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+    from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+    from megatron_vp2o.megatron.stein.transform import SteinTransform
     from megatron_vp2o.rl.objectives import next_token
     from megatron_vp2o.rl.types import TrainBatch
 
@@ -34,24 +35,28 @@ def main(argv: list[str]) -> int:
     world.set_threads(arguments.threads)
     with world.joined(config.parallel, config.seed) as groups:
         policy = MegatronPolicy(config, groups, vocab_size=64, optimizer_steps=10**6)
-        hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
-        region = TrustRegion(policy, hook, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9))
+        transform = SteinTransform(
+            ExpertPrototypes(policy.ddp, config.algorithm.stein, groups), optimizer=policy.optimizer
+        )
+        region = TrustRegion(
+            policy, transform.prototypes, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9), transform
+        )
         region.set_anchor()
         tokens_NS = torch.randint(64, (rows, width), generator=torch.Generator().manual_seed(0))
         mask_NS = torch.ones(rows, width, dtype=torch.bool)
         mask_NS[:, : width // 2] = False
-        batch = TrainBatch(tokens_NS, torch.full((rows,), width), mask_NS, {}, temperature=1.0)
-        now, sampled = clock(torch), policy._sampled
+        batch = TrainBatch(tokens_NS, torch.full((rows,), width), mask_NS, temperature=1.0)
+        now, watcher = clock(torch), policy.watcher
 
         def step(bounded: bool) -> tuple[float, float]:
-            policy._sampled = sampled if bounded else None
+            policy.watcher = watcher if bounded else None
             begin = now()
             if bounded:
-                region.begin()
+                region.begin(batch)
             policy.forward_backward(batch, next_token, micro)
-            hook.transform()
+            transform.apply()
             before = now()
-            assert not (region.step() if bounded else policy.optimizer_step()).skipped
+            assert not (region.step(rows * width // 2) if bounded else policy.optimizer_step(1)).skipped
             return now() - begin, now() - before
 
         for _ in range(arguments.warmup):

@@ -104,7 +104,7 @@ def _config(arguments: argparse.Namespace, **model: int) -> Any:
 
 
 class _Bench:
-    """A policy with its Stein hook and trust region on random tokens, from random weights of Megatron's own drawing."""
+    """A policy with its Stein transform and trust region on random tokens, from random weights of Megatron's own drawing."""
 
     def __init__(self, arguments: argparse.Namespace, **model: int) -> None:
         import torch
@@ -113,7 +113,8 @@ class _Bench:
         from megatron_vp2o.megatron.control.trust_region import TrustRegion
         from megatron_vp2o.megatron.learner.policy import MegatronPolicy
         from megatron_vp2o.megatron.platform import world
-        from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+        from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+        from megatron_vp2o.megatron.stein.transform import SteinTransform
         from megatron_vp2o.rl.objectives import next_token
         from megatron_vp2o.rl.types import TrainBatch
 
@@ -122,48 +123,53 @@ class _Bench:
         self.groups = world.start(self.config.parallel, self.config.seed)
         with mock.patch("megatron_vp2o.megatron.model.build.initialise"):  # drawn on the CPU, which takes long
             self.policy = MegatronPolicy(self.config, self.groups, vocab_size=512, optimizer_steps=10**6)
-        self.hook = SteinHook(
-            self.policy.ddp, self.config.algorithm.stein, self.groups, optimizer=self.policy.optimizer
+        self.transform = SteinTransform(
+            ExpertPrototypes(self.policy.ddp, self.config.algorithm.stein, self.groups), optimizer=self.policy.optimizer
         )
-        self.region = TrustRegion(self.policy, self.hook, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9))
+        self.region = TrustRegion(
+            self.policy,
+            self.transform.prototypes,
+            TrustRegionConfig(mode=ControlMode.enforce, delta=1.9),
+            self.transform,
+        )
         self.region.set_anchor()
-        self.losses = [layer.specialization for layer in self.hook.layers]
-        self.observed = [layer.statistics for layer in self.hook.layers]
-        self.sampled = self.policy._sampled
+        self.losses = [layer.specialization for layer in self.transform.prototypes.layers]
+        self.observed = [layer.statistics for layer in self.transform.prototypes.layers]
+        self.watcher = self.policy.watcher
         generator = torch.Generator().manual_seed(0)
         tokens_NS = torch.randint(512, (arguments.rows, arguments.width), generator=generator)
         mask_NS = torch.ones(tokens_NS.shape, dtype=torch.bool)
         mask_NS[:, : arguments.width // 4] = False
         lengths_N = torch.full((arguments.rows,), arguments.width)
-        self.batch = TrainBatch(tokens_NS, lengths_N, mask_NS, {}, temperature=1.0)
+        self.batch = TrainBatch(tokens_NS, lengths_N, mask_NS, temperature=1.0)
         self.next_token, self.micro = next_token, max(1, min(4, arguments.rows))
         self.now = _clock()
 
-    def step(self, hook: bool, region: bool, losses: bool = False) -> tuple[float, float, float]:
-        """Seconds of (forward and backward, hook, optimizer and check); `losses`: with the specialisation losses."""
-        for layer_, attached in zip(self.hook.layers, self.losses, strict=True):
+    def step(self, transform: bool, region: bool, losses: bool = False) -> tuple[float, float, float]:
+        """Seconds of (forward and backward, transform, optimizer and check); `losses`: with the specialisation losses."""
+        for layer_, attached in zip(self.transform.prototypes.layers, self.losses, strict=True):
             layer_.specialization = attached if losses else type(attached)()
-        for layer_, statistics_ in zip(self.hook.layers, self.observed, strict=True):
-            layer_.statistics = statistics_ if hook else None
-        self.policy._sampled = self.sampled if region else None
+        for layer_, statistics_ in zip(self.transform.prototypes.layers, self.observed, strict=True):
+            layer_.statistics = statistics_ if transform else None
+        self.policy.watcher = self.watcher if region else None
         begin = self.now()
         if region:
-            self.region.begin()
+            self.region.begin(self.batch)
         self.policy.forward_backward(self.batch, self.next_token, self.micro)
         trained = self.now()
-        if hook:
-            self.hook.transform()
+        if transform:
+            self.transform.apply()
         transformed = self.now()
-        stats = self.region.step() if region else self.policy.optimizer_step()
+        stats = self.region.step(1) if region else self.policy.optimizer_step(1)
         assert not stats.skipped
         return trained - begin, transformed - trained, self.now() - transformed
 
     def phases(self) -> dict[str, list[float]]:
-        """From now on, seconds of each phase of the hook gather here."""
+        """From now on, seconds of each phase of the transform gather here."""
         from tools.bench.stein import time_phases
 
         seconds: dict[str, list[float]] = defaultdict(list)
-        time_phases(self.hook, seconds, self.now)
+        time_phases(self.transform, seconds, self.now)
         return seconds
 
 
@@ -249,7 +255,7 @@ def _profile_decoding(run: Callable[[], Any]) -> None:
 
 
 def experts(arguments: argparse.Namespace) -> None:
-    """The hook alone, by phase, for several numbers of experts of one layer."""
+    """The transform alone, by phase, for several numbers of experts of one layer."""
     from megatron_vp2o.megatron.platform import world
 
     for count in map(int, arguments.experts.split(",")):

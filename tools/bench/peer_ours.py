@@ -45,10 +45,11 @@ def main() -> None:
     from megatron_vp2o.megatron.actor.generation import MegatronEngine
     from megatron_vp2o.megatron.learner.policy import MegatronPolicy
     from megatron_vp2o.megatron.platform import world
+    from megatron_vp2o.rl.interfaces import Tokenizer
     from megatron_vp2o.rl.objectives import OnRollouts
     from megatron_vp2o.rl.refresh import EveryBatches
     from megatron_vp2o.rl.trainer import RLTrainer
-    from megatron_vp2o.rl.types import Problem, Split, Tokenizer, Verdict
+    from megatron_vp2o.rl.types import Problem, Split, Verdict
 
     work = peer_work.Work()
     steps = arguments.warmup + arguments.steps
@@ -60,6 +61,7 @@ def main() -> None:
 
         name = "even_tokens"
         max_prompt_tokens = max(map(len, texts))
+        grades_elsewhere = False
 
         def __init__(self) -> None:
             self.tokenizer: Tokenizer = tokenizer

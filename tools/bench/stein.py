@@ -1,4 +1,4 @@
-"""What the Stein transform costs: each phase of the hook, and a training step with it over one without, in turns.
+"""What the Stein transform costs: each phase of the transform, and a training step with it over one without, in turns.
 
 `--layer 33b` takes one MoE layer of a 33B/4B model (meant for a GPU; `--shrink 8` makes all of it smaller, to see that it
 works). `--ranks N` starts N processes, the experts and their gradients spread over them, and compares the bytes that are
@@ -18,15 +18,13 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-# Under the hook's methods that do them; `exchange` is the mixing of gradients, wherever they lie.
+# Under the transform's methods that do them; `exchange` is the mixing of gradients, wherever they lie.
 PHASES = {
-    "collect": "_collect",
-    "prototypes": "update_prototypes",
-    "field": "field",
+    "collect": "_collect_statistics",
+    "prototypes": "prototypes.update",
+    "field": "_compute_field",
     "exchange": "gradients.mix",
     "repulsion": "_repel",
-    "metrics": "_metrics",
-    "means": "_mean_over_layers",
 }
 GOALS = {"tiny": 8.0, "33b": 3.0}  # per cent of a step
 LAYER_33B = {
@@ -56,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options; those of other benchmarks are passed over."""
     parser = argparse.ArgumentParser(prog="tools.bench stein", description=__doc__)
     parser.add_argument("--layer", choices=GOALS, default="tiny", help="which shapes (default tiny: the recipe's)")
-    parser.add_argument("--pairs", type=int, default=12, help="steps with the hook, and as many without")
+    parser.add_argument("--pairs", type=int, default=12, help="steps with the transform, and as many without")
     parser.add_argument("--warmup", type=int, default=2, help="pairs before those that count")
     parser.add_argument("--shrink", type=int, default=1, help="divide the widths, experts and rows of --layer 33b")
     parser.add_argument("--rows", type=int, help="sequences of a step, all ranks together")
@@ -89,7 +87,7 @@ def settings(arguments: argparse.Namespace) -> tuple[Any, int, int, int]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Train in turns with and without the hook."""
+    """Train in turns with and without the transform."""
     from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     enable_cpu()
@@ -98,7 +96,8 @@ def measure(arguments: argparse.Namespace) -> None:
 
     from megatron_vp2o.megatron.learner.policy import MegatronPolicy
     from megatron_vp2o.megatron.platform import world
-    from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+    from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+    from megatron_vp2o.megatron.stein.transform import SteinTransform
     from megatron_vp2o.rl.objectives import next_token
     from megatron_vp2o.rl.types import TrainBatch
 
@@ -107,34 +106,36 @@ def measure(arguments: argparse.Namespace) -> None:
     with world.joined(config.parallel, config.seed) as groups:
         vocab = 64
         policy = MegatronPolicy(config, groups, vocab_size=vocab, optimizer_steps=10**6)
-        hook = SteinHook(policy.ddp, config.algorithm.stein, groups, optimizer=policy.optimizer)
-        observed = [layer.statistics for layer in hook.layers]
+        transform = SteinTransform(
+            ExpertPrototypes(policy.ddp, config.algorithm.stein, groups), optimizer=policy.optimizer
+        )
+        observed = [layer.statistics for layer in transform.prototypes.layers]
         generator = torch.Generator().manual_seed(groups.dp_rank)
         share = max(1, rows // groups.dp_size)
         tokens_NS = torch.randint(vocab, (share, width), generator=generator)
         mask_NS = torch.ones(share, width, dtype=torch.bool)
         mask_NS[:, : width // 2] = False
-        batch = TrainBatch(tokens_NS, torch.full((share,), width), mask_NS, {}, temperature=1.0)
+        batch = TrainBatch(tokens_NS, torch.full((share,), width), mask_NS, temperature=1.0)
         now = clock(torch)
         phases: dict[str, list[float]] = defaultdict(list)
 
-        def step(with_hook: bool) -> tuple[float, float]:
-            for layer, statistics in zip(hook.layers, observed, strict=True):
-                layer.statistics = statistics if with_hook else None
+        def step(with_transform: bool) -> tuple[float, float]:
+            for layer, statistics in zip(transform.prototypes.layers, observed, strict=True):
+                layer.statistics = statistics if with_transform else None
             begin = now()
             policy.forward_backward(batch, next_token, micro)
             before = now()
-            if with_hook:
-                hook.transform()
+            if with_transform:
+                transform.apply()
             after = now()
-            policy.optimizer_step()
+            policy.optimizer_step(1)
             return now() - begin, after - before
 
         for _ in range(arguments.warmup):
             step(True), step(False)
-        time_phases(hook, phases, now)
+        time_phases(transform, phases, now)
         times = [(step(True), step(False)) for _ in range(arguments.pairs)]
-        planned, sent = hook.gradients.exchange.bytes_sent, count_bytes(dist, lambda: step(True))
+        planned, sent = transform.gradients.exchange.bytes_sent, count_bytes(dist, lambda: step(True))
         if groups.rank == 0:
             print(
                 f"{arguments.layer}: {describe(config.model)}; {share * groups.dp_size} rows of {width} tokens, ",
@@ -142,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> None:
             )
             print(f"{groups.world_size} ranks on {groups.device.type}, {torch.get_num_threads()} threads each")
             report(times, phases, GOALS[arguments.layer] if arguments.shrink == 1 else None)
-            report_exchange(hook.gradients.exchange, planned, sent, arguments.chunk_mib)
+            report_exchange(transform.gradients.exchange, planned, sent, arguments.chunk_mib)
 
 
 def describe(model: Any) -> str:
@@ -164,8 +165,8 @@ def clock(torch: Any) -> Callable[[], float]:
     return now
 
 
-def time_phases(hook: Any, phases: dict[str, list[float]], now: Callable[[], float]) -> None:
-    """Put a stopwatch around each of the hook's phases."""
+def time_phases(transform: Any, phases: dict[str, list[float]], now: Callable[[], float]) -> None:
+    """Put a stopwatch around each of the transform's phases."""
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -178,7 +179,7 @@ def time_phases(hook: Any, phases: dict[str, list[float]], now: Callable[[], flo
 
     for name, path in PHASES.items():
         *owners, method = path.split(".")
-        owner = getattr(hook, owners[0]) if owners else hook
+        owner = getattr(transform, owners[0]) if owners else transform
         setattr(owner, method, timed(name, getattr(owner, method)))
 
 
@@ -199,7 +200,7 @@ def count_bytes(dist: Any, run: Callable[[], Any]) -> int:
 
 
 Times = list[tuple[tuple[float, float], tuple[float, float]]]
-"""A pair of (step, hook) seconds: with the hook, and without (hook: 0)."""
+"""A pair of (step, transform) seconds: with the transform, and without (transform: 0)."""
 
 
 def report(times: Times, phases: dict[str, list[float]], goal: float | None) -> None:
@@ -210,15 +211,15 @@ def report(times: Times, phases: dict[str, list[float]], goal: float | None) -> 
 
     milliseconds("step without", [without[0] for _, without in times])
     milliseconds("step with", [with_[0] for with_, _ in times])
-    milliseconds("hook", [with_[1] for with_, _ in times])
+    milliseconds("transform", [with_[1] for with_, _ in times])
     for name in PHASES:
         if phases.get(name):
             milliseconds(f"  {name}", phases[name])
     milliseconds("statistics", [with_[0] - with_[1] - without[0] for with_, without in times])
     more = statistics.median(with_[0] / without[0] - 1 for with_, without in times)
-    hook = statistics.median(with_[1] / without[0] for with_, without in times)
+    transform = statistics.median(with_[1] / without[0] for with_, without in times)
     aim = "shapes made smaller, no goal" if goal is None else f"goal: {goal:.0f} %"
-    print(f"  overhead          {100 * more:12.1f} % of a step ({aim}); the hook alone {100 * hook:.1f} %")
+    print(f"  overhead          {100 * more:12.1f} % of a step ({aim}); the transform alone {100 * transform:.1f} %")
 
 
 def report_exchange(exchange: Any, planned: int, sent: int, chunk_mib: float) -> None:

@@ -29,7 +29,8 @@ from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
-from megatron_vp2o.rl.types import HandOver, LoggedGates, Rollouts, SamplingParams, TrainBatch
+from megatron_vp2o.rl.interfaces import HandOver
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams, TrainBatch
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
 
 COMPACT_BELOW = 0.75
@@ -37,7 +38,7 @@ COMPACT_BELOW = 0.75
 
 
 class MegatronEngine:
-    """Implements `rl.types.RolloutEngine` and `rollout.protocol.Engine` in the learner's processes.
+    """Implements `rl.interfaces.RolloutEngine` and `rollout.protocol.Engine` in the learner's processes.
 
     The actor has the learner's layout, so a refresh is a local copy of each rank's shard.
     """
@@ -114,7 +115,7 @@ class MegatronEngine:
         for row, tokens in zip(tokens_NS, probe.tokens, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         mask_NS = torch.arange(tokens_NS.shape[1]) < length_N[:, None]
-        batch = TrainBatch(tokens_NS, length_N, mask_NS, {})
+        batch = TrainBatch(tokens_NS, length_N, mask_NS)
         logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
         leave_inference_mode()
         logprobs = [row[1:length].tolist() for row, length in zip(logprob_NS, length_N.tolist(), strict=True)]
@@ -189,7 +190,7 @@ class MegatronEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> Rollouts:
-        """See `rl.types.RolloutEngine.generate`. Raises ValueError for an empty prompt."""
+        """See `rl.interfaces.RolloutEngine.generate`. Raises ValueError for an empty prompt."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
         if self._closed:
@@ -204,7 +205,8 @@ class MegatronEngine:
         width = longest + sampling.max_new_tokens
         drawn = len(prompts) * group_size * sampling.max_new_tokens
         stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
-        parts, logged = [], []
+        parts: list[Any] = []
+        logged: list[Any] = []
         for chosen, members in batches:
             firsts = [uid * group_size for uid in uids[chosen]]
             first = sum(len(part[0]) for part in parts)
@@ -377,7 +379,7 @@ class MegatronEngine:
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probabilities of the response tokens by a teacher-forced pass of the actor. [N, S]; 0 outside responses."""
         mask_NS = rollouts.response_mask_NS()
-        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, {}, temperature=temperature)
+        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, temperature=temperature)
         logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
         leave_inference_mode()
         return logprob_NS * mask_NS

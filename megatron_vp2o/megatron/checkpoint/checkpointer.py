@@ -28,10 +28,11 @@ from megatron_vp2o.megatron.checkpoint.tensors import read_tensors, together, wr
 from megatron_vp2o.megatron.control.trust_region import TrustRegion
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.platform.compat import megatron_version
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+from megatron_vp2o.megatron.stein.transform import SteinTransform
 from megatron_vp2o.parallel.groups import Groups
 
-__all__ = ["Checkpointer", "latest", "load_weights", "resolve"]
+__all__ = ["MegatronCheckpointer", "latest", "load_weights", "resolve"]
 
 MODEL, OPTIMIZER, ACTOR, RNG, SCHEDULE, ANCHOR = ("model", "optimizer", "actor", "rng", "schedule", "anchor")
 STEIN = "stein"
@@ -67,13 +68,13 @@ _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _GROUP_STATE = ("params", "step")
 
 
-class Checkpointer:
+class MegatronCheckpointer:
     """Saves to and loads from the `checkpoints` folder of a run. All methods are collective over the world.
 
     Args:
         folder: made on the first save.
         engine: its actor is saved while it is older than the learner; None if there is none.
-        hook: the Stein hook, whose averages and prototypes go on; None if there is none.
+        prototypes, stein: what the Stein transform and the trust region go on from; None if there is none.
         region: the trust region, whose anchor and counters go on; None if there is none.
         keep: newest checkpoints that are kept, at least 1.
         tokenizer_save: writes the tokenizer's files to a folder; called on one rank.
@@ -87,10 +88,12 @@ class Checkpointer:
         *,
         keep: int,
         tokenizer_save: Callable[[Path], None] | None,
-        hook: SteinHook | None = None,
+        prototypes: ExpertPrototypes | None = None,
+        stein: SteinTransform | None = None,
         region: TrustRegion | None = None,
     ) -> None:
-        self.folder, self.policy, self.engine, self.hook, self.region = folder, policy, engine, hook, region
+        self.folder, self.policy, self.engine = folder, policy, engine
+        self.prototypes, self.stein, self.region = prototypes, stein, region
         self.keep, self.tokenizer_save = keep, tokenizer_save
         self.groups = policy.groups
 
@@ -136,7 +139,7 @@ class Checkpointer:
             parts.append(OPTIMIZER)
         if self.engine is not None and state.get("actor_age", 0) > 0:
             parts.append(ACTOR)
-        transformed = self.hook is not None and self.hook.steps > 0
+        transformed = self.stein is not None and self.stein.steps > 0
         anchored = self.region is not None and self.region.ready
         if transformed or anchored:
             parts.append(STEIN)
@@ -160,8 +163,11 @@ class Checkpointer:
             tree[ACTOR] = self.engine.actor.sharded_state_dict()
             add_prefix_for_sharding(tree[ACTOR], f"{ACTOR}.")
         if STEIN in parts:
-            assert self.hook is not None
-            tree[STEIN] = self.hook.sharded_state_dict(averages=COACTIVATION in parts, loading=loading)
+            assert self.prototypes is not None
+            tree[STEIN] = self.prototypes.sharded_state_dict(loading=loading)
+        if COACTIVATION in parts:
+            assert self.stein is not None
+            tree[STEIN] |= self.stein.sharded_state_dict(loading=loading)
         if ANCHOR in parts:
             assert self.region is not None
             tree[ANCHOR] = self.region.sharded_state_dict(loading=loading)
@@ -171,8 +177,8 @@ class Checkpointer:
         if not loading:
             tree[SCHEDULE] = {
                 "num_steps": policy.scheduler.num_steps,
-                "stein_steps": 0 if self.hook is None else self.hook.steps,
-                "prototypes_current": self.hook is not None and self.hook.prototypes_current,
+                "stein_steps": 0 if self.stein is None else self.stein.steps,
+                "prototypes_current": self.prototypes is not None and self.prototypes.current,
                 "region": {} if self.region is None else self.region.counters(),
             }
         return tree
@@ -220,8 +226,8 @@ class Checkpointer:
             state = json.loads((path / files.STATE).read_text(encoding="utf-8"))
         absent = {
             ACTOR: self.engine is None,
-            STEIN: self.hook is None,
-            COACTIVATION: self.hook is None,
+            STEIN: self.prototypes is None,
+            COACTIVATION: self.stein is None,
             ANCHOR: self.region is None,
         }
         saved = manifest["parts"]
@@ -247,14 +253,12 @@ class Checkpointer:
             self.engine.actor.load_state_dict(loaded[ACTOR])
             self.engine.version = state["actor_version"]
         if STEIN in parts:
-            assert self.hook is not None
-            schedule = loaded[SCHEDULE]
-            self.hook.load_state_dict(
-                loaded[STEIN],
-                averages=COACTIVATION in parts,
-                steps=schedule["stein_steps"],
-                prototypes_current=schedule.get("prototypes_current", False),  # format 1 does not say
-            )
+            assert self.prototypes is not None
+            current = loaded[SCHEDULE].get("prototypes_current", False)  # format 1 does not say
+            self.prototypes.load_state_dict(loaded[STEIN], current=current)
+        if STEIN in parts and self.stein is not None:
+            steps, average = loaded[SCHEDULE]["stein_steps"], COACTIVATION in parts
+            self.stein.load_sharded(loaded[STEIN], steps=steps, average=average)
         if ANCHOR in parts:
             assert self.region is not None
             self.region.load_state_dict(loaded[ANCHOR], loaded[SCHEDULE]["region"])
@@ -301,7 +305,7 @@ def load_weights(path: Path, policy: MegatronPolicy) -> None:
     """Start from a checkpoint's weights, saved under any layout, precision and optimizer. Collective.
 
     Raises:
-        CheckpointError: as `Checkpointer.load`, but for the optimizer; and for weights that are not finite.
+        CheckpointError: as `MegatronCheckpointer.load`, but for the optimizer; and for weights that are not finite.
     """
     _check(path, policy)
     loaded = read_tensors({MODEL: policy.model.sharded_state_dict()}, path, policy.groups)

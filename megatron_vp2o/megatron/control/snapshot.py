@@ -1,8 +1,8 @@
-"""A copy of the learner's optimizer state from before a step: `restore` returns to it exactly, `halve` goes half of the way back.
+"""A copy of the learner's optimizer state from before a step: `restore` returns to it exactly, `halve` goes half-way back.
 
 What is kept is what this rank's optimizer owns: its parameters (float32 masters, or its shard of them under the distributed
 optimizer), their moments, and the entries of its parameter groups. Model weights follow from those. Buffers, random generators
-and the Stein hook's state change earlier, in the forward and backward passes: see `MegatronPolicy.carry`.
+and the Stein transform's state change earlier, in the forward and backward passes: see `MegatronPolicy.save_state`.
 """
 
 from __future__ import annotations

@@ -22,11 +22,14 @@ from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
 from megatron_vp2o.core.calibration import Calibration
 from megatron_vp2o.core.trust_region import Outcome, Verdict, consecutive_rejections, deviation, renormalised, verdict
 from megatron_vp2o.errors import ControlError
+from megatron_vp2o.megatron.control.contexts import ContextSampler
 from megatron_vp2o.megatron.control.snapshot import Snapshot
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
-from megatron_vp2o.megatron.stein.gradient_hook import SteinHook
-from megatron_vp2o.rl.types import LoggedGates, PolicyDrift, Rollouts, StepStats, TrainBatch
+from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+from megatron_vp2o.rl.interfaces import PolicyDrift, Restorable
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats, TrainBatch
 
 DRIFT = "trust_region/policy_drift"
 _LEARNT = ("product", "square", "pairs")  # of the calibration
@@ -34,30 +37,37 @@ _COUNTERS = ("consecutive_rejections", "steps_rejected", "steps_halved")
 
 
 class TrustRegion:
-    """Takes optimizer steps for a policy, no further than the region allows. Implements `rl.control.Stepper`.
+    """Takes optimizer steps for a policy, no further than the region allows. Implements `rl.interfaces.Stepper`.
 
     Args:
-        hook: knows the layers and their prototypes; its transform need not be in use.
+        prototypes: of the policy's experts.
+        others: what else forward, backward or the gradient transform change, and a rejected step must put back.
         drift: measures what a step did to the policy itself, for the verdict and for delta; None where neither wants it.
     """
 
     def __init__(
         self,
         policy: MegatronPolicy,
-        hook: SteinHook,
+        prototypes: ExpertPrototypes,
         settings: TrustRegionConfig,
+        *others: Restorable,
         drift: PolicyDrift | None = None,
     ) -> None:
-        self.policy, self.hook, self.settings, self.drift = policy, hook, settings, drift
+        self.policy, self.prototypes, self.settings, self.drift = policy, prototypes, settings, drift
         self.calibration = Calibration()
         self.groups = policy.groups
         self.consecutive_rejections = 0
         self.steps_rejected = 0
         self.steps_halved = 0
+        self.by_layer: list[float] = []
+        """D of the last step by layer of all stages."""
         self._anchor: dict[str, Tensor] | None = None
-        self._carried = policy.carry(), hook.carry()
+        self._others = (prototypes, *others)
+        self._saved: tuple[StepState, list[Any]] = policy.save_state(), [part.save_state() for part in self._others]
         self._logged: LoggedGates | None = None
-        policy.sample_contexts(hook.layers, settings.contexts_per_rank)
+        sequence_parallel = self.groups.tp if policy.model.config.sequence_parallel else None
+        self.contexts = ContextSampler(prototypes.layers, settings.contexts_per_rank, sequence_parallel)
+        policy.watcher = self.contexts
 
     # --- the anchor ---------------------------------------------------------------------------------------------------
 
@@ -65,11 +75,11 @@ class TrustRegion:
     def set_anchor(self) -> None:
         """Make the present weights the actors': called when these have been refreshed. Collective."""
         self.policy.gather_parameters()
-        self.hook.weights_changed()
+        self.prototypes.mark_stale()
         self._anchor = {}
-        if self.hook.layers:
-            self._anchor["prototypes"] = self.hook.settle_prototypes().clone()
-        for layer in self.hook.layers:
+        if self.prototypes.layers:
+            self._anchor["prototypes"] = self.prototypes.settle().clone()
+        for layer in self.prototypes.layers:
             for name, tensor in _router_tensors(layer).items():
                 self._anchor[f"{name}.{layer.layer_number}"] = tensor.detach().clone()
 
@@ -79,9 +89,9 @@ class TrustRegion:
             self._anchor = {}
         replica = self.groups.stage.rank()
         tree: dict[str, Any] = {}
-        for index, layer in enumerate(self.hook.layers):
+        for index, layer in enumerate(self.prototypes.layers):
             assert self._anchor is not None
-            shape = (self.hook.experts, self.hook.weights[index].hidden)
+            shape = (self.prototypes.experts, self.prototypes.weights[index].hidden)
             zeros = torch.zeros(shape, device=self.groups.device)
             value = zeros if loading else self._anchor["prototypes"][index]
             key = f"anchor.prototypes.{layer.layer_number}"
@@ -102,13 +112,14 @@ class TrustRegion:
         for name in _COUNTERS:
             setattr(self, name, counters[name])
         # checkpoints from before there was a calibration have none of its numbers
-        self.calibration = Calibration(**{name: counters[name] for name in _LEARNT if name in counters})
+        learnt: dict[str, Any] = {name: counters[name] for name in _LEARNT if name in counters}
+        self.calibration = Calibration(**learnt)
         self._anchor = {}
-        if not self.hook.layers:
+        if not self.prototypes.layers:
             return
-        numbers = [layer.layer_number for layer in self.hook.layers]
+        numbers = [layer.layer_number for layer in self.prototypes.layers]
         self._anchor["prototypes"] = torch.stack([loaded[f"anchor.prototypes.{number}"] for number in numbers])
-        for layer in self.hook.layers:
+        for layer in self.prototypes.layers:
             for name in _router_tensors(layer):
                 self._anchor[f"{name}.{layer.layer_number}"] = loaded[f"anchor.{name}.{layer.layer_number}"]
 
@@ -120,23 +131,24 @@ class TrustRegion:
     def observe_rollouts(self, rollouts: Rollouts) -> None:
         """Take the actor's gates from what the rollouts carry; without them the anchor's routers are asked."""
         self._logged = rollouts.gates
-        self.policy.logged_stride(1 if rollouts.gates is None else rollouts.gates.stride)
+        self.contexts.stride = 1 if rollouts.gates is None else rollouts.gates.stride
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def begin(self, batch: TrainBatch) -> None:
-        """Before the forward pass: what the passes and the transform move must be put back if the step does not happen."""
+        """Before the forward pass: remember what the passes and the transform change, in case the step does not happen."""
         if self.drift is not None:
             self.drift.observe(batch)
-        self._carried = self.policy.carry(), self.hook.carry()
+        self._saved = self.policy.save_state(), [part.save_state() for part in self._others]
 
-    def _put_back(self) -> None:
-        carried, hook = self._carried
-        self.policy.put_back(carried)
-        self.hook.put_back(hook)
+    def _restore(self) -> None:
+        policy, others = self._saved
+        self.policy.restore_state(policy)
+        for part, saved in zip(self._others, others, strict=True):
+            part.restore_state(saved)
 
     @torch.no_grad()
-    def step(self) -> StepStats:
+    def step(self, tokens: int) -> StepStats:
         """An optimizer step, halved or taken back where it leaves the region. One verdict for all ranks; collective.
 
         Raises:
@@ -144,13 +156,13 @@ class TrustRegion:
         """
         settings, enforce = self.settings, self.settings.mode is ControlMode.enforce
         before = Snapshot(self.policy, on_host=settings.snapshot_on_host) if enforce else None
-        stats = self.policy.optimizer_step()
+        stats = self.policy.optimizer_step(tokens)
         if stats.skipped:
-            self._put_back()
-            self._drop_contexts()
+            self._restore()
+            self.contexts.drop()
             return stats
         halvings = 0
-        present = self.hook.carry()  # each attempt is measured from here, as if it had been the only one
+        present = self.prototypes.save_state()  # each attempt is measured from here, as if it had been the only one
         metrics = first = self._look()
         delta = (
             self.delta
@@ -159,15 +171,15 @@ class TrustRegion:
         while before is not None and decision.outcome is Outcome.backtrack:
             halvings += 1
             before.halve()
-            self._carried[0].halve()
-            self.hook.put_back(present)
+            self._saved[0].halve()
+            self.prototypes.restore_state(present)
             metrics = self._look()
             decision = self._judge(metrics, halvings)
         rejected = decision.outcome is Outcome.reject
         if before is not None and rejected:
             before.restore()
-            self._put_back()
-        self._drop_contexts()
+            self._restore()
+        self.contexts.drop()
         metrics |= {
             "trust_region/delta": delta,
             "trust_region/proposed": first["trust_region/distance"],
@@ -238,12 +250,12 @@ class TrustRegion:
         """Mean distance over contexts and layers of all ranks, and by layer, with one host synchronisation. Collective."""
         assert self._anchor is not None
         self.policy.gather_parameters()
-        self.hook.weights_changed()
+        self.prototypes.mark_stale()
         layers = int(self.policy.model.config.num_layers)
         sums_L4 = torch.zeros(layers, 4, dtype=torch.float64, device=self.groups.device)
-        if self.hook.layers:
-            prototypes_LED = self.hook.update_prototypes(always=True)
-            for index, layer in enumerate(self.hook.layers):
+        if self.prototypes.layers:
+            prototypes_LED = self.prototypes.update()
+            for index, layer in enumerate(self.prototypes.layers):
                 inputs_CD = layer.contexts()
                 parts = deviation(
                     _gates(layer, inputs_CD, {}),
@@ -255,14 +267,13 @@ class TrustRegion:
         dist.all_reduce(sums_L4, group=self.groups.world)
         mean_4 = sums_L4.sum(0)
         means = (mean_4[:3] / mean_4[3].clamp(min=1)).tolist()
-        by_layer_L = (sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)).tolist()
+        self.by_layer = (sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)).tolist()
         names = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
-        self.by_layer = by_layer_L
-        return dict(zip(names, means, strict=True)) | {"trust_region/distance_layer_max": max(by_layer_L)}
+        return dict(zip(names, means, strict=True)) | {"trust_region/distance_layer_max": max(self.by_layer)}
 
     def _anchor_gates(self, index: int, layer: VP2OMoELayer, inputs_CD: Tensor) -> Tensor:
         """The actor's gates at the contexts of this step, [C, E]: as logged, or as the anchor's router says."""
-        keys_C2 = torch.cat(self.policy.context_keys) if self.policy.context_keys else None
+        keys_C2 = self.contexts.keys()
         if self._logged is None or keys_C2 is None:
             return _gates(layer, inputs_CD, self._router_of_anchor(layer))
         row_C, before_C = keys_C2.unbind(1)
@@ -271,10 +282,6 @@ class TrustRegion:
     def _router_of_anchor(self, layer: VP2OMoELayer) -> dict[str, Tensor]:
         assert self._anchor is not None
         return {name: self._anchor[f"{name}.{layer.layer_number}"] for name in _router_tensors(layer)}
-
-    def _drop_contexts(self) -> None:
-        for layer in self.hook.layers:
-            layer.drop_contexts()
 
 
 def _router_tensors(layer: VP2OMoELayer) -> dict[str, Tensor]:

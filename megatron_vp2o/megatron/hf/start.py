@@ -24,7 +24,7 @@ from megatron_vp2o.megatron.hf.export import export_hf
 from megatron_vp2o.megatron.hf.load import load_hf
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
-from megatron_vp2o.rl.types import Tokenizer
+from megatron_vp2o.rl.interfaces import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,20 +15,32 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
-from megatron_vp2o.megatron.learner.carried import Carried
 from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
+from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
-from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer, moe_layers
+from megatron_vp2o.megatron.model.moe_layer import Specialization, moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
-from megatron_vp2o.rl.types import GATE_ROW, Objective, StepStats, TrainBatch
+from megatron_vp2o.rl.interfaces import Objective
+from megatron_vp2o.rl.types import StepStats, TrainBatch
+from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
+
+
+class MicroBatchWatcher(Protocol):
+    """Is told of the micro-batches of each training step."""
+
+    def begin_step(self, micro_batches: int) -> None: ...
+
+    def before_forward(self, part: TrainBatch) -> None:
+        """`part` is about to go through the model."""
+        ...
 
 
 class MegatronPolicy:
-    """Implements `rl.types.Policy`.
+    """Implements `rl.interfaces.Policy`.
 
     Args:
         config: the run.
@@ -89,8 +100,8 @@ class MegatronPolicy:
         )
         on = {LOAD_BALANCING: aux_loss, Z_LOSS: config.model.moe_z_loss_coeff > 0}
         self._router_losses = [name for name, present in on.items() if present]
-        self._sampled: tuple[list[VP2OMoELayer], int] | None = None
-        self._stride = 1
+        self.watcher: MicroBatchWatcher | None = None
+        """Sees every micro-batch of training before its forward pass."""
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -105,7 +116,6 @@ class MegatronPolicy:
             wd_incr_style="constant",
         )
         self._wire_schedule(parallel.overlap_grad_reduce, parallel.overlap_param_gather)
-        self._tokens = 0
 
     def _specialise(self, config: TrainConfig) -> bool:
         """Whether the layers attach specialisation losses."""
@@ -134,7 +144,7 @@ class MegatronPolicy:
     def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
         """Gradients of the objective per loss token over all ranks, reduced and ready for the optimizer.
 
-        Returns global metric means per loss token (maxima for keys ending in `_max`), equal on all ranks, and `tokens`.
+        Returns global metric means per loss token (maxima where `tracking.schema` says so), equal on all ranks, and `tokens`.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -148,12 +158,18 @@ class MegatronPolicy:
             metrics = {"loss": total, **metrics, "tokens": tokens}
             return total, tokens.int(), {key: value.detach() for key, value in metrics.items()}
 
-        before = None if self._sampled is None else self._context_sampler(len(parts))
+        if self.watcher is not None:
+            self.watcher.begin_step(len(parts))
         reported = run_schedule(
-            self.ddp, parts, self.groups, self.valid_vocab, loss, forward_only=False, before_forward=before
+            self.ddp,
+            parts,
+            self.groups,
+            self.valid_vocab,
+            loss,
+            forward_only=False,
+            before_forward=None if self.watcher is None else self.watcher.before_forward,
         )
         metrics = self._reduce(reported)
-        self._tokens = int(metrics["tokens"])
         metrics.update(
             router_losses(
                 [layer.router for layer in self._layers],
@@ -177,73 +193,37 @@ class MegatronPolicy:
         for layer in self._layers:
             layer.begin_step(StepTokens(**sums))
 
-    def sample_contexts(self, layers: list[VP2OMoELayer], per_rank: int) -> None:
-        """From now on these layers keep the router's inputs at up to `per_rank` response tokens of each step."""
-        self._sampled = layers, per_rank
-        self.context_keys: list[Tensor] = []
-        """Of the contexts of each micro-batch, [C, 2]: logged sequence, and how many response tokens precede; -1 where the
-        batch does not say which sequence it is."""
-
-    def logged_stride(self, stride: int) -> None:
-        """Choose contexts among those that the actor logged: every `stride`-th of a response."""
-        self._stride = stride
-
-    def _context_sampler(self, micro_batches: int) -> Callable[[TrainBatch], None]:
-        """Tells the layers, before each micro-batch, which positions to keep: evenly spread over those from which a response
-        token is predicted."""
-        assert self._sampled is not None
-        layers, per_rank = self._sampled
-        share = max(1, per_rank // micro_batches)
-        tp = self.groups.tp if self.model.config.sequence_parallel else None
-        for layer in layers:
-            layer.drop_contexts()
-        self.context_keys = []
-
-        def choose(part: TrainBatch) -> None:
-            context_NS = part.loss_mask_NS.roll(-1, dims=1)
-            # how many response tokens came before the one that is predicted here
-            before_NS = (
-                torch.arange(context_NS.shape[1], device=context_NS.device) - context_NS.int().argmax(1)[:, None]
-            )
-            context_SN, before_SN = (context_NS & (before_NS % self._stride == 0)).t(), before_NS.t()
-            if tp is not None:  # this rank has a contiguous share of the positions
-                context_SN = context_SN.chunk(tp.size(), dim=0)[tp.rank()]
-                before_SN = before_SN.chunk(tp.size(), dim=0)[tp.rank()]
-            index_C = context_SN.flatten().nonzero().squeeze(1)
-            kept_C = index_C[:: max(1, -(-len(index_C) // share))]
-            rows_N = part.extras.get(GATE_ROW, torch.full_like(part.length_N, -1))
-            self.context_keys.append(torch.stack([rows_N[kept_C % len(rows_N)], before_SN.flatten()[kept_C]], dim=1))
-            for layer in layers:
-                layer.context_index = kept_C
-
-        return choose
-
     def _reduce(self, reported: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation."""
         result: dict[str, float] = {}
         if self.groups.is_last_stage:
-            for suffix_max, op in ((False, dist.ReduceOp.SUM), (True, dist.ReduceOp.MAX)):
-                keys = sorted(key for key in reported[0] if key.endswith("_max") is suffix_max)
+            maxima = {key for key in reported[0] if aggregate_of(f"policy/{key}") is Aggregate.maximum}
+            for keys, op in ((reported[0].keys() - maxima, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
                 if not keys:
                     continue
-                rows = torch.stack([torch.stack([part[key].double() for key in keys]) for part in reported])
-                values = rows.amax(dim=0) if suffix_max else rows.sum(dim=0)
+                rows = torch.stack([torch.stack([part[key].double() for key in sorted(keys)]) for part in reported])
+                values = rows.sum(dim=0) if op == dist.ReduceOp.SUM else rows.amax(dim=0)
                 dist.all_reduce(values, op=op, group=self.groups.dp)
-                result.update(zip(keys, values.tolist(), strict=True))
+                result.update(zip(sorted(keys), values.tolist(), strict=True))
             tokens = max(result["tokens"], 1.0)
-            result = {k: v if k == "tokens" or k.endswith("_max") else v / tokens for k, v in result.items()}
+            result = {k: v if k == "tokens" or k in maxima else v / tokens for k, v in result.items()}
         if self.groups.pp.size() > 1:
             box = [result]
             dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
             result = box[0]
         return result
 
-    def optimizer_step(self) -> StepStats:
-        """Clip and step. A non-finite gradient norm leaves parameters and optimizer state as they were (`skipped`)."""
+    def optimizer_step(self, tokens: int) -> StepStats:
+        """Clip and step. A step without tokens or with a non-finite gradient norm leaves parameters and optimizer state as
+        they were (`skipped`).
+
+        Args:
+            tokens: loss tokens of all ranks, as `forward_backward` reported them.
+        """
         lr = float(self.optimizer.param_groups[0]["lr"])
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float("nan") if found_inf else float(self.optimizer.get_grad_norm())
-        skipped = self._tokens == 0 or not math.isfinite(grad_norm)
+        skipped = tokens == 0 or not math.isfinite(grad_norm)
         if not skipped:
             for optimizer in self.optimizers():
                 parameters = optimizer.get_parameters()
@@ -251,15 +231,15 @@ class MegatronPolicy:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=1)
-        return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=self._tokens)
+        return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=tokens)
 
-    def carry(self) -> Carried:
-        """What the coming forward and backward passes change besides gradients, as it is now: for `put_back`."""
-        return Carried.of(self.model)
+    def save_state(self) -> StepState:
+        """What the coming forward and backward passes change besides gradients, as it is now."""
+        return StepState.of(self.model)
 
-    def put_back(self, carried: Carried) -> None:
-        """Return to what `carry` said: the step did not happen."""
-        carried.put_back()
+    def restore_state(self, saved: StepState) -> None:
+        """Return to what `save_state` returned: the step did not happen."""
+        saved.restore()
 
     def optimizers(self) -> list[Any]:
         """Megatron's optimizers that have parameters on this rank."""
@@ -281,7 +261,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def checksum(self) -> int:
-        """Of this rank's weights, for comparison with what an engine says it holds."""
+        """Checksum of this rank's weights, for comparison with what an engine says it holds."""
         self.gather_parameters()
         return weights_checksum(weight_tensors(self.model))
 

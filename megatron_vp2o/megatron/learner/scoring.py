@@ -7,7 +7,6 @@ Shape legend: N sequences of this rank, S padded length of one micro-batch, V th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,39 +47,19 @@ def _fit(values_NS: Tensor, width: int, fill: float) -> Tensor:
 
 
 def _take(batch: TrainBatch, index: Tensor, width: int) -> TrainBatch:
-    return replace(
-        batch,
-        tokens_NS=_fit(batch.tokens_NS[index], width, 0),
-        length_N=batch.length_N[index],
-        loss_mask_NS=_fit(batch.loss_mask_NS[index], width, False),
-        extras={k: _fit(v[index], width, 0) if v.dim() == 2 else v[index] for k, v in batch.extras.items()},
-        segment_NS=None if batch.segment_NS is None else _fit(batch.segment_NS[index], width, -1),
-    )
+    return batch.map(lambda value_N: value_N[index], lambda value_NS, padding: _fit(value_NS[index], width, padding))
 
 
 def _dummy(batch: TrainBatch, width: int) -> TrainBatch:
-    return replace(
-        batch,
-        tokens_NS=batch.tokens_NS.new_zeros(1, width),
-        length_N=batch.length_N.new_zeros(1),
-        loss_mask_NS=batch.loss_mask_NS.new_zeros(1, width),
-        extras={k: v.new_zeros((1, width) if v.dim() == 2 else (1,)) for k, v in batch.extras.items()},
-        segment_NS=None if batch.segment_NS is None else batch.segment_NS.new_zeros(1, width),
-    )
+    """One row of nothing but padding, of document 0 where there are documents: a row of no document would attend to nothing."""
+    return batch.map(lambda value_N: value_N.new_zeros(1), lambda value_NS, _: value_NS.new_zeros(1, width))
 
 
 def _to(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    def move(value: Tensor | None) -> Any:
-        return None if value is None else value.to(device, non_blocking=True)
+    def move(value: Tensor, padding: float = 0.0) -> Tensor:
+        return value.to(device, non_blocking=True)
 
-    return replace(
-        batch,
-        tokens_NS=move(batch.tokens_NS),
-        length_N=move(batch.length_N),
-        loss_mask_NS=move(batch.loss_mask_NS),
-        extras={k: move(v) for k, v in batch.extras.items()},
-        segment_NS=move(batch.segment_NS),
-    )
+    return batch.map(move, move)
 
 
 def _attention_mask(segment_NS: Tensor) -> Tensor:

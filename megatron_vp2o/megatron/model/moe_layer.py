@@ -111,8 +111,8 @@ class VP2OMoELayer(MoELayer):
         if not isinstance(layer, cls):
             if type(layer) is not MoELayer:
                 raise ConfigError(
-                    f"layer {layer.layer_number} is a {type(layer).__name__}: the Stein hook can adopt Megatron's own MoELayer; "
-                    "derive your layer from VP2OMoELayer instead"
+                    f"layer {layer.layer_number} is a {type(layer).__name__}: the Stein transform can adopt Megatron's own "
+                    "MoELayer; derive your layer from VP2OMoELayer instead"
                 )
             layer.__class__ = cls
             layer._replace_parts()

@@ -110,7 +110,7 @@ def _places(chunks: Sequence[Any]) -> dict[Parameter, tuple[Any, int, int]]:
     for chunk in chunks:
         if not hasattr(chunk, "expert_parallel_buffers"):
             raise ConfigError(
-                f"the Stein hook needs gradients in the buffers of Megatron's DistributedDataParallel, and the model is a "
+                f"the Stein transform needs gradients in the buffers of Megatron's DistributedDataParallel, and the model is a "
                 f"{type(chunk).__name__}: wrap it (FSDP is not supported)"
             )
         if chunk.ddp_config.num_distributed_optimizer_instances > 1:

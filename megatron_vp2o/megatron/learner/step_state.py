@@ -1,4 +1,4 @@
-"""What forward and backward passes change of a model besides gradients, to be put back where a step does not happen."""
+"""What forward and backward passes change of a model besides gradients, to be restored where a step does not happen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Carried:
+class StepState:
     """Buffers of a model (Megatron moves expert biases when it has reduced gradients) and states of random generators."""
 
     buffers: list[tuple[Tensor, Tensor]]
@@ -22,8 +22,8 @@ class Carried:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: torch.nn.Module) -> Carried:
-        """As they are now. Costs a copy of the buffers, which are small, and no synchronisation."""
+    def of(cls, model: torch.nn.Module) -> StepState:
+        """The present state. Costs a copy of the buffers, which are small, and no synchronisation."""
         return cls(
             [(buffer, buffer.clone()) for buffer in model.buffers()],
             torch.get_rng_state(),
@@ -32,8 +32,8 @@ class Carried:
         )
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Make all of it what it was."""
+    def restore(self) -> None:
+        """Make buffers and generators what they were."""
         for buffer, value in self.buffers:
             buffer.copy_(value)
         torch.set_rng_state(self.generator)

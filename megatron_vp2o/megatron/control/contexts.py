@@ -1,0 +1,68 @@
+"""Which of a step's tokens the trust region compares gates at, and keeping the routers' inputs there.
+
+A context is a position from which a response token was predicted.
+
+Shape legend: N sequences of a micro-batch, S padded sequence length, C contexts of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
+from megatron_vp2o.rl.types import TrainBatch
+
+
+class ContextSampler:
+    """Lets MoE layers keep their routers' inputs at some contexts of each step. A `learner.policy.MicroBatchWatcher`.
+
+    Args:
+        layers: of this rank's pipeline stage.
+        per_rank: bound of the contexts that a rank keeps of a step.
+        sequence_parallel: the group that shares each sequence's positions; None where every rank has all of them.
+    """
+
+    def __init__(
+        self, layers: Sequence[VP2OMoELayer], per_rank: int, sequence_parallel: dist.ProcessGroup | None
+    ) -> None:
+        self.layers, self.per_rank, self.sequence_parallel = layers, per_rank, sequence_parallel
+        self.stride = 1
+        """Every so many response tokens of a sequence the actor has logged its gates; contexts are taken among those."""
+        self._keys: list[Tensor] = []
+        self._share = per_rank
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Forget the last step's contexts."""
+        self.drop()
+        self._keys = []
+        self._share = max(1, self.per_rank // micro_batches)
+
+    def before_forward(self, part: TrainBatch) -> None:
+        """Tell the layers which positions of a micro-batch to keep: evenly spread over its contexts."""
+        context_NS = part.loss_mask_NS.roll(-1, dims=1)
+        # how many response tokens came before the one that is predicted here
+        before_NS = torch.arange(context_NS.shape[1], device=context_NS.device) - context_NS.int().argmax(1)[:, None]
+        context_SN, before_SN = (context_NS & (before_NS % self.stride == 0)).t(), before_NS.t()
+        group = self.sequence_parallel
+        if group is not None:  # this rank has a contiguous share of the positions
+            context_SN = context_SN.chunk(group.size(), dim=0)[group.rank()]
+            before_SN = before_SN.chunk(group.size(), dim=0)[group.rank()]
+        index_C = context_SN.flatten().nonzero().squeeze(1)
+        kept_C = index_C[:: max(1, -(-len(index_C) // self._share))]
+        rows_N = part.gate_row_N if part.gate_row_N is not None else torch.full_like(part.length_N, -1)
+        self._keys.append(torch.stack([rows_N[kept_C % len(rows_N)], before_SN.flatten()[kept_C]], dim=1))
+        for layer in self.layers:
+            layer.context_index = kept_C
+
+    def keys(self) -> Tensor | None:
+        """[C, 2] of the step's contexts: number of the logged sequence (-1: unknown), response tokens before the context."""
+        return torch.cat(self._keys) if self._keys else None
+
+    def drop(self) -> None:
+        """Free the inputs that the layers have kept."""
+        for layer in self.layers:
+            layer.drop_contexts()

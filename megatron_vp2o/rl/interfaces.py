@@ -1,0 +1,268 @@
+"""Every protocol of training: who hands `types.py`'s data to whom. One that is implemented elsewhere names the file.
+
+    Tokenizer, Task        tasks/                      what is asked
+    Reward                 rewards/                    what an answer is worth
+    RolloutEngine          megatron/actor/             who answers
+    Policy                 megatron/learner/policy.py  who learns
+    Objective              rl/objectives.py            from what
+    GradientTransform      megatron/stein/transform.py what becomes of the gradients
+    Stepper, Restorable    rl/control.py, megatron/control/trust_region.py   whether a step happens
+    PolicyDrift            rl/drift.py                 what a step did to the policy
+    RefreshPolicy          rl/refresh.py               when the engine gets the learner's weights
+    Sink, SampleSink       tracking/                   where numbers and texts go
+    Checkpointer           megatron/checkpoint/        where the run is kept
+
+Shape legend: N sequences on this data-parallel rank, S padded sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from megatron_vp2o.core.budget import Budget, RefreshReason
+from megatron_vp2o.rl.types import (
+    Problem,
+    RewardResult,
+    Rollouts,
+    SamplingParams,
+    Split,
+    StepStats,
+    TrainBatch,
+    Verdict,
+)
+
+
+class Tokenizer(Protocol):
+    vocab_size: int  # ids are below this; the model's vocabulary may be padded beyond it
+    pad_id: int
+    eos_id: int  # the one that ends a demonstration
+    eos_ids: tuple[int, ...]  # all that end a response, `eos_id` among them
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class Task(Protocol):
+    """A family of problems: generator, tokenizer, verifier, demonstrations, count of right answers."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_prompt_tokens: int  # bound over all problems of all splits
+    grades_elsewhere: bool
+    """Whether `verify_all` waits for other processes, so that a second thread may call it while this process generates."""
+
+    def size(self, split: Split) -> int: ...
+    def problem(self, split: Split, index: int, variant: int = 0) -> Problem:
+        """Problem `index` of a split. Variants put the same problem differently, where a task can; 0 is the original."""
+        ...
+
+    def verify_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response; `problems[i]` is what `responses[i]` answers. In bounded time, for any text."""
+        ...
+
+    def demonstration(self, problem: Problem, seed: int) -> str:
+        """One right answer (without end-of-sequence), drawn from the distinct ones by `seed`."""
+        ...
+
+
+class Reward(Protocol):
+    """Grades responses to rows of a user's file, a batch at a time."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> list[RewardResult]:
+        """One result for each response.
+
+        Args:
+            prompts: text that the model was given, chat template included.
+            responses: what it wrote, without end-of-sequence.
+            rows: the file's row of each, every column of it, with the mapped columns also under the names `prompt` and
+                `answer` (and `data_source` and `extra_info` where the file has verl's layout).
+
+        Raises:
+            RewardError or ConfigError naming the row, where a row or the user's function makes grading impossible.
+        """
+        ...
+
+
+HandOver = Callable[[Sequence[int], Sequence[list[int]]], None]
+"""Takes responses that are complete: their rows among all sequences of one call of `generate`, and their token ids."""
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A rollout engine that hands responses over while it generates others."""
+
+    def handing_over(self, take: HandOver) -> AbstractContextManager[None]:
+        """Inside, `generate` hands every response to `take`, once, as soon as it is complete. Ranks may differ in this."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Holds its own snapshot of the weights (`version`); generation never sees the learner's."""
+
+    version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Rollouts:
+        """`group_size` sequences for each of this rank's prompts; sequence g of prompt p is row p * group_size + g.
+
+        uids: a global identity of each prompt, for layout-independent random numbers.
+        Collective over the ranks that share the model.  Prompts may be empty on a rank when others have some.
+        """
+        ...
+
+    def refresh(self, version: int) -> None:
+        """Take the learner's weights as they are now and call them `version`."""
+        ...
+
+    def checksum(self) -> int:
+        """A number that tells the weights that the engine holds: after a refresh, what `Policy.checksum` says on the same rank."""
+        ...
+
+    def at_learner_weights(self) -> AbstractContextManager[None]:
+        """Inside, the engine generates with the learner's weights (for evaluation); outside, with its own snapshot again."""
+        ...
+
+    def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32."""
+        ...
+
+
+Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(log-probabilities and entropies [N, S], both with gradient; micro-batch) -> (loss, metrics), each a SUM over loss tokens.
+Metrics whose `policy/` key `tracking.schema` declares a maximum are maxima."""
+
+GradientTransform = Callable[[], dict[str, float]]
+"""Changes the reduced gradients before they are clipped. Returns metrics, equal on all ranks."""
+
+
+class Policy(Protocol):
+    """The learner. Every call is collective over all ranks."""
+
+    def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
+        """Accumulate and reduce gradients of the objective's mean over all ranks' loss tokens. Returns global metric means."""
+        ...
+
+    def optimizer_step(self, tokens: int) -> StepStats:
+        """Clip and step; a step without tokens or with a gradient that is not finite is skipped, and changes nothing.
+
+        Args:
+            tokens: loss tokens of all ranks, as `forward_backward` reported them.
+        """
+        ...
+
+    def save_state(self) -> Any:
+        """What forward and backward passes change besides gradients (buffers, random generators), as it is now."""
+        ...
+
+    def restore_state(self, saved: Any) -> None:
+        """Return to what `save_state` returned: the step did not happen."""
+        ...
+
+    def checksum(self) -> int:
+        """A number that tells this rank's weights from others."""
+        ...
+
+    def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
+        """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
+        ...
+
+
+class Restorable(Protocol):
+    """Has state that forward, backward or the gradient transform change, to be restored where the step does not happen."""
+
+    def save_state(self) -> Any:
+        """That state, as it is now."""
+        ...
+
+    def restore_state(self, saved: Any) -> None:
+        """Return to what `save_state` returned."""
+        ...
+
+
+class Stepper(Protocol):
+    """Takes an optimizer step once gradients are ready, or part of it, or none."""
+
+    def begin(self, batch: TrainBatch) -> None:
+        """Before the forward pass of a step on this batch: remember all that its passes and the transform change."""
+
+    def step(self, tokens: int) -> StepStats:
+        """Take the step.
+
+        Args:
+            tokens: loss tokens of all ranks.
+        """
+        ...
+
+    def set_anchor(self) -> None:
+        """The actors have the learner's weights now."""
+
+    def observe_rollouts(self, rollouts: Rollouts) -> None:
+        """These are what the coming steps train on."""
+
+
+class PolicyDrift(Protocol):
+    """How far the policy itself has moved from the actors', at a step's own tokens."""
+
+    def observe(self, batch: TrainBatch) -> None:
+        """This is what the coming step trains on. Collective."""
+        ...
+
+    def measure(self) -> float:
+        """Mean |log pi - log pi_actor| of a response token under the weights as they are now, in nats. Collective over all
+        ranks, which get the same number. It changes nothing."""
+        ...
+
+
+class RefreshPolicy(Protocol):
+    def reason(self, age: int) -> RefreshReason | None:
+        """Why the actors are to be refreshed before the next rollout batch, or None to keep them.
+
+        Args:
+            age: rollout batches generated with the actors' present weights.
+        """
+        ...
+
+    def observe(self, budget: Budget | None, rejected: bool) -> None:
+        """What the last rollout batch's training found: the budget, if it is measured, and whether a step was rejected."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Sink(Protocol):
+    """Takes the metrics of a step (record, trackers and console behind it; does nothing but on one rank)."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def phase(self, message: str) -> AbstractContextManager[None]: ...
+
+
+class SampleSink(Protocol):
+    """Takes samples, on one rank; on the others nothing is ever due."""
+
+    prompts: int  # most prompts of a step
+    responses: int  # most responses of a prompt
+
+    def due(self, step: int) -> bool: ...
+    def write(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class Checkpointer(Protocol):
+    """Writes checkpoints."""
+
+    def save(self, step: int, state: dict[str, Any]) -> Any:
+        """Save the weights and what goes with them as `step`; `state` is the trainer's, plain values."""
+        ...
