@@ -188,7 +188,9 @@ class Endpoint:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise EndpointError(f"{request.full_url} gave no JSON: {_shown(content.decode(errors='replace'))}") from error
+            raise EndpointError(
+                f"{request.full_url} gave no JSON: {_shown(content.decode(errors='replace'))}"
+            ) from error
 
 
 def _shown(value: Any) -> str:

@@ -74,7 +74,9 @@ def _usable(benchmark: Benchmark, rows: Iterable[Mapping[str, Any]]) -> tuple[li
         except RowError as error:
             reasons.append(f"row {number + 1}: {error}")
     if not kept or (reasons and benchmark.name != "codeforces"):
-        raise DataError(f"what came for {benchmark.name} is not what was expected: {'; '.join(reasons[:3]) or 'no rows'}")
+        raise DataError(
+            f"what came for {benchmark.name} is not what was expected: {'; '.join(reasons[:3]) or 'no rows'}"
+        )
     return kept, len(reasons)
 
 
@@ -128,8 +130,8 @@ def _from_hub(name: str, remote: Remote) -> tuple[list[dict[str, Any]], str]:
         return [dict(row) for row in rows], f"{remote.hub} ({remote.split}) at {commit}"
     except Exception as error:  # the libraries' many kinds, all of which mean that nothing came
         raise DataError(
-            f"{name}: {remote.describe()} cannot be fetched ({type(error).__name__}: {str(error)[:200]}). Where this machine has no "
-            "network, fetch it on another with the same command, and copy the folder"
+            f"{name}: {remote.describe()} cannot be fetched ({type(error).__name__}: {str(error)[:200]}). Where this "
+            "machine has no network, fetch it on another with the same command, and copy the folder"
         ) from error
 
 

@@ -109,9 +109,7 @@ def read_standings(folder: Path) -> list[Standings]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = content["rows"]
-            columns = [
-                np.array([float(row.get(key, 0.0)) for row in rows]) for key in ("rating", "points", "penalty")
-            ]
+            columns = [np.array([float(row.get(key, 0.0)) for row in rows]) for key in ("rating", "points", "penalty")]
             points = {str(p["index"]): float(p.get("points") or 1.0) for p in content["problems"]}
             standings = Standings(str(content["contest"]), content["type"] == "ICPC", points, *columns)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -125,7 +123,7 @@ def contest_rating(standings: Standings, tries: Mapping[str, Sequence[bool]]) ->
     """The rating whose expected rank among the participants is the rank that these tries would have had.
 
     A problem counts from its first try that solved it; each failed one before it costs 50 points, or 20 minutes of
-    penalty. The expected rank of R is 1 + sum 1 / (1 + 10^((R - r_j) / 400)).
+    penalty. Of those with the same score half are taken to be better: with few problems there are many. The expected rank of R is 1 + sum 1 / (1 + 10^((R - r_j) / 400)).
 
     Args:
         tries: for each problem's index, whether each try solved it, in order.
@@ -139,10 +137,11 @@ def contest_rating(standings: Standings, tries: Mapping[str, Sequence[bool]]) ->
             score, penalty = score + 1, penalty + FAILED_TRY_MINUTES * failed
         else:
             score += max(standings.points.get(index, 0.0) - FAILED_TRY_POINTS * failed, 0.0)
-    better = standings.score_R > score
+    better, same = standings.score_R > score, standings.score_R == score
     if standings.icpc:
-        better |= (standings.score_R == score) & (standings.penalty_R < penalty)
-    rank = 1 + int(better.sum())
+        better |= same & (standings.penalty_R < penalty)
+        same &= standings.penalty_R == penalty
+    rank = 1 + float(better.sum()) + float(same.sum()) / 2
     low, high = LOWEST, HIGHEST
     for _ in range(44):
         middle = (low + high) / 2

@@ -153,7 +153,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     seen: set[Key] = set()
     for sample in samples:
         if (key := (sample.problem, sample.sample)) in seen:
-            raise DataError(f"{path} has sample {key[1]} of problem {key[0]} twice: remove the file, and evaluate again")
+            raise DataError(
+                f"{path} has sample {key[1]} of problem {key[0]} twice: remove the file, and evaluate again"
+            )
         seen.add(key)
     return header, samples
 
@@ -165,4 +167,6 @@ def path_of(out: Path, label: str, step: int, benchmark: str, length: int) -> Pa
 
 def files(out: Path) -> Iterator[Path]:
     """All sample files that have more than nothing in them, in a fixed order."""
-    yield from (path for path in sorted((out / SAMPLES).glob("*/step_*/*@*.jsonl")) if b"\n" in path.read_bytes()[:65536])
+    yield from (
+        path for path in sorted((out / SAMPLES).glob("*/step_*/*@*.jsonl")) if b"\n" in path.read_bytes()[:65536]
+    )

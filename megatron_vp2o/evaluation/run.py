@@ -84,34 +84,37 @@ def parts_of(all_questions: Sequence[Questions], lengths: Sequence[int]) -> list
 
 
 def evaluate(
-    models: Iterable[Model],
-    count: int,
-    parts: Sequence[Part],
+    models: Iterable[tuple[Model, Sequence[Part]]],
+    total: int,
     settings: Settings,
     out: Path,
     grading: Grading,
     ranks: Ranks | None = None,
 ) -> int:
-    """Evaluate each model on each part. Returns how many samples were added. Collective over `ranks`.
+    """Evaluate each model on its parts. Returns how many samples were added. Collective over `ranks`.
 
     Args:
         models: each is made when its turn comes, and may be given up after it.
-        count: how many models there are.
+        total: samples of all of them together, for the progress bar.
 
     Raises:
         UserError: whatever makes going on impossible. What was written before is kept, and the next call goes on from it.
     """
     ranks = ranks or Alone()
     added = 0
-    total = count * sum(len(settings.chosen(p.questions)) * settings.samples_of(p.questions) for p in parts)
     with tqdm(total=total, unit="sample", disable=ranks.rank != 0, dynamic_ncols=True) as bar:
-        for model in models:
+        for model, parts in models:
             for part in parts:  # before anything is spent
                 model.check([question.prompt for question in settings.chosen(part.questions)], part.length)
             for part in parts:
                 bar.set_description(f"{model.label} {model.step} {part.questions.benchmark.name}@{part.length}")
                 added += _part(model, part, settings, out, grading, ranks, bar)
     return added
+
+
+def samples_of(parts: Sequence[Part], settings: Settings) -> int:
+    """Of one model on these parts."""
+    return sum(len(settings.chosen(part.questions)) * settings.samples_of(part.questions) for part in parts)
 
 
 def _part(

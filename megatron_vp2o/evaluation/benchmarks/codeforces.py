@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vp2o.evaluation.benchmark import PASS_AT, RATING, Benchmark, Metric, Question, Remote, Row, column, identity
+from megatron_vp2o.evaluation.benchmark import (
+    PASS_AT,
+    RATING,
+    Benchmark,
+    Metric,
+    Question,
+    Remote,
+    Row,
+    column,
+    identity,
+)
 from megatron_vp2o.rewards.grade import RowError
 from megatron_vp2o.rewards.graders.code import read_tests
 
