@@ -123,7 +123,8 @@ def contest_rating(standings: Standings, tries: Mapping[str, Sequence[bool]]) ->
     """The rating whose expected rank among the participants is the rank that these tries would have had.
 
     A problem counts from its first try that solved it; each failed one before it costs 50 points, or 20 minutes of
-    penalty. Of those with the same score half are taken to be better: with few problems there are many. The expected rank of R is 1 + sum 1 / (1 + 10^((R - r_j) / 400)).
+    penalty. Half of those with the same score count as better: with few problems they are many. The expected rank of R is
+    1 + sum 1 / (1 + 10^((R - r_j) / 400)).
 
     Args:
         tries: for each problem's index, whether each try solved it, in order.
