@@ -26,7 +26,9 @@ INSTALL = [
     "omegaconf>=2.3,<2.4",  # hydra 1.3 is written against 2.3
     "reasoning-gym>=0.1.25,<0.2",  # generators only; problems of one seed may change between minor releases
     "tokenizers>=0.22,<0.24",  # the tokenizer.json format that transformers 5 reads
-    "transformers>=5.17,<6",  # reads tokenizer folders, which runs of converted models need; the reference of `verify --logits`
+    # Reads tokenizer folders, which runs of converted models need; the reference of `verify --logits`. The suite runs with 5.23;
+    # 5.10 is the newest that verl 0.9 allows, and what its plug-in is tested with.
+    "transformers>=5.10,<6",
     "safetensors>=0.5,<1",
     "rich>=13.7,<16",
     "tensorboard>=2.16,<3",
@@ -76,6 +78,8 @@ EXTRAS = {
         "lm-eval[ifeval,api]>=0.4.13,<0.5",  # never its [math] extra: that pins antlr 4.11 and hydra needs 4.9
         *REWARDS,
     ],
+    # verl's plug-in (docs/plugins.md). verl asks for transformers < 5.11; its Megatron engine needs a bridge, mbridge or NVIDIA's.
+    "verl": ["verl>=0.9.1,<0.10", "mbridge>=0.15.1,<0.16"],
     # The CUDA server. It pins its own torch, so give it its own environment; the client needs none of it.
     "vllm": ['vllm>=0.11,<0.34; platform_system == "Linux"'],
 }
@@ -116,14 +120,13 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["megatron_vp2o", "megatron_vp2o.*"]), *DATA],
     package_dir=DATA,
-    package_data={
-        "megatron_vp2o": ["py.typed", "evaluation/own/*.jsonl"],
-        **{package: ["*.yaml"] for package in DATA},
-    },
+    package_data={"megatron_vp2o": ["py.typed"], **{package: ["*.yaml"] for package in DATA}},
     include_package_data=False,
     zip_safe=False,
     install_requires=INSTALL,
     extras_require=EXTRAS,
+    # verl imports these wherever both are installed; the module does nothing unless VERL_ENGINE_VENDOR=vp2o.
+    entry_points={"verl.plugins": ["vp2o = megatron_vp2o.plugins.verl"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

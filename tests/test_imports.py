@@ -52,22 +52,7 @@ BELOW: dict[str, set[str]] = {
         "megatron",
     },  # starts runs by their command line, as a person would
     "diagnostics": {"core", "errors"},  # for any loop: without Megatron and without the project's settings
-    "evaluation": {
-        "megatron",
-        "hf",
-        "parallel",
-        "core",
-        "config",
-        "errors",
-        "data",
-        "rewards",
-        "rl.types",
-        "rl.grading",
-        "tasks.tokenizer",
-        "study.statistics",
-        "report",
-        "tracking",
-    },
+    "plugins": {"megatron", "core", "config", "errors", "__version__"},
     "planning": {"rl", "tasks", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
 }
 # The rooms inside `megatron/`, and which of the others each may use.
@@ -80,16 +65,9 @@ ROOMS: dict[str, set[str]] = {
     "control": {"learner", "stein", "model", "platform"},
     "checkpoint": {"control", "actor", "learner", "stein", "model", "platform"},
     "hf": {"checkpoint", "control", "actor", "learner", "stein", "model", "platform"},
-    "stored": {"hf", "checkpoint", "actor", "model", "platform"},
     "indexed": set(),
 }
-COMPOSITION = {
-    "session",
-    "train",
-    "evaluate",
-    "nemo_train",
-    "__init__",
-}  # may import everything, and nothing imports them
+COMPOSITION = {"session", "train", "nemo_train", "__init__"}  # may import everything, and nothing imports them
 STANDARD = set(sys.stdlib_module_names)
 WITHOUT_TORCH = {"errors", "config", "cli"}  # what `--help` imports
 
@@ -219,6 +197,14 @@ def test_only_the_megatron_package_imports_megatron() -> None:
 def test_diagnostics_need_torch_and_transformers_only() -> None:
     outside = [found for found in IMPORTS if found.part == "diagnostics" and not found.name.startswith(PACKAGE)]
     _report([found for found in outside if found.name.split(".")[0] not in STANDARD | {"torch", "transformers"}])
+
+
+def test_a_host_is_imported_by_its_own_plug_in_only() -> None:
+    hosts = {"verl": "plugins/verl/", "slime": "plugins/slime.py"}
+    found = [found for found in IMPORTS if found.name.split(".")[0] in hosts]
+    _report([one for one in found if hosts[one.name.split(".")[0]] not in one.file])
+    _report([one for one in found if one.name.startswith("slime") and one.at_import])
+    _report([one for one in IMPORTS if one.name.startswith("megatron.training") and one.at_import])
 
 
 def test_torch_stays_out_of_what_help_imports() -> None:

@@ -1,9 +1,4 @@
-"""The choices that the method leaves open, as names. No torch here: the configuration reads them too.
-
-Example:
-    >>> Kernel("cosine") is Kernel.cosine, KLEstimator("k3+").name
-    (True, 'k3+')
-"""
+"""The choices that the method leaves open, as names. No torch here: the configuration reads them too."""
 
 from __future__ import annotations
 

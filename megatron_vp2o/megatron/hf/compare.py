@@ -46,7 +46,7 @@ def compare_logits(hf: Path, megatron: Path, *, rows: int = 2, length: int = 32,
         CheckpointError: they differ, or transformers is not installed.
     """
     if not has_transformers():
-        raise CheckpointError("comparing logits needs transformers: pip install 'transformers>=5.17,<6'")
+        raise CheckpointError("comparing logits needs transformers: pip install 'transformers>=5.10,<6'")
     model, stored = architecture(config_of(hf)), StoredTensors(megatron)
     tokens_bs = _tokens(model, rows, length, seed)
     expected = reference_logits(hf, tokens_bs, model.num_layers, stored.dtypes[_EMBEDDING])
@@ -215,7 +215,7 @@ def has_transformers() -> bool:
 def sample_of(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
     """The model with as many of its first layers as a comparison takes; or None, and why there is no comparison."""
     if not has_transformers():
-        return None, "transformers is not installed (pip install 'transformers>=5.17,<6')"
+        return None, "transformers is not installed (pip install 'transformers>=5.10,<6')"
     model = architecture(config)
     windowed = model.settings.get("window_attn_skip_freq") or [0] * model.num_layers
     kinds = list(zip(model.moe_layers, windowed, strict=True))

@@ -95,6 +95,9 @@ class VP2OMoELayer(MoELayer):
     step_tokens: StepTokens | None = None
     """Set before each step by a policy that divides gradients by loss tokens (calculate_per_token_loss)."""
     _routed: _Routed | None = None
+    valid_tokens: Tensor | None = None
+    """Which tokens of the coming micro-batch are no padding, [T], for loops that pass no `padding_mask`. The router's own losses
+    do not look at it: they stay the loop's."""
     gate_log: list[Tensor] | None = None
     """Where the gates of every forward pass go, [T, E] dense; None keeps none."""
     context_index: Tensor | None = None
@@ -199,7 +202,7 @@ class VP2OMoELayer(MoELayer):
         finally:
             self.router.keep_logits = False
         scores_TE = self.router.take_scores()
-        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        valid_T = self._valid(scores_TE) if padding_mask is None else ~padding_mask.reshape(-1)
         with torch.no_grad():
             if self.statistics is not None:
                 probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
@@ -208,6 +211,15 @@ class VP2OMoELayer(MoELayer):
             probs = self._attach_variance(probs, scores_TE, valid_T)
         self._routed = _Routed(probs, routing_map, valid_T)
         return probs, routing_map
+
+    def _valid(self, scores_TE: Tensor) -> Tensor | None:
+        valid_T = self.valid_tokens
+        if valid_T is not None and len(valid_T) != len(scores_TE):
+            raise ConfigError(
+                f"layer {self.layer_number} got {len(scores_TE)} tokens and was told which of {len(valid_T)} are no padding: the "
+                "loop cuts or packs its micro-batches in another way"
+            )
+        return valid_T
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """See the base class. Here the outputs of a token's experts are back on its rank and not yet added up."""
