@@ -30,6 +30,7 @@ INSTALL = [
     # 5.10 is the newest that verl 0.9 allows, and what its plug-in is tested with.
     "transformers>=5.10,<6",
     "safetensors>=0.5,<1",
+    "httpx>=0.27,<1",  # rollout=vllm; transformers 5 brings it anyway
     "rich>=13.7,<16",
     "tensorboard>=2.16,<3",
     "wandb>=0.19,<1",  # an optional tracker at run time (off by default), never a network call unless asked for

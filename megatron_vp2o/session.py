@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megatron_vp2o.config.continuity import changes  # noqa: E402
 from megatron_vp2o.config.schema import (  # noqa: E402
     ControlMode,
     DataSource,
+    EngineKind,
     GRPOConfig,
     KLReference,
     MismatchCorrection,
@@ -58,6 +60,7 @@ from megatron_vp2o.rl.interfaces import (  # noqa: E402  # noqa: E402
     RefreshPolicy,
     Restorable,
     Reward,
+    RolloutEngine,
     Stepper,
     Task,
     Tokenizer,
@@ -69,6 +72,7 @@ from megatron_vp2o.rl.refresh import EveryBatches, WhenSpent  # noqa: E402
 from megatron_vp2o.rl.supervised import SupervisedTrainer, validation_loss  # noqa: E402
 from megatron_vp2o.rl.trainer import RLTrainer  # noqa: E402
 from megatron_vp2o.rl.types import Split  # noqa: E402
+from megatron_vp2o.serving import rollout_engine  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from megatron_vp2o.tasks.rows import RowsTask  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import load_tokenizer  # noqa: E402
@@ -95,6 +99,9 @@ class Run:
     samples: RunSamples
     policy: MegatronPolicy
     engine: MegatronEngine
+    """Holds the actor's weights on the learner's ranks."""
+    actors: RolloutEngine
+    """Generates: `engine`, or servers with its weights."""
     checkpointer: checkpoint.MegatronCheckpointer
     transform: GradientTransform
     stepper: Stepper
@@ -133,7 +140,7 @@ def _train(config: TrainConfig, reward: Reward | None) -> int:
         if groups.rank == 0:
             save_config(config, config.run_dir)
             _report_rows(config, task)
-        with run.sink, failure.tells_all_ranks():  # closing the sink may take its time
+        with run.sink, failure.tells_all_ranks(), closing(run.actors):  # closing the sink may take its time
             status = trainer.run()
             if status == 0:  # where the last step was not saved, nobody has looked at its weights yet
                 checkpoint.refuse_dead_weights(run.policy, run.checkpointer.folder, trainer.progress.step)
@@ -155,6 +162,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
     )
     hf_start.start(config, policy, tokenizer, groups)
     engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    actors = rollout_engine(config, policy, engine, tokenizer, groups)
     algorithm = config.algorithm
     bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off
     observed = algorithm.stein.enabled or algorithm.stein.monitor
@@ -188,6 +196,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         RunSamples(config.logging, config.run_dir, groups.rank),
         policy,
         engine,
+        actors,
         checkpointer,
         no_transform if stein is None else stein.apply,
         region or PlainSteps(policy, *_present(prototypes, stein)),
@@ -291,7 +300,7 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         run.checkpointer,
         task=run.task,
         policy=run.policy,
-        engine=run.engine,
+        engine=run.actors,
         objective=OnRollouts(policy_objective(settings)),
         refresh=_refresh_policy(config, vp2o),
         reference=reference,
@@ -310,7 +319,8 @@ def _compared(config: TrainConfig, settings: GRPOConfig) -> bool:
     """Whether all rollouts are recomputed with the actors' weights."""
     if settings.mismatch.correction is not MismatchCorrection.none:
         return True
-    return bool(settings.mismatch.measure)
+    measure = settings.mismatch.measure
+    return config.rollout.engine is not EngineKind.embedded if measure is None else measure
 
 
 def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPolicy:

@@ -67,7 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "hf": {"checkpoint", "control", "actor", "learner", "stein", "model", "platform"},
     "indexed": set(),
 }
-COMPOSITION = {"session", "train", "nemo_train", "__init__"}  # may import everything, and nothing imports them
+COMPOSITION = {"session", "serving", "train", "nemo_train", "__init__"}  # may import everything; nothing imports them
 STANDARD = set(sys.stdlib_module_names)
 WITHOUT_TORCH = {"errors", "config", "cli"}  # what `--help` imports
 

@@ -21,7 +21,7 @@ import pytest
 
 from megatron_vp2o.config.register import GROUPS
 from megatron_vp2o.config.reward import CodeConfig
-from megatron_vp2o.config.schema import Algorithm, TrainConfig
+from megatron_vp2o.config.schema import Algorithm, ServerConfig, TrainConfig
 from megatron_vp2o.config.store import load_config
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
 from megatron_vp2o.tracking.record import read
@@ -51,6 +51,14 @@ NOT_TRAINED_WITH = {
     "algorithm.answer_repulsion.embedder": "a function of the user's; tests/rl",
     "checkpoint.compare_logits": "a check of init_from before training; tests/megatron/test_hf_runs.py",
     "logging.sample_table": "what is printed; tests/rl/test_samples.py",
+    **dict.fromkeys(
+        ("rollout.engine", "rollout.launch", "rollout.urls"),
+        "servers need vLLM, in an environment of its own; tests/rollout",
+    ),
+    **{
+        f"rollout.server.{field.name}": "of servers; tests/rollout/test_vllm.py, test_pool.py"
+        for field in dataclasses.fields(ServerConfig)
+    },
     "task.index_dir": "where an index of rows is kept; tests/tasks/test_rows.py",
     "task.hub_split": "needs a data set of the hub; tests/tasks/test_rows.py",
     **dict.fromkeys(

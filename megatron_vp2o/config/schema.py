@@ -26,6 +26,10 @@ from megatron_vp2o.config.ranges import COEFFICIENT, COUNT, DECAY, INDEX, SHARE,
 from megatron_vp2o.config.reward import Checker as Checker
 from megatron_vp2o.config.reward import RewardConfig as RewardConfig
 from megatron_vp2o.config.reward import SandboxKind as SandboxKind
+from megatron_vp2o.config.rollout import EngineKind as EngineKind
+from megatron_vp2o.config.rollout import RolloutConfig as RolloutConfig
+from megatron_vp2o.config.rollout import SamplingConfig as SamplingConfig
+from megatron_vp2o.config.rollout import ServerConfig as ServerConfig
 from megatron_vp2o.core.choices import (
     AdvantageEstimator,
     AnswerKernel,
@@ -272,30 +276,6 @@ class OpenPathTaskConfig(TaskConfig):
     """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space or commas
     between moves;
     strict: the response is the answer and nothing else."""
-
-
-@dataclass
-class SamplingConfig:
-    """How tokens are drawn."""
-
-    temperature: Annotated[float, Range(1e-3, 1000, also=(0,))] = 1.0
-    """Softmax temperature; 0 is greedy."""
-    top_p: Annotated[float, SHARE] = 1.0
-    """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
-    max_new_tokens: Annotated[int, Range(1, 2**24)] = 24
-    """Longest response, in tokens, end-of-sequence included."""
-
-
-@dataclass
-class RolloutConfig:
-    """Where and how rollouts are generated."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling during training."""
-    max_batch_size: Annotated[int, COUNT] = 1024
-    """Most sequences decoded at once on one data-parallel rank; bounds the KV cache."""
-    refresh_interval: Annotated[int, COUNT] = 1
-    """Rollout batches generated with one version of the actor weights before they are refreshed."""
 
 
 @dataclass

@@ -39,6 +39,7 @@ from megatron_vp2o.config.schema import (
 )
 from megatron_vp2o.config.tasks import task_problems
 from megatron_vp2o.config.validate_reward import reward_outside, reward_problems
+from megatron_vp2o.config.validate_rollout import rollout_outside, rollout_problems
 from megatron_vp2o.errors import ConfigError
 
 SMALLEST_VOCABULARY = 104
@@ -68,7 +69,10 @@ def validate(
             they hold combinations, where those hold what is outside of the settings (files, packages, devices).
     """
     _refuse(range_problems(config))  # the rules divide by these numbers
-    rules = (_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation, reward_problems)
+    rules = (
+        *(_task, _model, _layout, _optimizer, _algorithm, _stein, _sequence, _evaluation),
+        *(reward_problems, rollout_problems),
+    )
     _refuse(itertools.chain(*(rule(config) for rule in rules)))
     _refuse(_world(config, world_size))
     # What is outside of the settings comes last: a missing folder says nothing to somebody who misspelt a number.
@@ -78,7 +82,7 @@ def validate(
         *exp_manager_problems(config.exp_manager, elsewhere=elsewhere),
     ]
     if not elsewhere:
-        problems.extend([*_packages(config), *reward_outside(config)])
+        problems.extend([*_packages(config), *reward_outside(config), *rollout_outside(config)])
     if cuda_devices is not None:
         problems.extend(_devices(config, cuda_devices, local_world_size))
     _refuse(problems)

@@ -2,7 +2,7 @@
 
     Tokenizer, Task        tasks/                      what is asked
     Reward                 rewards/                    what an answer is worth
-    RolloutEngine          megatron/actor/             who answers
+    RolloutEngine          megatron/actor/, rollout/served.py   who answers
     Policy                 megatron/learner/policy.py  who learns
     Objective              rl/objectives.py            from what
     GradientTransform      megatron/stein/transform.py what becomes of the gradients
@@ -133,6 +133,10 @@ class RolloutEngine(Protocol):
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds or started; it is not used any more."""
         ...
 
 

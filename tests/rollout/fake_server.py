@@ -1,0 +1,223 @@
+"""A server that speaks what the client speaks, with a model of one table and faults on demand: `fake_server.py FOLDER PORT`.
+
+The model is a bigram: the logits of the next token are a row of a table, which arrives in the files of a weight set in several
+tensors. It checks an update as `server_side/vp2o_vllm.py` does. POST /fault {"kind": ..., "after": n} arms one fault of this
+process, at the n-th request from then on that it applies to; {"kind": ..., "always": true} leaves it on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+GENERATING = (
+    "die_generating",
+    "slow",
+    "garbage",
+    "short_logprobs",
+    "error",
+    "foreign_ids",
+    "twice",
+    "no_json",
+    "aborted",
+)
+LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse")
+
+
+class State:
+    """Weights, their label, and the fault that is armed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self.tensors |= load_file(file)
+        self.label, self.paused = "default", False
+        self.fault: dict[str, Any] = {}
+        self.random = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
+        self.lock = threading.Lock()
+        self.served = 0
+
+    def strikes(self, kinds: tuple[str, ...]) -> str:
+        """The fault that happens now, if any."""
+        with self.lock:
+            if self.fault.get("kind") not in kinds:
+                return ""
+            self.fault["after"] = self.fault.get("after", 1) - 1
+            if self.fault["after"] > 0:
+                return ""
+            kind = str(self.fault["kind"])
+            if not self.fault.get("always"):
+                self.fault = {}
+            return kind
+
+    def log_probs(self, token: int, temperature: float) -> Any:
+        rows = [self.tensors[name] for name in sorted(self.tensors) if name.startswith("rows")]
+        logits = np.concatenate(rows)[token].astype(np.float64) + self.tensors["bias"]
+        logits = logits / (temperature or 1.0)
+        return logits - np.logaddexp.reduce(logits)
+
+    # updates
+
+    def start(self) -> None:
+        self.staged: dict[str, Any] = {}
+        self.seen, self.whole, self.digest = [0, 0], False, hashlib.blake2b(digest_size=8)
+
+    def update(self, info: dict[str, Any]) -> None:
+        kind = self.strikes(LOADING) if info["file"] else ""
+        if kind == "die_loading":
+            os._exit(9)
+        if kind == "refuse":
+            raise ValueError("a fault that was asked for")
+        if not info["file"]:
+            if [*self.seen, self.digest.hexdigest()] != [info["tensors"], info["bytes"], info["digest"]]:
+                raise ValueError("not whole")
+            self.whole = True
+            return
+        path = Path(info["folder"]) / info["file"]
+        self.digest.update(hashlib.blake2b(path.read_bytes(), digest_size=8).digest())
+        loaded = load_file(path)
+        self.seen[0] += len(loaded)
+        self.seen[1] += sum(tensor.nbytes for tensor in loaded.values())
+        names = sorted(loaded)
+        if kind == "load_nothing":
+            return
+        if kind == "load_half":
+            names = names[: len(names) // 2]
+        for name in names:
+            self.staged[name] = loaded[name] * (1.3 if kind == "load_other" else 1.0)
+
+    def finish(self, label: str) -> None:
+        if not self.whole:
+            raise ValueError("nobody said what all of it comes to")
+        self.tensors |= self.staged
+        self.label = label
+
+    # generation
+
+    def generate(self, body: dict[str, Any]) -> Any:
+        kind = self.strikes(GENERATING)
+        if kind == "die_generating":
+            os._exit(9)
+        if kind == "slow":
+            time.sleep(4)
+        if kind == "error":
+            raise ValueError("a fault that was asked for")
+        settings, prompt = body["sampling_params"], body["token_ids"]
+        answer: dict[str, Any] = {"request_id": "x", "choices": []}
+        if settings.get("prompt_logprobs") is not None:
+            rows = [
+                {str(token): {"logprob": float(self.log_probs(before, 1.0)[token])}}
+                for before, token in itertools.pairwise(prompt)
+            ]
+            answer["prompt_logprobs"] = [None, *rows]
+        for index in range(settings.get("n", 1)):
+            answer["choices"].append(self.sample(index, prompt, settings))
+        with self.lock:
+            self.served += 1
+        return _spoilt(answer, kind)
+
+    def sample(self, index: int, prompt: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+        tokens, content, last = [], [], prompt[-1]
+        while len(tokens) < settings["max_tokens"]:
+            logp = self.log_probs(last, settings["temperature"])
+            with self.lock:
+                u = self.random.random()
+            last = int(logp.argmax() if settings["temperature"] == 0 else np.exp(logp).cumsum().searchsorted(u))
+            last = min(last, len(logp) - 1)
+            tokens.append(last)
+            content.append({"token_id": last, "logprob": float(logp[last])})
+            if last in settings.get("stop_token_ids", ()):
+                break
+        return {
+            "index": index,
+            "finish_reason": "stop" if tokens[-1] in settings.get("stop_token_ids", ()) else "length",
+            "token_ids": tokens,
+            "logprobs": {"content": content},
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
+        }
+
+
+def _spoilt(answer: dict[str, Any], kind: str) -> Any:
+    first = answer["choices"][0]
+    if kind == "garbage":
+        return {"choices": [{"index": 0, "token_ids": "hello", "finish_reason": 7}] * len(answer["choices"])}
+    if kind == "short_logprobs":
+        first["logprobs"]["content"].pop()
+    if kind == "foreign_ids":
+        first["token_ids"][0] = 10**6
+    if kind == "twice":
+        answer["choices"].append(first)
+    if kind == "no_json":
+        return b"<html>proxy error</html>"
+    if kind == "aborted":
+        first["finish_reason"] = "abort"
+    return answer
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes of the client's API."""
+
+    protocol_version = "HTTP/1.1"
+    state: State
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def reply(self, value: Any, status: int = 200) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        state = self.state
+        known = {"/health": "", "/weight_info": {"weight_version": state.label}, "/served": state.served}
+        self.reply(known.get(self.path, "?"), 200 if self.path in known else 404)
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length) or b"null")
+        try:
+            self.reply(self.act(self.path.partition("?")[0], body))
+        except ValueError as error:
+            self.reply({"error": str(error)}, 500)
+
+    def act(self, path: str, body: Any) -> Any:
+        state = self.state
+        if path == "/inference/v1/generate":
+            while state.paused:
+                time.sleep(0.02)
+            return state.generate(body)
+        if path in ("/pause", "/resume"):
+            state.paused = path == "/pause"
+        elif path == "/start_weight_update":
+            state.start()
+        elif path == "/update_weights":
+            state.update(body["update_info"])
+        elif path == "/finish_weight_update":
+            state.finish(body["weight_version"])
+        elif path == "/update_weight_version":
+            state.label = body["new_version"]
+        elif path == "/fault":
+            state.fault = body
+        elif path != "/init_weight_transfer_engine":
+            raise ValueError(f"no such path: {path}")
+        return {}
+
+
+if __name__ == "__main__":
+    Handler.state = State(Path(sys.argv[1]))
+    ThreadingHTTPServer.daemon_threads = True
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
