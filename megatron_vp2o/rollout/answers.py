@@ -15,6 +15,10 @@ class BadAnswer(Exception):
     """What a server said cannot be used; the message says why, in one line."""
 
 
+class OtherWeights(BadAnswer):
+    """Tokens of other weights than the present ones: the server may be sound, and needs the weights."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One response."""
@@ -76,7 +80,7 @@ def _check_versions(spans: Any, length: int, label: str) -> None:
         if not isinstance(span, dict) or span.get("start") != at or not isinstance(span.get("end"), int):
             raise BadAnswer(f"weight versions {_shown(spans)}")
         if span.get("version") != label:
-            raise BadAnswer(f"tokens of weights {_shown(span.get('version'))} instead of {label}")
+            raise OtherWeights(f"tokens of weights {_shown(span.get('version'))} instead of {label}")
         at = span["end"]
     if at != length:
         raise BadAnswer(f"weight versions {_shown(spans)} do not cover {length} tokens")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
-from megatron_vp2o.rollout.answers import Asked, BadAnswer, Sample
+from megatron_vp2o.rollout.answers import Asked, BadAnswer, OtherWeights, Sample
 from megatron_vp2o.rollout.api import Server
 from megatron_vp2o.rollout.launch import ServerProcess
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
@@ -427,7 +427,7 @@ class _Batch:
         member.suspect = True
         logger.info("prompt %d goes back into the queue: %s", number, self.last_error)
         # A connection that breaks says nothing of answers: whether the server lives is seen before its next prompt.
-        if isinstance(error, BadAnswer | httpx.ReadTimeout):
+        if isinstance(error, BadAnswer | httpx.ReadTimeout) and not isinstance(error, OtherWeights):
             member.bad_answers += 1
         if self.attempts[number] >= self.pool.settings.attempts and not self.over.done():
             try:
