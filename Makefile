@@ -23,6 +23,17 @@ WARM_UP ?= runs/countdown_tiny_supervised
 # Where `make launch` starts a run, and with what further arguments.
 EXECUTOR ?= local
 LAUNCHARGS ?=
+# What `make eval` evaluates: RUN='grpo=runs/a vp2o=runs/b', with which benchmarks, at which lengths, of which steps, on which rows.
+RUN ?=
+SUITE ?= paper
+LENGTHS ?= 8k,16k
+STEPS ?= every
+DATA ?= data/eval
+EVALOUT ?= runs/evaluation
+EVALARGS ?=
+comma := ,
+# Benchmarks or suites that `make eval-data` fetches.
+BENCHMARKS ?= paper
 # Folder of wheels for a CUDA machine without a package index (make gpu-check).
 WHEELS ?= wheels
 
@@ -37,7 +48,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm soak smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm soak eval eval-data smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -77,6 +88,16 @@ demo-trust-region: install ## After `make run`: a learning rate 30 times too lar
 
 study: install ## Variants x tasks x seeds, each run once: table and page in runs/study/STUDY [STUDY=smoke SLOTS=2 STUDYARGS=...]
 	OMP_NUM_THREADS=1 $(PY) -m megatron_vp2o.study $(STUDY) --slots $(SLOTS) $(STUDYARGS)
+
+eval: python ## The paper's evaluation: RUN='grpo=runs/a vp2o=runs/b' [SUITE=paper LENGTHS=8k,16k STEPS=every DATA=data/eval|own EVALARGS=]
+	@$(INSTALL) --extras rows,rewards
+	@$(PY) tools/nltk_data.py
+	$(PY) -m megatron_vp2o.evaluate $(RUN) --suite '$(SUITE)' --lengths '$(LENGTHS)' --steps '$(STEPS)' --data '$(DATA)' \
+		--out '$(EVALOUT)' $(EVALARGS)
+
+eval-data: python ## Fetch the benchmarks' rows, pinned: [BENCHMARKS=paper DATA=data/eval] (needs the network; GPQA's authors ask not to publish it)
+	@$(INSTALL) --extras rows
+	$(PY) -m megatron_vp2o.evaluation.fetch $(subst $(comma), ,$(BENCHMARKS)) --data '$(DATA)'
 
 convert-to-megatron: install ## Hugging Face to Megatron: HF=folder OUT=new folder [TP= PP= EP= ETP= CONVERTARGS=]
 	$(PY) -m tools.convert to-megatron '$(HF)' '$(OUT)' --tp $(TP) --pp $(PP) --ep $(EP) --etp $(ETP) $(CONVERTARGS)

@@ -121,7 +121,10 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["megatron_vp2o", "megatron_vp2o.*"]), *DATA],
     package_dir=DATA,
-    package_data={"megatron_vp2o": ["py.typed"], **{package: ["*.yaml"] for package in DATA}},
+    package_data={
+        "megatron_vp2o": ["py.typed", "evaluation/own/*.jsonl"],
+        **{package: ["*.yaml"] for package in DATA},
+    },
     include_package_data=False,
     zip_safe=False,
     install_requires=INSTALL,

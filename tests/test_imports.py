@@ -52,6 +52,22 @@ BELOW: dict[str, set[str]] = {
         "megatron",
     },  # starts runs by their command line, as a person would
     "diagnostics": {"core", "errors"},  # for any loop: without Megatron and without the project's settings
+    "evaluation": {
+        "megatron",
+        "hf",
+        "parallel",
+        "core",
+        "config",
+        "errors",
+        "data",
+        "rewards",
+        "rl.types",
+        "rl.grading",
+        "tasks.tokenizer",
+        "study.statistics",
+        "report",
+        "tracking",
+    },
     "plugins": {"megatron", "core", "config", "errors", "__version__"},
     "planning": {"rl", "tasks", "hf", "megatron", "parallel", "core", "config", "errors", "data"},
 }
@@ -65,9 +81,17 @@ ROOMS: dict[str, set[str]] = {
     "control": {"learner", "stein", "model", "platform"},
     "checkpoint": {"control", "actor", "learner", "stein", "model", "platform"},
     "hf": {"checkpoint", "control", "actor", "learner", "stein", "model", "platform"},
+    "stored": {"hf", "checkpoint", "actor", "model", "platform"},
     "indexed": set(),
 }
-COMPOSITION = {"session", "serving", "train", "nemo_train", "__init__"}  # may import everything; nothing imports them
+COMPOSITION = {
+    "session",
+    "serving",
+    "train",
+    "evaluate",
+    "nemo_train",
+    "__init__",
+}  # may import everything, and nothing imports them
 STANDARD = set(sys.stdlib_module_names)
 WITHOUT_TORCH = {"errors", "config", "cli"}  # what `--help` imports
 

@@ -88,6 +88,16 @@ def validate(
     _refuse(problems)
 
 
+def validate_layout(config: TrainConfig, world_size: int) -> None:
+    """Refuse a layout that the model or the processes do not fit, for programs that load a model and do not train it.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    _refuse(itertools.chain(_model(config), _layout(config)))
+    _refuse(itertools.chain(_world(config, world_size), _packages(config)))
+
+
 def _refuse(problems: Iterable[str]) -> None:
     if lines := list(problems):
         raise ConfigError("\n".join(lines))

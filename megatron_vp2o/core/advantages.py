@@ -31,6 +31,10 @@ def overlong_punishment(length_N: Tensor, *, longest: int, buffer: int, most: fl
 
     Returns:
         float64, of the shape of `length_N`.
+
+    Example:
+        >>> overlong_punishment(torch.tensor([90, 95, 100]), longest=100, buffer=20, most=1.0).tolist()
+        [-0.5, -0.75, -1.0]
     """
     over = length_N.double() - (longest - buffer)
     return -most * (over / buffer).clamp(0.0, 1.0)
@@ -47,6 +51,10 @@ def uniform_groups_P(rewards_PG: Tensor) -> Tensor:
 
     Raises:
         ValueError: if rewards are not [P, G] with G >= 2.
+
+    Example:
+        >>> uniform_groups_P(torch.tensor([[1, 1], [0, 1]])).tolist()
+        [True, False]
     """
     _check_rewards(rewards_PG)
     return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
@@ -72,6 +80,11 @@ def group_relative_advantages(rewards_PG: Tensor, *, normalise_by_std: bool, eps
 
     References:
         Shao et al., arXiv 2402.03300, section 4.1.2 (outcome supervision).
+
+    Example:
+        >>> rewards_PG = torch.tensor([[0.0, 2.0, 4.0], [5.0, 5.0, 5.0]])
+        >>> group_relative_advantages(rewards_PG, normalise_by_std=True, epsilon=0.0).tolist()
+        [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
     uniform_P = uniform_groups_P(rewards_PG)
     rewards_PG = rewards_PG.double()
@@ -86,6 +99,10 @@ def w_reinforce_advantages(rewards_PG: Tensor, right_PG: Tensor, *, positive_wei
     so groups that are all right or all wrong train too. `positive_weight=0` is negative-sample reinforcement (NSR).
 
     Zhu et al., arXiv 2506.01347 (W-REINFORCE; its weight is 0.1). float32 [P, G].
+
+    Example:
+        >>> w_reinforce_advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), positive_weight=0.5).tolist()
+        [[0.5, -1.0]]
     """
     return torch.where(right_PG, positive_weight * rewards_PG.double(), -1.0).float()
 
@@ -101,6 +118,11 @@ def pass_at_k_advantages(right_PG: Tensor, *, k: int) -> Tensor:
 
     Raises:
         ValueError: unless 1 <= k <= G.
+
+    Example:
+        >>> right_PG = torch.tensor([[True, False, False, False]])  # half of the pairs contain the right one: m = s = 1/2
+        >>> pass_at_k_advantages(right_PG, k=2).mul(3).round().tolist()  # thirds
+        [[3.0, -1.0, -1.0, -1.0]]
     """
     _check_rewards(right_PG)
     G = right_PG.shape[1]
@@ -122,6 +144,10 @@ def maxrl_advantages(rewards_PG: Tensor, *, epsilon: float) -> Tensor:
     A group whose mean is not above 0, or whose rewards are all equal, has none.
 
     Tajwar et al., "Maximum Likelihood Reinforcement Learning", arXiv 2602.02710. float32 [P, G].
+
+    Example:
+        >>> maxrl_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), epsilon=0.0).tolist()
+        [[3.0, -1.0, -1.0, -1.0]]
     """
     uniform_P = uniform_groups_P(rewards_PG)
     rewards_PG = rewards_PG.double()

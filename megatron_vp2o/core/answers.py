@@ -21,6 +21,10 @@ def equality_kernel(answer_PG: Tensor) -> Tensor:
 
     Returns:
         float64 [P, G, G].
+
+    Example:
+        >>> equality_kernel(torch.tensor([[24, 24, 7]])).tolist()
+        [[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
     """
     return (answer_PG[:, :, None] == answer_PG[:, None, :]).double()
 
@@ -31,6 +35,11 @@ def embedding_kernel(embedding_PGD: Tensor, bandwidth: float) -> Tensor:
 
     Returns:
         float64 [P, G, G].
+
+    Example:
+        >>> kernel_PGG = embedding_kernel(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), bandwidth=0.5)  # cos = 0, so d = 1
+        >>> round(kernel_PGG[0, 0, 1].log().item(), 6)
+        -2.0
     """
     unit_PGD = torch.nn.functional.normalize(embedding_PGD.double(), dim=-1)
     distance_PGG = (1.0 - unit_PGD @ unit_PGD.transpose(1, 2)).clamp(min=0.0)
@@ -49,6 +58,12 @@ def ngram_kernel(tokens_PGS: Tensor, length_PG: Tensor, *, n: int, bandwidth: fl
 
     Returns:
         float64 [P, G, G].
+
+    Example:
+        >>> tokens_PGS = torch.tensor([[[1, 2, 3], [1, 2, 4]]])  # one of two bigrams in common: cos = 1/2
+        >>> kernel_PGG = ngram_kernel(tokens_PGS, torch.tensor([[3, 3]]), n=2, bandwidth=1.0)
+        >>> round(kernel_PGG[0, 0, 1].log().item(), 6)
+        -0.5
     """
     P, G, S = tokens_PGS.shape
     position_S = torch.arange(S, device=tokens_PGS.device)
@@ -76,6 +91,12 @@ def edit_kernel(tokens_PGS: Tensor, length_PG: Tensor, *, bandwidth: float) -> T
 
     Returns:
         float64 [P, G, G].
+
+    Example:
+        >>> tokens_PGS = torch.tensor([[[1, 2], [1, 3]]])  # one substitution in two tokens: d = 1/2
+        >>> kernel_PGG = edit_kernel(tokens_PGS, torch.tensor([[2, 2]]), bandwidth=1.0)
+        >>> round(kernel_PGG[0, 0, 1].log().item(), 6)
+        -0.5
     """
     P, G, _ = tokens_PGS.shape
     first, second = torch.triu_indices(G, G, offset=1, device=tokens_PGS.device)
@@ -96,6 +117,10 @@ def levenshtein(a_MS: Tensor, a_length_M: Tensor, b_MS: Tensor, b_length_M: Tens
 
     The usual table, row by row. Within a row `d[j] = min(c[j], d[j-1] + 1)` is `min_{i<=j} (c[i] - i) + j`: a running
     minimum, so that a row is a handful of operations on all pairs at once.
+
+    Example:
+        >>> levenshtein(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.tensor([[1, 3, 0]]), torch.tensor([2])).tolist()
+        [1]
     """
     M, S = b_MS.shape
     step = torch.arange(S + 1, device=b_MS.device)
@@ -124,6 +149,11 @@ def right_density(right_PG: Tensor, kernel_PGG: Tensor) -> Tensor:
         rho_i = sum_{j != i} R_j k_ij / max(N - 1, 1),      N = sum_j R_j
 
     For a right answer it lies between 0 (no other right one is like it) and 1 (all are). float64 [P, G].
+
+    Example:
+        >>> kernel_PGG = equality_kernel(torch.tensor([[5, 5, 6]]))
+        >>> right_density(torch.tensor([[True, True, True]]), kernel_PGG).tolist()
+        [[0.5, 0.5, 0.0]]
     """
     right_PG = right_PG.double()
     other_PGG = kernel_PGG - torch.diag_embed(kernel_PGG.diagonal(dim1=1, dim2=2))
@@ -141,6 +171,11 @@ def leave_one_out_repulsion(rewards_PG: Tensor, right_PG: Tensor, kernel_PGG: Te
         rewards_PG: R.
         right_PG: which answers are right.
         kernel_PGG: how alike two answers are.
+
+    Example:
+        >>> kernel_PGG = equality_kernel(torch.tensor([[5, 5, 6]]))
+        >>> leave_one_out_repulsion(torch.ones(1, 3), torch.tensor([[True, True, True]]), kernel_PGG, strength=0.5).tolist()
+        [[0.75, 0.75, 1.0]]
     """
     return rewards_PG.double() * torch.where(right_PG, 1.0 - strength * right_density(right_PG, kernel_PGG), 1.0)
 
@@ -150,6 +185,11 @@ def count_repulsion(rewards_PG: Tensor, right_PG: Tensor, kernel_PGG: Tensor, st
     `sum_j 1[j right] k_ij`. Wrong answers keep R_i.
 
     At strength 1 each class of like answers shares one answer's reward. float64 [P, G].
+
+    Example:
+        >>> kernel_PGG = equality_kernel(torch.tensor([[5, 5, 6]]))
+        >>> count_repulsion(torch.ones(1, 3), torch.tensor([[True, True, True]]), kernel_PGG, strength=1.0).tolist()
+        [[0.5, 0.5, 1.0]]
     """
     alike_PG = (kernel_PGG @ right_PG.double()[..., None]).squeeze(-1)
     return rewards_PG.double() / torch.where(right_PG, alike_PG, 1.0) ** strength
@@ -160,6 +200,10 @@ def quality_diversity(rewards_PG: Tensor, kernel_PGG: Tensor) -> Tensor:
 
     The product of quality and diversity of DARLING (Li et al., arXiv 2509.02534), whose learnt classifier of likeness is a
     kernel here. A right answer that the whole group gives earns 0. float64 [P, G].
+
+    Example:
+        >>> quality_diversity(torch.ones(1, 3), equality_kernel(torch.tensor([[5, 5, 6]]))).tolist()
+        [[0.5, 0.5, 1.0]]
     """
     others = max(kernel_PGG.shape[-1] - 1, 1)
     alike_PG = kernel_PGG.sum(dim=2) - kernel_PGG.diagonal(dim1=1, dim2=2)
@@ -173,6 +217,11 @@ def unlikeliness(rewards_PG: Tensor, right_PG: Tensor, log_likelihood_PG: Tensor
 
     Args:
         log_likelihood_PG: of each whole response under the policy.
+
+    Example:
+        >>> log_likelihood_PG = torch.tensor([[-1.0, -9.0]])
+        >>> unlikeliness(torch.ones(1, 2), torch.tensor([[True, True]]), log_likelihood_PG, strength=0.5).tolist()
+        [[0.75, 1.0]]
     """
     rank_PG = (log_likelihood_PG[:, None, :] < log_likelihood_PG[:, :, None]).sum(dim=2)
     factor_PG = 1.0 - strength * rank_PG.double() / rewards_PG.shape[1]

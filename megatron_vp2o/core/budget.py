@@ -36,6 +36,11 @@ def sequence_log_ratios(
 
     Returns:
         (l [N] float64 without gradient, bool [N]: whether the sequence has a token that counts). l is 0 where it has none.
+
+    Example:
+        >>> pi_NS, mu_NS, mask_NS = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -4.0]]), torch.tensor([[True, True]])
+        >>> [part.tolist() for part in sequence_log_ratios(pi_NS, mu_NS, mask_NS, normalise_by_length=True)]
+        [[1.5], [True]]
     """
     difference_NS = logprobs_NS.detach().double() - behaviour_logprobs_NS.detach().double()
     log_ratio_N = torch.where(mask_NS, difference_NS, 0.0).sum(1)
@@ -58,6 +63,10 @@ def budget_sums(log_ratios_N: Tensor, *, temper: float, valid_N: Tensor | None =
 
     Raises:
         ValueError: for a negative `temper`.
+
+    Example:
+        >>> budget_sums(torch.tensor([1.0, -3.0]), temper=0.0).round(decimals=2).tolist()  # two ratios of 1; log 2 is 0.69
+        [2.0, 4.0, 0.69, 0.69]
     """
     if not temper >= 0:
         raise ValueError(f"temper={temper}: choose 0 or more (1 is the plain ratio)")
@@ -76,13 +85,24 @@ def budget_sums(log_ratios_N: Tensor, *, temper: float, valid_N: Tensor | None =
 
 
 def combine(parts_R4: Tensor) -> Tensor:
-    """`budget_sums` of several parts as that of all their sequences together: [R, 4] to [4]. Parts may be empty."""
+    """`budget_sums` of several parts as that of all their sequences together: [R, 4] to [4]. Parts may be empty.
+
+    Example:
+        >>> parts = [budget_sums(torch.tensor(log_ratios), temper=1.0) for log_ratios in ([1.0], [-3.0, 2.0])]
+        >>> combine(torch.stack(parts))[:2].tolist()  # 3 sequences, |1| + |-3| + |2|
+        [3.0, 6.0]
+    """
     counts, absolutes, ratios, squares = parts_R4.unbind(1)
     return torch.stack([counts.sum(), absolutes.sum(), ratios.logsumexp(0), squares.logsumexp(0)])
 
 
 class Budget(NamedTuple):
-    """How much of the budget is spent."""
+    """How much of the budget is spent.
+
+    Example:
+        >>> budget(budget_sums(torch.zeros(2), temper=1.0))  # on-policy
+        Budget(drift=0.0, ess=1.0, sequences=2)
+    """
 
     drift: float
     """mean |l_s|, nats; 0 is on-policy."""
@@ -93,7 +113,12 @@ class Budget(NamedTuple):
 
 
 def budget(sums_4: Tensor) -> Budget:
-    """Drift and ESS (VP2O Eq. 11) from `budget_sums`. Without a sequence nothing is spent: drift 0, ESS 1."""
+    """Drift and ESS (VP2O Eq. 11) from `budget_sums`. Without a sequence nothing is spent: drift 0, ESS 1.
+
+    Example:
+        >>> budget(budget_sums(torch.tensor([0.0, 100.0]), temper=1.0))  # the second has all the weight
+        Budget(drift=50.0, ess=0.5, sequences=2)
+    """
     count, absolute = sums_4[:2].tolist()
     if count == 0:
         return Budget(0.0, 1.0, 0)
@@ -133,6 +158,12 @@ def refresh_reasons(
         age: rollout batches that the actors generated with their weights; None before they have any.
         max_age: refresh at this age; None: never for age alone.
         rejected: whether the last step was rejected.
+
+    Example:
+        >>> spent = Budget(drift=0.3, ess=0.4, sequences=64)
+        >>> reasons = refresh_reasons(spent, max_drift=0.1, min_ess=0.5, age=1, max_age=None, rejected=False)
+        >>> [reason.value for reason in reasons]
+        ['drift', 'ess']
     """
     if age is None:
         return (RefreshReason.start,)

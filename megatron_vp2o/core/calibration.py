@@ -24,6 +24,13 @@ class Calibration:
         product: weighted sum of D * drift.
         square: weighted sum of D^2.
         pairs: how many pairs there were.
+
+    Example:
+        >>> calibration = Calibration()
+        >>> for distance in (0.1, 0.2, 0.3, 0.4):
+        ...     calibration.observe(distance, drift=3.0 * distance)
+        >>> round(calibration.delta(nats=0.6, otherwise=1.0), 6)
+        0.2
     """
 
     decay: float = 0.9

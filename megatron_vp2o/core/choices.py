@@ -1,4 +1,9 @@
-"""The choices that the method leaves open, as names. No torch here: the configuration reads them too."""
+"""The choices that the method leaves open, as names. No torch here: the configuration reads them too.
+
+Example:
+    >>> Kernel("cosine") is Kernel.cosine, KLEstimator("k3+").name
+    (True, 'k3+')
+"""
 
 from __future__ import annotations
 

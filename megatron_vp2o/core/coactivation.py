@@ -20,6 +20,10 @@ def coactivation_counts(selected_TE: Tensor, valid_T: Tensor | None = None) -> T
 
     Returns:
         [E, E] float64, symmetric; the diagonal holds each expert's tokens.
+
+    Example:
+        >>> coactivation_counts(torch.tensor([[1, 1, 0], [1, 0, 1]])).tolist()
+        [[2.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
     """
     chosen_TE = selected_TE.float()  # 0 and 1: products of two are exact in any precision, sums to 2^24 in this one
     if valid_T is not None:
@@ -33,6 +37,10 @@ def coactivation_scores(counts_EE: Tensor, tokens: Tensor | float) -> Tensor:
     Args:
         counts_EE: [..., E, E] counts over all ranks.
         tokens: T, a number or [...].
+
+    Example:
+        >>> coactivation_scores(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), tokens=2).tolist()
+        [[1.0, 0.5], [0.5, 0.5]]
     """
     tokens = torch.as_tensor(tokens, dtype=counts_EE.dtype, device=counts_EE.device)
     return counts_EE / tokens.clamp(min=1.0)[..., None, None]
@@ -43,6 +51,10 @@ def update_average(average_EE: Tensor | None, current_EE: Tensor, decay: float) 
 
     Raises:
         ValueError: for a decay outside [0, 1).
+
+    Example:
+        >>> update_average(torch.tensor([[1.0]]), torch.tensor([[0.0]]), decay=0.75).tolist()
+        [[0.75]]
     """
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"decay={decay}: choose 0 (no average) up to, but not including, 1")
@@ -50,7 +62,12 @@ def update_average(average_EE: Tensor | None, current_EE: Tensor, decay: float) 
 
 
 def active_experts(counts_EE: Tensor) -> Tensor:
-    """A_B, the experts with at least one routed token: [..., E] bool."""
+    """A_B, the experts with at least one routed token: [..., E] bool.
+
+    Example:
+        >>> active_experts(torch.tensor([[2.0, 0.0], [0.0, 0.0]])).tolist()
+        [True, False]
+    """
     return counts_EE.diagonal(dim1=-2, dim2=-1) > 0
 
 
@@ -74,6 +91,11 @@ def attraction_mask(
 
     Raises:
         ValueError: if both or none of neighbours and threshold are given, or one is out of bounds.
+
+    Example:
+        >>> scores_EE = torch.tensor([[0.9, 0.5, 0.2], [0.5, 0.9, 0.1], [0.2, 0.1, 0.9]])
+        >>> attraction_mask(scores_EE, torch.ones(3, dtype=torch.bool), neighbours=1).int().tolist()
+        [[1, 1, 0], [1, 1, 0], [1, 0, 1]]
     """
     if (neighbours is None) == (threshold is None):
         raise ValueError(f"neighbours={neighbours}, threshold={threshold}: give exactly one of them")
@@ -94,6 +116,12 @@ def attraction_mask(
 
 
 def repulsion_mask(attraction_EE: Tensor, active_E: Tensor) -> Tensor:
-    """A-, the active experts that are no neighbours (VP2O section 3.2): 1 - A+ off the diagonal. [..., E, E] bool."""
+    """A-, the active experts that are no neighbours (VP2O section 3.2): 1 - A+ off the diagonal. [..., E, E] bool.
+
+    Example:
+        >>> attraction_EE = torch.tensor([[True, True, False], [True, True, False], [True, False, True]])
+        >>> repulsion_mask(attraction_EE, torch.ones(3, dtype=torch.bool)).int().tolist()
+        [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    """
     own_EE = torch.eye(attraction_EE.shape[-1], dtype=torch.bool, device=attraction_EE.device)
     return ~attraction_EE & ~own_EE & active_E[..., :, None] & active_E[..., None, :]

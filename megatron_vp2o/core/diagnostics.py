@@ -17,6 +17,11 @@ def router_entropy(probabilities_TE: Tensor, valid_T: Tensor | None = None) -> t
     Args:
         probabilities_TE: each row adds up to 1; a probability of 0 contributes nothing.
         valid_T: True for tokens that count.
+
+    Example:
+        >>> total, tokens = router_entropy(torch.full((3, 4), 0.25))  # all of four experts alike
+        >>> round((total / tokens).exp().item(), 3)
+        4.0
     """
     entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(-1)
     if valid_T is None:
@@ -25,7 +30,12 @@ def router_entropy(probabilities_TE: Tensor, valid_T: Tensor | None = None) -> t
 
 
 def expert_utilisation(loads_LE: Tensor) -> Tensor:
-    """Fraction of experts with at least one token: [...]."""
+    """Fraction of experts with at least one token: [...].
+
+    Example:
+        >>> expert_utilisation(torch.tensor([3, 0, 1, 0])).item()
+        0.5
+    """
     return (loads_LE > 0).to(torch.float32).mean(-1)
 
 
@@ -33,6 +43,10 @@ def effective_experts(loads_LE: Tensor) -> Tensor:
     """exp(H) / E of the load distribution: 1 when all experts are equally loaded, 1/E when one has everything. [...].
 
     No token at all: 0. Loads are tokens an expert, of any numeric type.
+
+    Example:
+        >>> round(effective_experts(torch.tensor([2, 2, 0, 0])).item(), 6)
+        0.5
     """
     loads_LE = loads_LE.double()
     total = loads_LE.sum(-1, keepdim=True)
@@ -45,6 +59,10 @@ def load_violation(loads_LE: Tensor) -> Tensor:
     """Maximal load violation, max load / mean load - 1 (MaxVio of Wang et al., arXiv 2408.15664): [...].
 
     0 when all experts are equally loaded, E - 1 when one has everything, 0 without any token.
+
+    Example:
+        >>> load_violation(torch.tensor([3, 1, 0, 0])).item()
+        2.0
     """
     loads_LE = loads_LE.double()
     mean = loads_LE.mean(-1)
@@ -52,7 +70,13 @@ def load_violation(loads_LE: Tensor) -> Tensor:
 
 
 class Overlap(NamedTuple):
-    """How alike prototypes are; each [...]."""
+    """How alike prototypes are; each [...].
+
+    Example:
+        >>> overlap = prototype_overlap(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one line, twice
+        >>> (overlap.mean.item(), overlap.maximum.item(), round(overlap.effective_rank.item(), 6))
+        (1.0, 1.0, 1.0)
+    """
 
     mean: Tensor
     """Mean squared cosine of two different experts' prototypes."""
@@ -63,7 +87,13 @@ class Overlap(NamedTuple):
 
 
 def prototype_overlap(prototypes_LED: Tensor) -> Overlap:
-    """Off-diagonal squared overlaps and effective rank (Roy & Vetterli 2007) of unit prototypes. One expert: 0, 0, 1."""
+    """Off-diagonal squared overlaps and effective rank (Roy & Vetterli 2007) of unit prototypes. One expert: 0, 0, 1.
+
+    Example:
+        >>> overlap = prototype_overlap(torch.eye(3))
+        >>> (overlap.mean.item(), overlap.maximum.item(), round(overlap.effective_rank.item(), 6))
+        (0.0, 0.0, 3.0)
+    """
     experts = prototypes_LED.shape[-2]
     gram_LEE = prototypes_LED @ prototypes_LED.transpose(-1, -2)
     square_LEE = gram_LEE.square()
@@ -92,6 +122,11 @@ def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Ten
     Args:
         outputs_TKD: outputs, in any scale.
         present_TK: True where the slot holds an output that counts.
+
+    Example:
+        >>> outputs_TKD = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]])  # one of three pairs is parallel, two are orthogonal
+        >>> [part.item() for part in output_overlap(outputs_TKD, torch.ones(1, 3, dtype=torch.bool))]
+        [1.0, 3]
     """
     unit_TKD = torch.nn.functional.normalize(outputs_TKD, dim=-1)
     square_TKK = (unit_TKD @ unit_TKD.transpose(1, 2)).square()
@@ -100,7 +135,12 @@ def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Ten
 
 
 def coactivation_sparsity(counts_LEE: Tensor) -> Tensor:
-    """Fraction of pairs of experts that share no token: [...]. One expert: 0."""
+    """Fraction of pairs of experts that share no token: [...]. One expert: 0.
+
+    Example:
+        >>> coactivation_sparsity(torch.tensor([[5, 0], [0, 2]])).item()
+        1.0
+    """
     experts = counts_LEE.shape[-1]
     empty_LEE = counts_LEE == 0
     own_L = empty_LEE.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -108,13 +148,23 @@ def coactivation_sparsity(counts_LEE: Tensor) -> Tensor:
 
 
 def self_weight(attraction_LEE: Tensor, active_LE: Tensor) -> Tensor:
-    """Mean of w+_ii over active experts: 1 when nobody takes from a neighbour. [...]."""
+    """Mean of w+_ii over active experts: 1 when nobody takes from a neighbour. [...].
+
+    Example:
+        >>> self_weight(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([True, True])).item()
+        0.75
+    """
     own_LE = attraction_LEE.diagonal(dim1=-2, dim2=-1)
     return (own_LE * active_LE).sum(-1) / active_LE.sum(-1).clamp(min=1)
 
 
 def repulsion_ratio(repulsion_LE: Tensor, attraction_LE: Tensor) -> Tensor:
-    """|repulsion| / |attraction| of a layer, norms over all its experts: [...]; 0 where there is no attraction."""
+    """|repulsion| / |attraction| of a layer, norms over all its experts: [...]; 0 where there is no attraction.
+
+    Example:
+        >>> repulsion_ratio(torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])).item()
+        0.5
+    """
     attraction = attraction_LE.square().sum(-1).sqrt()
     repulsion = repulsion_LE.square().sum(-1).sqrt()
     return torch.where(attraction > 0, repulsion / attraction.clamp(min=torch.finfo(attraction.dtype).tiny), 0.0)

@@ -17,6 +17,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
     References:
         Chen et al., arXiv 2107.03374, equation 1 and figure 3.
+
+    Example:
+        >>> pass_at_k(n=4, correct=1, k=2)  # 3 of the 6 pairs contain the right one
+        0.5
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples: k must be between 1 and {n}")
@@ -37,6 +41,10 @@ def coverage(distinct_right: int, n_solutions: int) -> float:
 
     Raises:
         ValueError: if more were found than there are: verifier and solution count disagree on what is distinct.
+
+    Example:
+        >>> coverage(1, 4)
+        0.25
     """
     if not 0 <= distinct_right <= n_solutions or n_solutions == 0:
         raise ValueError(
@@ -57,6 +65,10 @@ def answer_entropy(counts: Mapping[Any, int]) -> float | None:
 
     Raises:
         ValueError: for a negative count.
+
+    Example:
+        >>> round(math.exp(answer_entropy({"8 * 3": 2, "6 * 4": 2})), 6)  # as many as 2 answers given alike
+        2.0
     """
     if any(count < 0 for count in counts.values()):
         raise ValueError(f"counts of answers must not be negative: {dict(counts)}")

@@ -14,7 +14,12 @@ from megatron_vp2o.core.choices import Kernel, TemperatureScaling
 
 
 def temperature(base: float, experts: int, scaling: TemperatureScaling) -> float:
-    """tau from tau_0 and E (VP2O section 3.2). One expert has no neighbour: tau_0 itself."""
+    """tau from tau_0 and E (VP2O section 3.2). One expert has no neighbour: tau_0 itself.
+
+    Example:
+        >>> temperature(1.0, 4, TemperatureScaling.sqrt)
+        0.5
+    """
     if scaling is TemperatureScaling.log and experts > 1:
         return base / math.log(experts)
     if scaling is TemperatureScaling.sqrt:
@@ -23,7 +28,13 @@ def temperature(base: float, experts: int, scaling: TemperatureScaling) -> float
 
 
 def similarity(prototypes_ED: Tensor, kernel: Kernel) -> Tensor:
-    """c_ij of unit prototypes: [..., E, E]."""
+    """c_ij of unit prototypes: [..., E, E].
+
+    Example:
+        >>> prototypes_ED = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> [similarity(prototypes_ED, kernel)[0].tolist() for kernel in (Kernel.cosine, Kernel.projective)]
+        [[1.0, -1.0], [1.0, 1.0]]
+    """
     gram_EE = prototypes_ED @ prototypes_ED.transpose(-1, -2)
     return gram_EE.square() if kernel is Kernel.projective else gram_EE
 
@@ -36,6 +47,10 @@ def kernel_matrix(prototypes_ED: Tensor, *, tau: float, kernel: Kernel) -> Tenso
     Args:
         prototypes_ED: unit vectors, [..., E, D].
         tau: temperature, > 0.
+
+    Example:
+        >>> kernel_matrix(torch.eye(2), tau=0.5, kernel=Kernel.projective).log().round(decimals=3).tolist()
+        [[0.0, -2.0], [-2.0, 0.0]]
     """
     kernel_EE = torch.exp((similarity(prototypes_ED, kernel) - 1.0) / tau)
     return kernel_EE.diagonal_scatter(torch.ones_like(kernel_EE[..., 0]), dim1=-2, dim2=-1)
@@ -48,6 +63,11 @@ def kernel_pull(prototypes_ED: Tensor, weights_EE: Tensor, *, tau: float, kernel
         prototypes_ED: unit vectors, [..., E, D].
         weights_EE: w-, [..., E, E]; its diagonal is zero.
         tau: temperature.
+
+    Example:
+        >>> prototypes_ED, weights_EE = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        >>> kernel_pull(prototypes_ED, weights_EE, tau=2.0, kernel=Kernel.cosine).tolist()  # K = 1, so v_2 / tau
+        [[0.5, 0.0], [0.0, 0.0]]
     """
     pull_EE = weights_EE * kernel_matrix(prototypes_ED, tau=tau, kernel=kernel) / tau
     if kernel is Kernel.projective:

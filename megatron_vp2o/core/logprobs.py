@@ -25,6 +25,12 @@ def token_log_probs_and_entropy(
 
     Raises:
         ValueError: if the temperature is not positive (greedy sampling has no density).
+
+    Example:
+        >>> import torch
+        >>> logprobs, entropy = token_log_probs_and_entropy(torch.zeros(1, 4), torch.tensor([2]), temperature=1.0)
+        >>> (round(logprobs.exp().item(), 3), round(entropy.exp().item(), 3))
+        (0.25, 4.0)
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")

@@ -38,7 +38,15 @@ BINS = _DECADES * _PER_DECADE + 2
 
 @dataclass(frozen=True)
 class Weights:
-    """What each token's part of the objective is multiplied by, and where a bound decided that."""
+    """What each token's part of the objective is multiplied by, and where a bound decided that.
+
+    Example:
+        >>> log_ratio_NS, mask_NS = torch.tensor([[4.0, 1.0]]).log(), torch.tensor([[True, True]])
+        >>> bounds = {"correction": MismatchCorrection.mis, "level": MismatchLevel.token, "low": 0.0, "high": 2.0}
+        >>> weights = mismatch_weights(log_ratio_NS, mask_NS, **bounds)
+        >>> (weights.weight_NS.tolist(), weights.cut_NS.tolist())
+        ([[0.0, 1.0]], [[True, False]])
+    """
 
     weight_NS: Tensor  # float32, 0 outside the mask
     cut_NS: Tensor  # bool: truncated or masked
@@ -59,6 +67,12 @@ def mismatch_weights(
         log_ratio_NS: log pi_old - log mu of each token, nats; ignored outside the mask, whatever it is.
         low: of the ratio; icepop only.
         high: of the ratio.
+
+    Example:
+        >>> log_ratio_NS, mask_NS = torch.tensor([[4.0, 1.0]]).log(), torch.tensor([[True, True]])
+        >>> bounds = {"correction": MismatchCorrection.tis, "level": MismatchLevel.token, "low": 0.0, "high": 2.0}
+        >>> mismatch_weights(log_ratio_NS, mask_NS, **bounds).weight_NS.tolist()
+        [[2.0, 1.0]]
     """
     log_ratio_NS = torch.where(mask_NS, log_ratio_NS.detach().float(), 0.0)
     if level is not MismatchLevel.token:
@@ -82,6 +96,11 @@ def mismatch_sums(log_ratio_NS: Tensor, mask_NS: Tensor) -> Tensor:
 
     Sum of |log-ratio|, sum of the k3 estimate of KL(mu || pi_old), number of tokens, and the histogram of |log-ratio|. A
     log-ratio that is not a number makes the first two so.
+
+    Example:
+        >>> sums = mismatch_sums(torch.tensor([[0.0, 0.5, -0.5]]), torch.tensor([[True, True, True]]))
+        >>> (sums[0].item(), sums[2].item(), sums[3:].sum().item())
+        (1.0, 3.0, 3.0)
     """
     log_ratio_T = log_ratio_NS[mask_NS].double()
     absolute_T = log_ratio_T.abs()
@@ -93,7 +112,12 @@ def mismatch_sums(log_ratio_NS: Tensor, mask_NS: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far an engine's log-probabilities are from the trainer's under the same weights, over a rollout batch."""
+    """How far an engine's log-probabilities are from the trainer's under the same weights, over a rollout batch.
+
+    Example:
+        >>> mismatch(mismatch_sums(torch.zeros(1, 5), torch.ones(1, 5, dtype=torch.bool)))  # the engine agrees
+        Mismatch(tokens=5, mean=0.0, kl=0.0, p99=0.0, p999=0.0)
+    """
 
     tokens: int
     mean: float  # of |log-ratio|, nats
@@ -103,7 +127,13 @@ class Mismatch:
 
 
 def mismatch(sums: Tensor) -> Mismatch | None:
-    """Read what `mismatch_sums` said, added up over ranks; None where there was no token."""
+    """Read what `mismatch_sums` said, added up over ranks; None where there was no token.
+
+    Example:
+        >>> found = mismatch(mismatch_sums(torch.tensor([[0.0, 0.5, -0.5, 1.0]]), torch.ones(1, 4, dtype=torch.bool)))
+        >>> (found.tokens, found.mean, 1.0 <= found.p99 <= 1.06)
+        (4, 0.5, True)
+    """
     absolute, kl, tokens = sums[:3].tolist()
     if not tokens:
         return None

@@ -19,7 +19,14 @@ from megatron_vp2o.core.prior import k3, token_kl_loss
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What a policy objective may look at. Values outside `mask_NS` are ignored, whatever they are (NaN included)."""
+    """What a policy objective may look at. Values outside `mask_NS` are ignored, whatever they are (NaN included).
+
+    Example:
+        >>> mask_NS = torch.tensor([[True, False]])
+        >>> inputs = PolicyInputs(torch.tensor([[-1.0, torch.nan]]), torch.tensor([[-1.0, -1.0]]), torch.tensor([3.0]), mask_NS)
+        >>> VP2OObjective(kl_coef=0.0, entropy_coef=0.0)(inputs)[0].item()
+        -3.0
+    """
 
     logprobs_NS: Tensor  # log pi of each token, with gradient
     behaviour_logprobs_NS: Tensor  # log mu, of the actor that generated it, at its temperature
@@ -45,6 +52,14 @@ class RatioObjective:
     """What objectives on importance ratios share: `-surrogate(r, A) + kl_coef KL(pi || prior) - entropy_coef H`.
 
     `r = pi / mu`. Log-ratios above MAX_LOG_RATIO count as that and have no gradient; below there is no bound (r -> 0).
+
+    Example:
+        >>> class LogRatio(RatioObjective):
+        ...     def surrogate(self, log_ratio_NS, advantages_NS, inputs):
+        ...         return log_ratio_NS * advantages_NS, torch.zeros_like(inputs.mask_NS)
+        >>> inputs = PolicyInputs(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), torch.ones(1), torch.tensor([[True]]))
+        >>> LogRatio(kl_coef=0.0, entropy_coef=0.0)(inputs)[0].item()
+        -2.0
     """
 
     kl_coef: float
@@ -113,7 +128,13 @@ class RatioObjective:
 
 
 def clipped(ratio_NS: Tensor, advantages_NS: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """`min(r A, clip(r, 1 - low, 1 + high) A)`, and where the second is the smaller."""
+    """`min(r A, clip(r, 1 - low, 1 + high) A)`, and where the second is the smaller.
+
+    Example:
+        >>> ratio_NS, advantages_NS = torch.tensor([[2.0, 0.25]]), torch.ones(1, 2)
+        >>> [part.tolist() for part in clipped(ratio_NS, advantages_NS, low=0.5, high=0.5)]
+        [[[1.5, 0.25]], [[True, False]]]
+    """
     free_NS, clipped_NS = ratio_NS * advantages_NS, ratio_NS.clamp(1.0 - low, 1.0 + high) * advantages_NS
     return torch.minimum(free_NS, clipped_NS), clipped_NS < free_NS
 
@@ -123,6 +144,13 @@ class GRPOObjective(RatioObjective):
     """Clipped surrogate with group-relative advantages (Shao et al., arXiv 2402.03300, equation 3):
 
     `min(r A, clip(r, 1 - clip_epsilon_low, 1 + clip_epsilon_high) A)`.
+
+    Example:
+        >>> objective = GRPOObjective(kl_coef=0.0, entropy_coef=0.0, clip_epsilon_low=0.5, clip_epsilon_high=0.5)
+        >>> pi_NS, mu_NS = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.5]])  # ratios 2 and 1; the first is clipped to 1.5
+        >>> inputs = PolicyInputs(pi_NS.log(), mu_NS.log(), torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+        >>> objective(inputs)[0].item()
+        -2.5
     """
 
     clip_epsilon_low: float
@@ -140,6 +168,12 @@ class VP2OObjective(RatioObjective):
     The prior term of VP2O's Eq. 4, which unclipped PPO drops, is by default part of the reward (`core/prior.py`); `kl_coef`
     weighs it where it is an estimate by tokens. The prior is whoever the inputs' reference log-probabilities are of: the
     reference policy or the anchor (the actors' weights at the last refresh).
+
+    Example:
+        >>> pi_NS, mu_NS = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.5]])  # ratios 2 and 1
+        >>> inputs = PolicyInputs(pi_NS.log(), mu_NS.log(), torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+        >>> round(VP2OObjective(kl_coef=0.0, entropy_coef=0.0)(inputs)[0].item(), 6)
+        -3.0
     """
 
     def surrogate(self, log_ratio_NS: Tensor, advantages_NS: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
@@ -148,6 +182,11 @@ class VP2OObjective(RatioObjective):
 
 
 def supervised_objective(logprobs_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood (nats), summed over `mask_NS`, and the metric `loss`, the same sum without gradient."""
+    """Negative log-likelihood (nats), summed over `mask_NS`, and the metric `loss`, the same sum without gradient.
+
+    Example:
+        >>> supervised_objective(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[True, True, False]]))[0].item()
+        3.0
+    """
     loss = -_masked_sum(logprobs_NS.float(), mask_NS)
     return loss, {"loss": loss.detach()}

@@ -28,6 +28,11 @@ def sequence_log_ratio(logprobs_NS: Tensor, reference_logprobs_NS: Tensor, mask_
     """`sum_t (log pi(y_t) - log pi_ref(y_t))` over the tokens that count, in nats. float64 [N].
 
     Its mean over samples of pi is KL(pi || pi_ref) of sequences. Values outside the mask are ignored.
+
+    Example:
+        >>> pi_NS, reference_NS = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -4.0]])
+        >>> sequence_log_ratio(pi_NS, reference_NS, torch.tensor([[True, True]])).tolist()
+        [3.0]
     """
     log_ratio_NS = logprobs_NS.double() - reference_logprobs_NS.double()
     return torch.where(mask_NS, log_ratio_NS, 0.0).sum(dim=1)
@@ -38,6 +43,10 @@ def k3(log_ratio_NS: Tensor) -> Tensor:
 
     Constant, so without gradient, where the log-ratio exceeds MAX_LOG_RATIO. From Schulman, "Approximating KL
     divergence", 2020.
+
+    Example:
+        >>> k3(torch.tensor([0.5, 1.0, 2.0]).log())  # -0.5 + 0.6931, 0 and 1 - 0.6931, for log 2 = 0.6931
+        tensor([0.1931, 0.0000, 0.3069])
     """
     log_ratio_NS = log_ratio_NS.clamp(max=MAX_LOG_RATIO)
     return log_ratio_NS.expm1() - log_ratio_NS
@@ -52,6 +61,10 @@ def token_kl_loss(reference_log_ratio_NS: Tensor, estimator: KLEstimator) -> Ten
 
     Raises:
         ValueError: for `reward`.
+
+    Example:
+        >>> token_kl_loss(torch.tensor([[-2.0, 0.0]]), KLEstimator.k2).tolist()
+        [[2.0, 0.0]]
     """
     if estimator is KLEstimator.reward:
         raise ValueError("kl_estimator=reward belongs into the reward: as a loss it has no expected gradient")

@@ -25,12 +25,23 @@ _TINY = 1e-30
 
 
 def local_sum(partial: Tensor) -> Tensor:
-    """`Reduce` where nothing is sharded."""
+    """`Reduce` where nothing is sharded.
+
+    Example:
+        >>> local_sum(torch.tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
     return partial
 
 
 def output_rows(weights: Sequence[Tensor], vectors_LED: Tensor) -> list[Tensor]:
-    """W v for each layer's experts: from L of [E, D, F] and [L, E, D] to L of [E, F]."""
+    """W v for each layer's experts: from L of [E, D, F] and [L, E, D] to L of [E, F].
+
+    Example:
+        >>> weight_EDF = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+        >>> [rows_EF.tolist() for rows_EF in output_rows([weight_EDF], torch.tensor([[[1.0, 0.0]]]))]
+        [[[3.0, 0.0, 0.0]]]
+    """
     return [
         torch.bmm(vectors_ED[:, None], weight_EDF)[:, 0]
         for weight_EDF, vectors_ED in zip(weights, vectors_LED, strict=True)
@@ -44,12 +55,24 @@ def _transposed_product(weights: Sequence[Tensor], rows: Sequence[Tensor], reduc
 
 
 def gram_product(weights: Sequence[Tensor], vectors_LED: Tensor, reduce: Reduce = local_sum) -> Tensor:
-    """M v = W^T (W v): [L, E, D]."""
+    """M v = W^T (W v): [L, E, D].
+
+    Example:
+        >>> weight_EDF = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+        >>> gram_product([weight_EDF], torch.tensor([[[1.0, 0.0]]])).tolist()
+        [[[9.0, 0.0]]]
+    """
     return _transposed_product(weights, output_rows(weights, vectors_LED), reduce)
 
 
 def initial_prototypes(layers: Sequence[int], experts: Sequence[int], hidden: int, seed: int) -> Tensor:
-    """Random unit vectors [L, E, D] that depend on the layer's and the expert's global number only, not on the layout."""
+    """Random unit vectors [L, E, D] that depend on the layer's and the expert's global number only, not on the layout.
+
+    Example:
+        >>> here_LED, there_LED = initial_prototypes([0, 1], [2, 3], 4, seed=0), initial_prototypes([1], [3], 4, seed=0)
+        >>> torch.equal(here_LED[1, 1], there_LED[0, 0])
+        True
+    """
     start_LED = torch.empty(len(layers), len(experts), hidden)
     for row_ED, layer in zip(start_LED, layers, strict=True):
         for row_D, expert in zip(row_ED, experts, strict=True):
@@ -74,6 +97,12 @@ def power_iteration(
 
     Returns:
         (prototypes [L, E, D], relative residual |M v - (v.M v) v| / (v.M v) of those before the last step [L, E]).
+
+    Example:
+        >>> weight_EDF = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])  # the principal direction is the first axis
+        >>> prototypes_LED, residual_LE = power_iteration([weight_EDF], torch.tensor([[[-0.6, 0.8]]]), steps=20)
+        >>> prototypes_LED.round(decimals=3).tolist(), residual_LE.round(decimals=3).tolist()
+        ([[[-1.0, 0.0]]], [[0.0]])
     """
     if reduce is local_sum and len(weights) > 1:  # layer by layer, so that each layer's weights are made once
         parts = [
@@ -94,7 +123,13 @@ def power_iteration(
 
 
 class Converged(NamedTuple):
-    """What `converged_prototypes` found."""
+    """What `converged_prototypes` found.
+
+    Example:
+        >>> found = converged_prototypes([torch.eye(2)[None]], torch.tensor([[[1.0, 0.0]]]), angle=1e-6, most=1)
+        >>> found.residual_LE.tolist(), found.angle_LE.tolist()  # every vector is an eigenvector of the identity
+        ([[0.0]], [[0.0]])
+    """
 
     prototypes_LED: Tensor
     residual_LE: Tensor
@@ -120,6 +155,12 @@ def converged_prototypes(
             result does not depend on the others'.
         most: iterations, if it does not arrive before; >= 1.
         reduce: adds partial sums over the expert-tensor-parallel ranks, [L, E, 3, D] each iteration.
+
+    Example:
+        >>> weight_EDF = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])  # the principal direction is the first axis
+        >>> found = converged_prototypes([weight_EDF], torch.tensor([[[-0.6, 0.8]]]), angle=1e-6, most=10)
+        >>> found.prototypes_LED.round(decimals=3).tolist()
+        [[[-1.0, 0.0]]]
     """
     start_LED, change_LED = prototypes_LED, torch.zeros_like(prototypes_LED)
     value_LED = gram_product(weights, prototypes_LED, reduce)
@@ -176,7 +217,13 @@ def _residual(vectors_LED: Tensor, images_LED: Tensor) -> Tensor:
 
 
 class RankTwo(NamedTuple):
-    """A gradient with respect to the stored weights, `left_a right_a^T + left_b right_b^T`, [D, F] an expert."""
+    """A gradient with respect to the stored weights, `left_a right_a^T + left_b right_b^T`, [D, F] an expert.
+
+    Example:
+        >>> x_LED, nothing_LED = torch.tensor([[[3.0, 4.0]]]), torch.zeros(1, 1, 2)
+        >>> RankTwo(x_LED, [torch.tensor([[2.0]])], nothing_LED, [torch.zeros(1, 1)]).norms().tolist()
+        [[10.0]]
+    """
 
     left_a_LED: Tensor  # s
     right_a: list[Tensor]  # W v, L of [E, F]
@@ -214,6 +261,12 @@ def prototype_gradient(
         pull_LED: a.
         steps: n >= 1.
         reduce: adds partial sums over the expert-tensor-parallel ranks.
+
+    Example:
+        >>> weight_EDF, v_LED = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])
+        >>> gradient = prototype_gradient([weight_EDF], v_LED, pull_LED=torch.ones(1, 1, 2), steps=1)
+        >>> gradient.left_a_LED.tolist(), gradient.right_b[0].tolist()  # s = a_perp / 4 and W s
+        ([[[0.0, 0.25]]], [[0.0, 0.25]])
     """
     if reduce is local_sum and len(weights) > 1:  # layer by layer, so that each layer's weights are made once
         parts = [

@@ -58,6 +58,11 @@ def uniform_N(seed: int, uid_N: Tensor, position: int | Tensor) -> Tensor:
     Returns:
         float64, shape of `uid_N` and `position` broadcast, on the device of `uid_N`; multiples of 2^-53, equal on every
         device.
+
+    Example:
+        >>> together_N, alone_N = uniform_N(0, torch.tensor([8, 3]), position=5), uniform_N(0, torch.tensor([3]), position=5)
+        >>> bool(together_N[1] == alone_N[0]), bool(0 < alone_N[0] < 1)
+        (True, True)
     """
     key_N = _mix(uid_N * _signed(_GOLDEN) + _signed(_mix_int(seed & _WORD)))
     if isinstance(position, int):
@@ -95,6 +100,12 @@ def sample(
 
     Raises:
         ValueError: for a negative temperature or a `top_p` outside (0, 1].
+
+    Example:
+        >>> logits_NV = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> token_N, logprob_N = sample(logits_NV, torch.tensor([0.7]), temperature=1.0, top_p=1.0)  # CDF: 0.5, 0.75, 1
+        >>> token_N.tolist(), round(logprob_N.exp().item(), 3)
+        ([1], 0.25)
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above")

@@ -43,6 +43,11 @@ def orthogonality_loss(
 
     Returns:
         (sum over the tokens that count, how many these are: whether or not they have a pair).
+
+    Example:
+        >>> outputs_TKD = torch.tensor([[[1.0, 0.0], [2.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])  # one parallel pair, one orthogonal
+        >>> [part.item() for part in orthogonality_loss(outputs_TKD, kind=Orthogonality.cosine)]
+        [2.0, 2.0]
     """
     gram_TKK = _gram(outputs_TKD)
     return _overlap(gram_TKK, kind, valid_T, present_TK), _count(outputs_TKD, valid_T)
@@ -72,6 +77,13 @@ def gated_orthogonality_loss(
 
     Returns:
         (sum over the tokens that count, how many these are).
+
+    Example:
+        >>> output_RD, gates_TK = torch.tensor([[0.75, 0.0], [0.25, 0.0]]), torch.tensor([[0.75, 0.25]])
+        >>> slots = {"rows_TK": torch.tensor([[0, 1]]), "present_TK": torch.tensor([[True, True]])}
+        >>> loss, tokens = gated_orthogonality_loss(output_RD, gates_TK=gates_TK, kind=Orthogonality.projection, **slots)
+        >>> round(loss.item(), 6), tokens.item()  # both outputs are (1, 0): two ordered pairs of overlap 1
+        (2.0, 1.0)
     """
     total = _GatedOrthogonality.apply(output_RD, rows_TK, gates_TK, present_TK, kind, valid_T)
     return total, _count(gates_TK, valid_T)
@@ -158,6 +170,10 @@ def variance_loss(
 
     Returns:
         (sum over the tokens that count, how many these are).
+
+    Example:
+        >>> [part.item() for part in variance_loss(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))]  # each of two tokens: -0.5^2
+        [-0.5, 2.0]
     """
     if mean_E is None:
         sums_E, tokens = score_sums(scores_TE, valid_T)
@@ -169,7 +185,13 @@ def variance_loss(
 
 
 def score_sums(scores_TE: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the mean score of each expert is made of: (sums [E] over the tokens that count, how many), no gradient."""
+    """What the mean score of each expert is made of: (sums [E] over the tokens that count, how many), no gradient.
+
+    Example:
+        >>> sums_E, tokens = score_sums(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        >>> sums_E.tolist(), tokens.item()
+        ([1.5, 0.5], 2.0)
+    """
     scores_TE = scores_TE.detach()
     if valid_T is not None:
         scores_TE = torch.where(valid_T[:, None], scores_TE, 0.0)

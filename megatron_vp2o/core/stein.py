@@ -19,6 +19,10 @@ def attraction_weights(kernel_EE: Tensor, mask_EE: Tensor, normalisation: Normal
     """w+_ij = K_ij A+_ij / sum_l K_il A+_il (VP2O Eq. 9); a row without neighbours is zero. [..., E, E].
 
     Under `svgd` the divisor is the number of active experts (rows of A+ that are not empty).
+
+    Example:
+        >>> attraction_weights(torch.ones(2, 2), torch.tensor([[True, True], [False, True]])).tolist()
+        [[0.5, 0.5], [0.0, 1.0]]
     """
     weights_EE = kernel_EE * mask_EE
     if normalisation is Normalisation.svgd:
@@ -35,6 +39,12 @@ def repulsion_weights(
     """w-_ij = K_ij A-_ij / sum_l K_il A-_il (VP2O Eq. 10); a row with nobody to flee from is zero. [..., E, E].
 
     Under `svgd`, A-_ij over the number of active experts (rows of A+, `attraction_EE`, that are not empty).
+
+    Example:
+        >>> kernel_EE = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]])
+        >>> others_EE = ~torch.eye(3, dtype=torch.bool)
+        >>> repulsion_weights(kernel_EE, others_EE, ~others_EE).tolist()
+        [[0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
     """
     if normalisation is Normalisation.svgd:
         return mask_EE.to(kernel_EE.dtype) / _active(attraction_EE)
@@ -43,7 +53,12 @@ def repulsion_weights(
 
 
 def mix(weights_EE: Tensor, gradients_EP: Tensor, out: Tensor | None = None) -> Tensor:
-    """The attraction: rows w+ G. Plain matrix product, any slice of an expert's P parameters at a time. [..., E, P]."""
+    """The attraction: rows w+ G. Plain matrix product, any slice of an expert's P parameters at a time. [..., E, P].
+
+    Example:
+        >>> mix(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[2.0], [4.0]])).tolist()
+        [[3.0], [4.0]]
+    """
     return torch.matmul(weights_EE, gradients_EP, out=out)
 
 

@@ -42,7 +42,12 @@ def dense_gates(gates_TK: Tensor, indices_TK: Tensor, experts: int) -> Tensor:
 
 
 def renormalised(gates_TE: Tensor) -> Tensor:
-    """Gates divided by their sum over experts; rows of zeros stay. [..., T, E]."""
+    """Gates divided by their sum over experts; rows of zeros stay. [..., T, E].
+
+    Example:
+        >>> renormalised(torch.tensor([[3.0, 1.0], [0.0, 0.0]])).tolist()
+        [[0.75, 0.25], [0.0, 0.0]]
+    """
     sums_T1 = gates_TE.sum(-1, keepdim=True)
     return gates_TE / torch.where(sums_T1 > 0, sums_T1, torch.ones_like(sums_T1))
 
@@ -53,6 +58,10 @@ def barycenters(gates_TE: Tensor, prototypes_ED: Tensor) -> Tensor:
     Args:
         gates_TE: dense gates, see `dense_gates`.
         prototypes_ED: unit vectors.
+
+    Example:
+        >>> barycenters(torch.tensor([[0.75, 0.25]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
+        [[0.75, 0.25]]
     """
     return gates_TE @ prototypes_ED
 
@@ -62,6 +71,10 @@ def oriented(prototypes_ED: Tensor, anchor_ED: Tensor) -> tuple[Tensor, Tensor]:
 
     The anchor's signs come from the anchor alone, so that D is continuous between two refreshes as long as no prototype
     turns by 90 degrees.
+
+    Example:
+        >>> [part.tolist() for part in oriented(torch.tensor([[3.0, -4.0]]), torch.tensor([[-5.0, -5.0]]))]
+        [[[-3.0, 4.0]], [[5.0, 5.0]]]
     """
     anchor_ED = anchor_ED * _sign(_largest_component(anchor_ED))
     cosine_E1 = (prototypes_ED * anchor_ED).sum(-1, keepdim=True)
@@ -78,7 +91,14 @@ def _sign(values: Tensor) -> Tensor:
 
 
 class Deviation(NamedTuple):
-    """Sums over contexts, float64 [...]: they add up over layers, ranks and micro-batches. Divide by `contexts` for means."""
+    """Sums over contexts, float64 [...]: they add up over layers, ranks and micro-batches. Divide by `contexts` for means.
+
+    Example:
+        >>> gates_TE = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+        >>> moved = deviation(gates_TE, -torch.eye(2), gates_TE, torch.eye(2))  # prototypes have no sign: nothing moved
+        >>> (moved.total.item(), moved.contexts.item())
+        (0.0, 2.0)
+    """
 
     total: Tensor
     """| z - z_anchor |, whose mean is D."""
@@ -115,6 +135,12 @@ def deviation(
 
     Returns:
         Sums [...] over the contexts that count, and their number.
+
+    Example:
+        >>> gates_TE, anchor_gates_TE = torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+        >>> moved = deviation(gates_TE, torch.eye(4), anchor_gates_TE, torch.eye(4))  # by (0.5, 0.5, -0.5, -0.5)
+        >>> moved.total.item(), moved.gates.item(), moved.prototypes.item()
+        (1.0, 1.0, 0.0)
     """
     prototypes_ED, anchor_prototypes_ED = oriented(prototypes_ED, anchor_prototypes_ED)
     router_TD = barycenters(gates_TE - anchor_gates_TE, anchor_prototypes_ED)
@@ -203,6 +229,10 @@ def consecutive_rejections(before: int, outcome: Outcome) -> int:
     """Steps rejected in a row, after one more outcome. A run whose count reaches its maximum must stop.
 
     A backtrack decides nothing: the step is still being tried.
+
+    Example:
+        >>> consecutive_rejections(2, Outcome.reject), consecutive_rejections(2, Outcome.accept)
+        (3, 0)
     """
     if outcome is Outcome.accept:
         return 0

@@ -46,7 +46,7 @@ svg text { font-size: 12.5px; fill: var(--soft); } svg text.label { fill: var(--
 svg .grid { stroke: #e8ecef; } svg .axis { stroke: #98a3ae; }
 svg line.threshold { stroke: #9a1f2b; stroke-dasharray: 5 4; } svg text.threshold { fill: #9a1f2b; }
 svg .raw { stroke-width: 1; opacity: 0.35; } svg .line { stroke-width: 2.2; stroke-linejoin: round; }
-svg circle { stroke: #fff; stroke-width: 1.2; }
+svg circle { stroke: #fff; stroke-width: 1.2; } svg .band { opacity: 0.13; }
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; margin: 5px 0 0; }
 ul.legend b { font-weight: 600; } .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px;
   vertical-align: -1px; background: var(--run); }

@@ -26,6 +26,8 @@ class Series:
     points: Sequence[Point]
     dash: str = ""
     noisy: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
+    """x, low and high of an interval around the line, drawn as a shade."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Chart:
     def _svg(self, series: Sequence[Series]) -> str:
         across = _linear([x * self.x.scale for line in series for x, _ in line.points], zero=True, most=6, tight=True)
         values = [y * self.y.scale for line in series for _, y in line.points if y is not None]
+        values += [y * self.y.scale for line in series for _, *bounds in line.band for y in bounds]
         if self.threshold is not None:
             values.append(self.threshold[0] * self.y.scale)
         up = _logarithmic(values) if self.y.log else None
@@ -113,6 +116,7 @@ class Chart:
         parts = [*_grid(across, up, self.y.percent), *_axis_labels(self.x.label, self.y.label)]
         if self.threshold is not None:
             parts.append(self._threshold(up, *self.threshold))
+        parts += [self._band(line, place) for line in series if line.band]
         for line in series:
             parts += self._line(line, place)
         label = escape(f"{self.title}: {self.y.label} over {self.x.label}", quote=True)
@@ -127,6 +131,11 @@ class Chart:
             f'<line class="threshold" x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}"/>'
             f'<text class="threshold" x="{WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(word)}</text>'
         )
+
+    def _band(self, line: Series, place: Callable[[Point], tuple[float, float] | None]) -> str:
+        edge = [(x, low) for x, low, _ in line.band] + [(x, high) for x, _, high in reversed(line.band)]
+        corners = " ".join(f"{at[0]:.1f},{at[1]:.1f}" for point in edge if (at := place(point)) is not None)
+        return f'<polygon class="band" points="{corners}" fill="{line.colour}"/>'
 
     def _line(self, line: Series, place: Callable[[Point], tuple[float, float] | None]) -> list[str]:
         stroke = f'fill="none" stroke="{line.colour}"{_dash(line)}'

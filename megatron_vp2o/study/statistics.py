@@ -5,7 +5,7 @@ Shape legend: S seeds, P problems (the same ones, in the same order, for every s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +44,44 @@ def bootstrap(values_SP: Array, *, seed: int = 0, resamples: int = RESAMPLES) ->
     weights_S = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     weights_P = random.multinomial(problems, np.full(problems, 1 / problems), size=resamples) / problems
     means = np.einsum("rs,sp,rp->r", weights_S, values_SP, weights_P, optimize=True)
-    low, high = np.quantile(means, [0.025, 0.975])
+    return _estimate(float(values_SP.mean()), means)
+
+
+def bootstrap_over_problems(
+    statistic: Callable[[Array], Array],
+    problems: int,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    together: int = 250,
+) -> Estimate:
+    """Any statistic of weighted problems, with a percentile interval from resampling problems. The same seed and number of problems
+    draw the same resamples: a difference of two statistics in one function is paired.
+
+    Args:
+        statistic: from how often each problem counts, [R, P], to values [R].
+        together: resamples in one call, which bounds memory.
+
+    Raises:
+        ValueError: there are no problems.
+    """
+    if problems < 1:
+        raise ValueError("no problems to resample")
+    random = np.random.default_rng(seed)
+    draws = []
+    for first in range(0, resamples, together):
+        rows = min(together, resamples - first)
+        weights_RP = random.multinomial(problems, np.full(problems, 1 / problems), size=rows)
+        draws.append(statistic(weights_RP.astype(np.float64)))
+    return _estimate(float(statistic(np.ones((1, problems)))[0]), np.concatenate(draws))
+
+
+def _estimate(value: float, draws: Array) -> Estimate:
+    """A value with the percentile interval and p-value of its resamples."""
+    low, high = np.quantile(draws, [0.025, 0.975])
     # at least one in the tail: no p-value of 0 from a finite number of resamples
-    tail = (1 + min((means <= 0).sum(), (means >= 0).sum())) / (resamples + 1)
-    return Estimate(float(values_SP.mean()), float(low), float(high), float(min(1.0, 2 * tail)))
+    tail = (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (len(draws) + 1)
+    return Estimate(value, float(low), float(high), float(min(1.0, 2 * tail)))
 
 
 def paired_difference(ours_SP: Array, theirs_SP: Array, **options: int) -> Estimate:

@@ -1,4 +1,5 @@
-"""What the trust region costs: a training step under it over one without, in turns, both with the Stein transform.
+"""What the trust region costs: a training step under it over one without, in turns, all with the Stein hook; and under one that
+measures the policy's drift, too.
 
 The anchor's gates are recomputed here; those that actors log while decoding are cheaper still.
 """
@@ -7,9 +8,11 @@ from __future__ import annotations
 
 import statistics
 import sys
+from dataclasses import replace
 
 from tools.bench.stein import clock, describe, parse, settings
 
+KINDS = ("without", "with", "with drift")
 GOALS = {"tiny": 3.0, "33b": 1.0}  # per cent of a step
 
 
@@ -27,6 +30,7 @@ def main(argv: list[str]) -> int:
     from megatron_vp2o.megatron.platform import world
     from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
     from megatron_vp2o.megatron.stein.transform import SteinTransform
+    from megatron_vp2o.rl.drift import SampledDrift
     from megatron_vp2o.rl.objectives import next_token
     from megatron_vp2o.rl.types import TrainBatch
 
@@ -42,14 +46,18 @@ def main(argv: list[str]) -> int:
             policy, transform.prototypes, TrustRegionConfig(mode=ControlMode.enforce, delta=1.9), transform
         )
         region.set_anchor()
+        drift = SampledDrift(policy, groups, share=TrustRegionConfig().drift_share, micro_batch_size=micro)
         tokens_NS = torch.randint(64, (rows, width), generator=torch.Generator().manual_seed(0))
         mask_NS = torch.ones(rows, width, dtype=torch.bool)
         mask_NS[:, : width // 2] = False
         batch = TrainBatch(tokens_NS, torch.full((rows,), width), mask_NS, temperature=1.0)
+        batch = replace(batch, row_N=torch.arange(rows), behaviour_logprobs_NS=torch.zeros(rows, width))
         now, watcher = clock(torch), policy.watcher
 
-        def step(bounded: bool) -> tuple[float, float]:
+        def step(kind: str) -> tuple[float, float]:
+            bounded = kind != "without"
             policy.watcher = watcher if bounded else None
+            region.drift = drift if kind == "with drift" else None
             begin = now()
             if bounded:
                 region.begin(batch)
@@ -60,22 +68,21 @@ def main(argv: list[str]) -> int:
             return now() - begin, now() - before
 
         for _ in range(arguments.warmup):
-            step(True), step(False)
-        times = [(step(True), step(False)) for _ in range(arguments.pairs)]
+            for kind in KINDS:
+                step(kind)
+        times = [{kind: step(kind) for kind in KINDS} for _ in range(arguments.pairs)]
         print(
             f"{arguments.layer}: {describe(config.model)}; {rows} rows of {width} tokens, {torch.get_num_threads()} threads"
         )
-        for name, values in (
-            ("step without", [plain[0] for _, plain in times]),
-            ("step with", [bounded[0] for bounded, _ in times]),
-            ("optimizer without", [plain[1] for _, plain in times]),
-            ("optimizer with", [bounded[1] for bounded, _ in times]),
-        ):
-            print(f"  {name:18}{statistics.median(values) * 1e3:12,.2f} ms")
-        more = 100 * statistics.median(bounded[0] / plain[0] - 1 for bounded, plain in times)
-        check = 100 * statistics.median((bounded[1] - plain[1]) / plain[0] for bounded, plain in times)
+        for part, name in enumerate(("step", "optimizer")):
+            for kind in KINDS:
+                median = statistics.median(turn[kind][part] for turn in times)
+                print(f"  {name + ' ' + kind:22}{median * 1e3:12,.2f} ms")
         aim = f"goal: {GOALS[arguments.layer]:.0f} %" if arguments.shrink == 1 else "shapes made smaller, no goal"
-        print(f"  overhead          {more:12.1f} % of a step ({aim}); snapshot and check alone {check:.1f} %")
+        for kind, base, said in (("with", "without", aim), ("with drift", "with", "goal: 3 % more")):
+            more = 100 * statistics.median(turn[kind][0] / turn[base][0] - 1 for turn in times)
+            check = 100 * statistics.median((turn[kind][1] - turn[base][1]) / turn["without"][0] for turn in times)
+            print(f"  {kind} over {base}: {more:.1f} % of a step ({said}); after the gradients alone {check:.1f} %")
     return 0
 
 

@@ -307,11 +307,16 @@ def load_weights(path: Path, policy: MegatronPolicy) -> None:
     Raises:
         CheckpointError: as `MegatronCheckpointer.load`, but for the optimizer; and for weights that are not finite.
     """
+    load_model(path, policy)
+    policy.optimizer.reload_model_params()  # where it has a float32 copy
+
+
+def load_model(path: Path, policy: MegatronPolicy) -> None:
+    """The same for a model without an optimizer."""
     _check(path, policy)
     loaded = read_tensors({MODEL: policy.model.sharded_state_dict()}, path, policy.groups)
     policy.model.load_state_dict(loaded[MODEL])
     _refuse_dead(path, policy)
-    policy.optimizer.reload_model_params()  # where it has a float32 copy
 
 
 def _refuse_dead(path: Path, policy: MegatronPolicy) -> None:

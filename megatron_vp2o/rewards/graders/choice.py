@@ -17,7 +17,7 @@ from megatron_vp2o.rewards.graders.base import Grader, answer_of
 from megatron_vp2o.rewards.graders.text import solution
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_DECORATION = re.compile(r"\*\*|__|\\text(?:bf|rm)?\{|\\mathrm\{|\$")
+_DECORATION = re.compile(r"\*+|__|\\text(?:bf|rm)?\{|\\mathrm\{|\$")
 
 
 class Choice(Grader):

@@ -1,0 +1,259 @@
+"""Our checkpoints and Hugging Face folders on the embedded engine: implements `model.Model` in the processes of the evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vp2o.config.compose import compose
+from megatron_vp2o.config.export import CARRIED, hf_source, is_hf
+from megatron_vp2o.config.schema import ParallelConfig, Precision, TrainConfig
+from megatron_vp2o.config.store import CONFIG_FILE, load_config
+from megatron_vp2o.config.validate import validate_layout
+from megatron_vp2o.errors import CheckpointError, ConfigError
+from megatron_vp2o.evaluation.model import Response, Sampling
+from megatron_vp2o.evaluation.run import step_of
+from megatron_vp2o.evaluation.tokens import THINK, split, tokens_before
+from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.hf.settings import run_settings
+from megatron_vp2o.hf.tensor_files import config_of
+from megatron_vp2o.megatron.checkpoint import folder as files
+from megatron_vp2o.megatron.stored import StoredModel
+from megatron_vp2o.parallel.groups import Groups, gather_objects
+from megatron_vp2o.rl.grading import response_text
+from megatron_vp2o.rl.types import SamplingParams, Tokenizer
+from megatron_vp2o.tasks.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+BLOCKS, BLOCK = 64, 1 << 16
+"""How many bytes of each file of weights tell one Hugging Face folder from another."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One stored model."""
+
+    label: str
+    folder: Path
+    step: int
+
+
+def checkpoints(label: str, place: str, steps: str) -> list[Checkpoint]:
+    """What a place holds: a run's checkpoints, one checkpoint, or a Hugging Face folder.
+
+    Args:
+        steps: `every`, `last`, or numbers with commas; for runs only.
+
+    Raises:
+        CheckpointError: there is nothing, or not that step.
+    """
+    folder = Path(place)
+    if is_hf(folder):
+        return [Checkpoint(label, folder, step_of(folder))]
+    last = files.resolve(folder)
+    if last == folder or steps == "last":
+        return [Checkpoint(label, last, step_of(last))]
+    found = {step_of(path): path for path in sorted(last.parent.glob("step_*")) if (path / files.MANIFEST).is_file()}
+    if steps == "every":
+        return [Checkpoint(label, path, step) for step, path in sorted(found.items())]
+    try:
+        wanted = [int(step) for step in steps.split(",")]
+    except ValueError:
+        raise ConfigError(f"--steps {steps}: every, last, or numbers as in 80,160") from None
+    if missing := [step for step in wanted if step not in found]:
+        raise CheckpointError(
+            f"{place} has no checkpoint of step {', '.join(map(str, missing))}, only of {', '.join(map(str, sorted(found)))}"
+        )
+    return [Checkpoint(label, found[step], step) for step in wanted]
+
+
+def config_for(checkpoint: Checkpoint, parallel: ParallelConfig, batch: int, world_size: int) -> TrainConfig:
+    """Model settings of a checkpoint under the evaluation's layout.
+
+    Raises:
+        CheckpointError: nothing says which model it is, or it is none that the embedded engine runs.
+        ConfigError: the layout does not fit.
+    """
+    folder = checkpoint.folder
+    run = folder.parent.parent
+    if is_hf(folder) or not (run / CONFIG_FILE).is_file():
+        source = hf_source(folder)
+        if source is None:
+            raise CheckpointError(
+                f"{folder} has no config.json, and {run} no {CONFIG_FILE}: nothing says which model this is"
+            )
+        config = _hf_config(source)
+    else:
+        config = load_config(run)
+    config = dataclasses.replace(
+        config, parallel=parallel, rollout=dataclasses.replace(config.rollout, max_batch_size=batch)
+    )
+    # how it was trained has no part in this, and its batches need not fit these processes
+    config = dataclasses.replace(config, algorithm=_any_world(world_size))
+    validate_layout(config, world_size)
+    return config
+
+
+def _any_world(world_size: int) -> Any:
+    algorithm = compose("train").algorithm
+    return dataclasses.replace(algorithm, prompts_per_step=world_size, group_size=1, minibatches=1)  # type: ignore[type-var]
+
+
+def _hf_config(source: Path) -> TrainConfig:
+    """Settings of a Hugging Face checkpoint's model; everything else as it is by default."""
+    stored = config_of(source)
+    settings = run_settings(architecture(stored))
+    config = compose("train", [f"model.{name}={_word(value)}" for name, value in settings.items()])
+    dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    precision = Precision.fp32 if dtype == "float32" else Precision.bf16
+    longest = int(stored.get("max_position_embeddings") or config.model.max_sequence_length)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, precision=precision, max_sequence_length=longest)
+    )
+
+
+def _word(value: Any) -> str:
+    """As an override says it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer beside the weights; raises ConfigError where there is none."""
+    for folder in (checkpoint.folder, checkpoint.folder / CARRIED):
+        if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+            return load_tokenizer(folder)
+    return load_tokenizer(checkpoint.folder)
+
+
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells these weights from others."""
+    if not is_hf(checkpoint.folder):
+        manifest = (checkpoint.folder / files.MANIFEST).read_bytes()
+        return {"kind": "megatron", "checkpoint": hashlib.sha256(manifest).hexdigest()[:16]}
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for block in range(BLOCKS):
+                file.seek(max(0, size - BLOCK) * block // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return {"kind": "hf", "weights": digest.hexdigest()[:16]}
+
+
+class Loader:
+    """Checkpoints one after the other; a model that the next one shares is kept."""
+
+    def __init__(self, groups: Groups, parallel: ParallelConfig, batch: int, thinking: bool | None) -> None:
+        self._groups, self._parallel, self._batch, self._thinking = groups, parallel, batch, thinking
+        self._stored: StoredModel | None = None
+        self._made_of: Any = None
+
+    def load(self, checkpoint: Checkpoint) -> Embedded:
+        """The model with these weights; the one before must not be used any more. Collective."""
+        config = config_for(checkpoint, self._parallel, self._batch, self._groups.world_size)
+        tokenizer = tokenizer_of(checkpoint)
+        made_of = (config.model, tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id)
+        if self._stored is None or self._made_of != made_of:
+            self._stored = None  # before the next one takes memory
+            self._stored = StoredModel(
+                config,
+                self._groups,
+                vocab_size=tokenizer.vocab_size,
+                eos_ids=tokenizer.eos_ids,
+                pad_id=tokenizer.pad_id,
+            )
+            self._made_of = made_of
+        for sentence in self._stored.load(checkpoint.folder, checkpoint.step):
+            logger.info(sentence)
+        return Embedded(checkpoint, config, self._stored, tokenizer, self._thinking)
+
+
+class Embedded:
+    """One checkpoint on the embedded engine."""
+
+    own_numbers = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: TrainConfig,
+        stored: StoredModel,
+        tokenizer: Tokenizer,
+        thinking: bool | None,
+    ) -> None:
+        self.label, self.step = checkpoint.label, checkpoint.step
+        self._folder, self._stored, self._tokenizer, self._thinking = checkpoint.folder, stored, tokenizer, thinking
+        self._room = config.model.max_sequence_length
+        template = tokenizer.chat_template if isinstance(tokenizer, HuggingFaceTokenizer) else None
+        self._chat = template is not None
+        if thinking is not None and not self._chat:
+            raise ConfigError(f"--thinking {str(thinking).lower()} needs a chat template, and {self._folder} has none")
+        precision = config.model.precision.value
+        self.identity = {**identity_of(checkpoint), "precision": precision, "chat": self._chat, "thinking": thinking}
+
+    def check(self, prompts: Sequence[str], length: int) -> None:
+        """Raises ConfigError for a prompt that the tokenizer refuses, or that leaves no room for the answer."""
+        for prompt in prompts:
+            count = len(self._encode(prompt)[0])
+            if count + length > self._room:
+                raise ConfigError(
+                    f"{self._folder}: a prompt has {count} tokens, and with a length of {length} that exceeds the model's "
+                    f"{self._room} (max_sequence_length, max_position_embeddings): choose at most --lengths "
+                    f"{max(0, self._room - count)} (prompt: {prompt[:60]!r}...)"
+                )
+
+    def _encode(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids, and whether they already open the thinking."""
+        tokenizer = self._tokenizer
+        try:
+            if not isinstance(tokenizer, HuggingFaceTokenizer):
+                return tokenizer.encode(prompt), False
+            if not self._chat:
+                return tokenizer.encode_start(prompt), False
+            text = tokenizer.render([{"role": "user", "content": prompt}], enable_thinking=self._thinking)
+            return tokenizer.encode(text), text.rstrip().endswith(THINK)
+        except Exception as error:
+            # tokenizers, in Rust, raises Exception itself for a character that a vocabulary without an unknown token lacks
+            if type(error) is not Exception and not isinstance(error, ValueError | KeyError):
+                raise
+            raise ConfigError(
+                f"{self._folder}: its tokenizer refuses the prompt {prompt[:60]!r}... ({error})"
+            ) from error
+
+    def generate(self, prompts: Sequence[str], uids: Sequence[int], sampling: Sampling) -> list[Response]:
+        """See `model.Model`; the data-parallel ranks share the prompts. Collective, the same on all ranks."""
+        groups = self._stored.groups
+        mine = slice(groups.dp_rank, None, groups.dp_size)
+        encoded = [self._encode(prompt) for prompt in prompts[mine]]
+        rollouts = self._stored.engine.generate(
+            [ids for ids, _ in encoded],
+            list(uids[mine]),
+            SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed),
+        )
+        own = [
+            self._response(rollouts.response(n), bool(rollouts.finished_N[n]), opened)
+            for n, (_, opened) in enumerate(encoded)
+        ]
+        shares = gather_objects(own, groups.dp)
+        return [shares[n % groups.dp_size][n // groups.dp_size] for n in range(len(prompts))]
+
+    def _response(self, ids: list[int], finished: bool, opened: bool) -> Response:
+        if ids and ids[-1] in self._tokenizer.eos_ids:
+            ids = ids[:-1]
+        text = response_text(self._tokenizer, ids)
+        parts = split(text, opened=opened)
+        thinking = tokens_before(ids, parts.start, self._tokenizer.decode) if parts.start else 0
+        return Response(text, parts.solution, thinking, len(ids) - thinking, not finished)
+
+
+def models(loader: Loader, found: Sequence[Checkpoint]) -> Iterator[Embedded]:
+    """Each when its turn comes."""
+    for checkpoint in found:
+        yield loader.load(checkpoint)
