@@ -27,9 +27,9 @@ def test_so_many_are_chosen_and_the_most_probable_are_among_them(head: int) -> N
 def test_tails_have_the_probabilities_of_draws_without_replacement() -> None:
     logits_E = torch.tensor([2.0, 0.5, 0.1, -0.4, -1.0])
     temperature, draws = 0.7, 40_000
-    chosen_BE = chosen_experts(
-        logits_E.expand(1, draws, 5), gumbel(draws, 5), topk=3, head=1, temperature=temperature
-    )[0]
+    chosen_BE = chosen_experts(logits_E.expand(1, draws, 5), gumbel(draws, 5), topk=3, head=1, temperature=temperature)[
+        0
+    ]
     weights = (logits_E / temperature).exp().tolist()
     for pair in itertools.combinations(range(1, 5), 2):
         rest = sum(weights[1:])

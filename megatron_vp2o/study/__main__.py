@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_vp2o.errors import UserError
-from megatron_vp2o.study.report import markdown
+from megatron_vp2o.study.report import markdown, plots
 from megatron_vp2o.study.results import collect, write_table
 from megatron_vp2o.study.runner import run_all
 from megatron_vp2o.study.spec import jobs, load_study
@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     write_table(results, folder / TABLE)
     page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
     (folder / PAGE).write_text(page, encoding="utf-8")
+    for name, text in plots(study, results).items():
+        (folder / name).write_text(text, encoding="utf-8")
     print(f"{folder / TABLE}\n{folder / PAGE}")
     for failure in failures:
         print(f"failed: {failure.job.name} (status {failure.status})", file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vp2o.study.plot import front_plot
 from megatron_vp2o.study.results import Result
 from megatron_vp2o.study.runner import Failure
 from megatron_vp2o.study.spec import WARM_UP, Job, Study
@@ -41,14 +42,55 @@ def markdown(
         f"`{command}`, commit {', '.join(sorted(commits)) or 'none'}, {'; '.join(sorted(machines)) or 'no machine'}. "
         f"{len(done)} of {len(jobs)} runs are finished."
     ]
-    left = [job.name for job in jobs if job.name not in done]
+    left = _left([job for job in jobs if job.name not in done])
     if left:
-        lines += ["", f"Not finished: {', '.join(left)}."]
+        lines += ["", f"Not finished: {left}."]
     for failure in failures:
         lines += ["", f"Failed: {failure.job.name}, status {failure.status}."]
     for task in study.tasks:
         lines += ["", *_task(study, task, [r for r in results if r.job.task == task])]
     return "\n".join(lines) + "\n"
+
+
+def _left(jobs: Sequence[Job]) -> str:
+    """Runs by task and seeds, those of variants with the same seeds together."""
+    said = []
+    for task in dict.fromkeys(job.task for job in jobs):
+        by_variant: dict[str, list[int]] = {}
+        for job in jobs:
+            if job.task == task:
+                by_variant.setdefault(job.variant, []).append(job.seed)
+        by_seeds: dict[tuple[int, ...], list[str]] = {}
+        for variant, seeds in by_variant.items():
+            by_seeds.setdefault(tuple(sorted(seeds)), []).append(variant)
+        said += [
+            f"{task} {', '.join(names)} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+            for seeds, names in by_seeds.items()
+        ]
+    return "; ".join(said)
+
+
+def plots(study: Study, results: Sequence[Result]) -> dict[str, str]:
+    """One SVG a task that has something to show, by file name; the page refers to them."""
+    found = {}
+    for task in study.tasks:
+        own = [r for r in results if r.job.task == task]
+        rows = compare(study, own)
+        if rows:
+            warm = next((r for r in own if r.job.variant == WARM_UP), None)
+            draws = min(r.problems[0]["samples"] for r in own)
+            start = None if warm is None else (float(warm.accuracy_P().mean()), warm.distinct_among(draws))
+            points = {row.variant: (row.accuracy, row.distinct) for row in rows}
+            found[plot_name(study, task)] = front_plot(f"{study.name}: {task}", points, _front(rows), start)
+    return found
+
+
+def plot_name(study: Study, task: str) -> str:
+    return f"{study.name}_{task}.svg"
+
+
+def _front(rows: Sequence[Compared]) -> set[str]:
+    return set(front({row.variant: (row.accuracy.mean, row.distinct.mean) for row in rows}))
 
 
 def _task(study: Study, task: str, results: list[Result]) -> list[str]:
@@ -74,7 +116,7 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
         ]
     if not rows:
         return [*lines, "No variant has a seed in common with the baseline yet."]
-    best = front({row.variant: (row.accuracy.mean, row.distinct.mean) for row in rows})
+    best = _front(rows)
     others = [row for row in rows if row.variant != study.baseline]
     p = holm({row.variant: row.distinct_difference.p for row in others})
     lines += [
@@ -102,6 +144,8 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
         "Test split; 95 % intervals from a bootstrap over seeds and problems, differences paired by both. `*`: no other variant "
         "is better in accuracy or distinct answers without being worse in the other. With one seed the intervals are over "
         "problems only.",
+        "",
+        f"![{task}: accuracy and distinct right answers]({plot_name(study, task)})",
     ]
     return lines
 
