@@ -35,6 +35,16 @@ _SHARED = (
     "moe_ffn_hidden_size",
     "moe_router_pre_softmax",
 )
+YARN = (
+    "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+)
+"""Settings that only a model with YaRN has a use for; manifests of other models do not have them."""
+WITHOUT_WEIGHTS = ("window_attn_skip_freq", "activation_func")
+"""Settings that no weight shows. Manifests of older checkpoints lack them and YARN, whatever the model: nobody knows these then."""
 OF_THE_CHECKPOINT = (
     *_SHARED,
     *_DEFAULTS,
@@ -42,13 +52,8 @@ OF_THE_CHECKPOINT = (
     "rotary_base",
     "share_embeddings_and_output_weights",
     "vocab_size",
-    "window_attn_skip_freq",
-    "activation_func",
-    "yarn_rotary_scaling_factor",
-    "yarn_original_max_position_embeddings",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_correction_range_round_to_int",
+    *WITHOUT_WEIGHTS,
+    *YARN,
 )
 """All settings of a model that its checkpoint decides; `model=checkpoint` takes them from there."""
 
@@ -63,6 +68,9 @@ def manifest_model(model: Architecture) -> dict[str, Any]:
         "rotary_base": model.embedding["rotary_base"],
         "share_embeddings_and_output_weights": model.tied,
         "vocab_size": model.vocab_size,
+        "window_attn_skip_freq": _every(model.settings.get("window_attn_skip_freq")),
+        "activation_func": model.settings["activation_func"],
+        **{name: model.embedding[name] for name in YARN if model.embedding["position_embedding_type"] == "yarn"},
     }
 
 
@@ -72,21 +80,16 @@ def run_settings(model: Architecture) -> dict[str, Any]:
     Raises:
         CheckpointError: runs here cannot train the family; converting and verifying it is all there is.
     """
-    skip = _every(model.settings.get("window_attn_skip_freq"))
-    if model.family not in ("qwen3_moe", "mixtral", "gpt_oss") or not all(model.moe_layers) or skip == 1:
+    settings = manifest_model(model)
+    trained = model.family in ("qwen3_moe", "mixtral", "gpt_oss") and all(model.moe_layers)
+    if not trained or settings["window_attn_skip_freq"] == 1:
         raise CheckpointError(
             f"runs train models of the Qwen3-MoE, Mixtral and GPT-OSS shapes with experts in every layer; this {model.family} "
             "checkpoint can be converted and verified, and loaded by a Megatron program of yours"
         )
-    settings = manifest_model(model)
     if settings["window_size"] is not None:
         settings["window_size"] = settings["window_size"][0]
-    if skip is not None:
-        settings["window_attn_skip_freq"] = skip
-    if model.settings["activation_func"] != "silu":
-        settings["activation_func"] = model.settings["activation_func"]
-    yarn = {name: value for name, value in model.embedding.items() if name.startswith("yarn_") and value is not None}
-    return settings | yarn
+    return settings
 
 
 def model_settings(start: Path) -> dict[str, Any]:

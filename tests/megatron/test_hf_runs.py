@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import GateUp
 from megatron_vp2o.hf.settings import run_settings
 from megatron_vp2o.hf.tensor_files import config_of
+from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.evaluate import evaluate
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split
 from megatron_vp2o.tasks import make_task
 from megatron_vp2o.tasks.tokenizer import CharTokenizer, load_tokenizer
 from tests.hf import models
+from tests.resume_job import Run, run_in_one_process
 from tests.test_end_to_end import measured, train
 from tools.convert import main
 
@@ -229,6 +232,47 @@ def test_a_folder_of_another_model_is_one_clear_error(tmp_path: Path) -> None:
         said = train("countdown_tiny_supervised", tmp_path / "run", *ONE_STEP, *other, f"init_from={source}", status=2)
         assert "is of another model" in said and "set model.hidden_size=32" in said and "Traceback" not in said
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_settings_that_no_weight_shows_are_compared(tmp_path: Path) -> None:
+    """Of a converted checkpoint, and of a run's: weights fit with another rotary embedding, window or activation, too."""
+    source, megatron, run = tmp_path / "hf", tmp_path / "megatron", tmp_path / "run"
+    _hf_folder(source, "gpt_oss")
+    assert main(["to-megatron", str(source), str(megatron), "--no-compare"]) == 0
+    others = {
+        "yarn_rotary_scaling_factor": "16.0",
+        "yarn_beta_fast": "31.0",
+        "yarn_correction_range_round_to_int": "true",
+        "window_attn_skip_freq": "3",
+        "activation_func": "silu",
+    }
+    given = [f"model.{name}={value}" for name, value in others.items()]
+    job = ["--config-name=countdown_tiny_supervised", *ONE_STEP, "model=checkpoint", "algorithm.data.pack=false"]
+
+    def do(name: str, *runs: tuple[Path, Path, list[str]]) -> tuple[list[int], list[str]]:
+        made = [Run(str(folder), [*job, f"init_from={start}", *more]) for folder, start, more in runs]
+        statuses = run_in_one_process(tmp_path / name, made)
+        said = [(tmp_path / name / f"output-{number}.txt").read_text() for number in range(len(runs))]
+        return [status for (status,) in statuses], said
+
+    statuses, said = do(
+        "first", (run, megatron, []), (tmp_path / "other", megatron, given), (tmp_path / "third", run, given)
+    )
+    assert statuses == [0, 2, 2], said
+    for text in said[1:]:
+        assert "is of another model" in text
+        for name in others:
+            assert f"{name} is " in text, name
+    for manifest in run.glob("checkpoints/*/manifest.json"):  # of a version that did not know these settings
+        told = json.loads(manifest.read_text())
+        del told["crc32"]
+        for name in [*others, *(name for name in told["model"] if name.startswith("yarn_"))]:
+            told["model"].pop(name, None)
+        files.write_manifest(manifest.parent, told)
+    statuses, said = do("second", (tmp_path / "on", run, given[:1]))
+    assert statuses == [0], said
 
 
 def test_what_no_family_has_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_vp2o.config.export import plain
 from megatron_vp2o.errors import CheckpointError, DeadRunError
-from megatron_vp2o.hf.settings import LATER
+from megatron_vp2o.hf.settings import LATER, WITHOUT_WEIGHTS, YARN
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.checkpoint.folder import latest, resolve
@@ -27,6 +27,7 @@ from megatron_vp2o.megatron.checkpoint.random_numbers import rng_state, set_rng_
 from megatron_vp2o.megatron.checkpoint.tensors import read_tensors, together, write_tensors
 from megatron_vp2o.megatron.control.trust_region import TrustRegion
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.build import ACTIVATIONS
 from megatron_vp2o.megatron.platform.compat import megatron_version
 from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
 from megatron_vp2o.megatron.stein.transform import SteinTransform
@@ -62,6 +63,8 @@ _ARCHITECTURE = (
     "moe_router_pre_softmax",
     "moe_router_enable_expert_bias",
 )
+
+_ACTIVATION_NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
 # What tells one optimizer parameter group from another; the rest of a group is settings.
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
@@ -370,7 +373,8 @@ def _check(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
 
 def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     there = LATER | there if what == "model" else there
-    differing = [key for key in here if there.get(key) != here[key]]
+    unknown = {*WITHOUT_WEIGHTS, *YARN} - set(there)
+    differing = [key for key in here if key not in unknown and there.get(key) != here[key]]
     if differing:
         values = ", ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
         fix = "use its settings" if what == "model" else "use its settings, or take only its weights (init_from)"
@@ -388,7 +392,10 @@ def _architecture(policy: MegatronPolicy) -> dict[str, Any]:
             "rotary_base": gpt.rotary_base,
             "share_embeddings_and_output_weights": gpt.share_embeddings_and_output_weights,
             "vocab_size": policy.model_vocab,
+            "window_attn_skip_freq": gpt.config.window_attn_skip_freq,
+            "activation_func": _ACTIVATION_NAMES[gpt.config.activation_func],
         }
+        | {name: getattr(gpt.config, name) for name in YARN if gpt.position_embedding_type == "yarn"}
     )
 
 
