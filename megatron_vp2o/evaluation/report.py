@@ -42,7 +42,8 @@ BASELINES = ("baseline", "grpo")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b3548f", "#8a6d00", "#3f9fd8", "#555555")
 INTERVALS = (
     "Means over checkpoints; in brackets 95 % intervals from a bootstrap over problems, of differences paired by problem. They "
-    "say how far other problems would have moved the numbers, and nothing of other training runs."
+    "say how far other problems would have moved the numbers, and nothing of other training runs; where all problems "
+    "came out the same they have no width."
 )
 OWN = (
     "These are a handful of problems of our own that ship with the package, not the benchmarks: they show that everything "
@@ -152,7 +153,9 @@ def _charts(results: Results, curves: Sequence[Curve], quantity: str | None, len
         what = main_metric(benchmark).label if quantity is None else "median tokens"
         note = "shades: 95 % intervals over problems"
         figures.append(
-            Chart(benchmark.title, note, Axis("training step", whole=True), Axis(what, percent=percent), series).html()
+            Chart(
+                benchmark.title, note, Axis("training step", whole=True), Axis(what, percent=percent, zero=True), series
+            ).html()
         )
     return figures
 
@@ -189,15 +192,19 @@ def _page(
         sections.append(
             (
                 f"figure{number}",
-                f"Figure {number}: over training, {shown_length(length)}",
+                f"Figure {number}: over training, {shown_length(length)} tokens",
                 page.charts(_charts(results, curves, None, length)),
             )
         )
     thoughts = "".join(
-        page.paragraph(f"{what}, {shown_length(length)}") + page.charts(_charts(results, curves, quantity, length))
+        page.paragraph(f"{what}, {shown_length(length)} tokens at most")
+        + page.charts(_charts(results, curves, quantity, length))
         for length in results.lengths
         for quantity, what in ((THINKING, "Thinking"), (SOLUTION, "Solution"))
+        if any(point[1] for c in curves if c[1] == length and c[3] == quantity for point in c[4])
     )
+    if not any(point[1] for c in curves if c[3] == THINKING for point in c[4]):
+        thoughts += page.paragraph("Without curves of thinking: half of the answers or more have no thinking tokens.")
     sections.append(
         ("tokens", f"Figure {len(results.lengths) + 1}: thinking and solution tokens over training", thoughts)
     )

@@ -210,7 +210,7 @@ def _heads(results: Results, baseline: str, paper: bool) -> list[str]:
         if label != baseline:
             heads.append(f"{shown_length(length)} {label} - {baseline}")
     if paper:
-        heads += [f"{shown_length(length)}, the paper's: GRPO / VP2O" for length in _paper_lengths()]
+        heads += [f"the paper's {shown_length(length)}: GRPO / VP2O" for length in _paper_lengths()]
     return heads
 
 

@@ -29,7 +29,7 @@ th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--lin
 th:first-child, td:first-child { text-align: left; padding-left: 4px; }
 thead th { color: var(--soft); font-weight: 500; border-bottom: 1.5px solid #b9c2cb; }
 thead th.run { color: var(--ink); font-weight: 650; border-bottom: 3px solid var(--run); }
-tbody th { font-weight: 500; } td.first, th.first { padding-left: 24px; }
+table.evaluation tr > :nth-child(2) { text-align: left; } tbody th { font-weight: 500; } td.first, th.first { padding-left: 24px; }
 td.last { font-weight: 650; } td.best, td.delta { color: var(--soft); }
 thead th[colspan], table.about th { text-align: left; }
 table.about td { text-align: left; white-space: normal; vertical-align: top; }

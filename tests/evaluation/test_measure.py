@@ -155,7 +155,7 @@ def folder(tmp_path: Path) -> Path:
 def test_tables_and_figures_have_every_row_and_say_whose_numbers_are_whose(folder: Path) -> None:
     page = write_report(folder, paper=True).read_text(encoding="utf-8")
     table = (folder / "table1.md").read_text().splitlines()
-    assert table[0].count("8K") == 4 and "8K vp2o - grpo" in table[0] and "8K, the paper's: GRPO / VP2O" in table[0]
+    assert table[0].count("8K") == 4 and "8K vp2o - grpo" in table[0] and "the paper's 8K: GRPO / VP2O" in table[0]
     assert len(table) == 2 + len(TABLE_1) and "| 68.2 / 70.8 | 75.9 / 77.5 |" in table[2]
     assert len((folder / "table2.md").read_text().splitlines()) == 2 + len(TABLE_2)
     rows = list(csv.DictReader((folder / "table1.csv").open()))

@@ -80,7 +80,7 @@ def test_simulated_contests_rate_a_participant_like_the_others(icpc: bool) -> No
     random = np.random.default_rng(3)
     for true in (1200.0, 1600.0, 2000.0):
         ratings = []
-        for n in range(120):
+        for n in range(60):
             contest, difficulty = _contest(random, str(n), icpc)
             solved = {
                 (str(n), index): [bool(random.random() < chance(true, np.array(d)))]

@@ -95,7 +95,7 @@ def test_damage_and_doubled_samples_are_named(tmp_path: Path) -> None:
         read(path)
 
 
-KILLS = int(os.environ.get("VP2O_EVALUATION_KILLS", "3"))
+KILLS = int(os.environ.get("VP2O_EVALUATION_KILLS", "2"))
 
 
 def test_killed_at_random_moments_it_resumes_to_the_same_tables(tmp_path: Path) -> None:
