@@ -62,6 +62,7 @@ BELOW: dict[str, set[str]] = {
         "data",
         "rewards",
         "rl.types",
+        "rl.interfaces",
         "rl.grading",
         "tasks.tokenizer",
         "study.statistics",

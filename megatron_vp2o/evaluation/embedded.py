@@ -26,7 +26,8 @@ from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.stored import StoredModel
 from megatron_vp2o.parallel.groups import Groups, gather_objects
 from megatron_vp2o.rl.grading import response_text
-from megatron_vp2o.rl.types import SamplingParams, Tokenizer
+from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rl.types import SamplingParams
 from megatron_vp2o.tasks.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 BLOCKS, BLOCK = 64, 1 << 16
