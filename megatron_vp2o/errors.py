@@ -7,7 +7,7 @@ class UserError(Exception):
     """Something the user can mend; the message quotes the value, the bound and the fix."""
 
     exit_status = 2
-    """Of a process that ends with this error."""
+    """Exit status of a process that ends with this error."""
 
 
 class ConfigError(UserError, ValueError):

@@ -62,7 +62,7 @@ class Draw:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command line."""
+        """Arguments of the command line."""
         values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.settings.items()}
         return [f"--config-name={self.recipe}", *SMALL, *(f"{key}={value}" for key, value in values.items())]
 
@@ -281,7 +281,7 @@ def movement(run_dir: Path) -> dict[str, Any]:
 
 
 def _largest_change(run_dir: Path) -> float:
-    """Of an entry of the embedding, between the first and the last checkpoint."""
+    """Largest change of an entry of the embedding, between the first and the last checkpoint."""
     from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 
     first, *_, last = sorted((run_dir / "checkpoints").glob("step_*"))

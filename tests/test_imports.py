@@ -17,14 +17,15 @@ PACKAGE = "megatron_vp2o"
 # What each part of the package may import of the others. `rl.types` and `rl.interfaces` are the vocabulary that they share.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "atomic": set(),
     "own_code": {"errors"},
     "core": set(),
-    "config": {"errors", "core.choices"},  # names only
+    "config": {"atomic", "errors", "core.choices"},  # names only
     "cli": {"config", "errors"},
     "parallel": {"core", "config", "errors"},
     "data": {"core", "config", "errors", "rl.types", "rl.interfaces"},
-    "tracking": {"core", "config", "errors", "rl.types", "rl.interfaces"},
-    "report": {"tracking", "config", "errors"},
+    "tracking": {"atomic", "core", "config", "errors", "rl.types", "rl.interfaces"},
+    "report": {"atomic", "tracking", "config", "errors"},
     # of hf: names and shapes; of tracking: how metrics aggregate
     "megatron": {
         "hf",
@@ -45,6 +46,7 @@ BELOW: dict[str, set[str]] = {
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors", "hf.reader"},
     "study": {
+        "atomic",
         "core",
         "tracking",
         "config",
@@ -94,7 +96,7 @@ COMPOSITION = {
     "__init__",
 }  # may import everything, and nothing imports them
 STANDARD = set(sys.stdlib_module_names)
-WITHOUT_TORCH = {"errors", "config", "cli"}  # what `--help` imports
+WITHOUT_TORCH = {"errors", "atomic", "config", "cli"}  # what `--help` imports
 
 
 @dataclass(frozen=True)

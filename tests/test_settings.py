@@ -409,7 +409,7 @@ RUN_DIRS = {"again and resumed": "again"}
 
 
 def every_setting() -> set[str]:
-    """Of all algorithms and tasks."""
+    """Settings of all algorithms and tasks."""
     pairs = ((algorithm, task) for algorithm in GROUPS["algorithm"].values() for task in GROUPS["task"].values())
     return {name for algorithm, task in pairs for name in leaves(TrainConfig(algorithm=algorithm(), task=task()))}
 

@@ -40,7 +40,7 @@ class LoadBalancing(enum.Enum):
 
 
 class Activation(enum.Enum):
-    """Of an expert's gate."""
+    """Activation function of an expert's gate."""
 
     silu = "silu"
     quick_gelu = "quick_gelu"  # x * sigmoid(1.702 x)
@@ -97,7 +97,7 @@ class ModelConfig:
     """Sliding window: how many positions before it a position sees (Megatron's window_size is the pair of this and 0); null for
     all of them."""
     window_attn_skip_freq: Annotated[Optional[int], Range(2, 1000)] = None
-    """With a window: every so manieth layer sees all positions; null for none."""
+    """With a window: one layer in this many sees all positions; null for none."""
     layernorm_epsilon: Annotated[float, Range(1e-12, 1)] = 1e-6
     """Epsilon of every RMSNorm."""
     max_sequence_length: Annotated[int, Range(2, 2**24)] = 64

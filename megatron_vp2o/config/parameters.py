@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from megatron_vp2o.config.schema import ModelConfig, ParallelConfig, SoftmaxType
 
 
+def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of Megatron's embedding: the smallest multiple of 64 (of 8 * tensor_parallel, if that is more) that holds all ids.
+
+    The same for every tensor_parallel up to 8, so that these layouts share initial weights and checkpoints.
+    """
+    unit = max(64, 8 * tensor_parallel)
+    return -(-vocab_size // unit) * unit
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of the whole model by kind. Every layer is a MoE layer."""
@@ -52,7 +61,7 @@ class RankCount:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
-    """Of the whole model.
+    """Parameters of the whole model.
 
     Args:
         vocab_size: rows of the embedding, padding included.

@@ -48,7 +48,7 @@ class RowsTaskConfig(TaskConfig):
     name: str = "rows"
     """Which task."""
     seed: Annotated[int, SEED] = 0
-    """Of which rows are held out, and of the order of training."""
+    """Seed that decides which rows are held out, and the order of training."""
     train_size: Annotated[int, Range(1, 10**12)] = 10**12
     """Training rows of each file that are used at most."""
     validation_size: Annotated[int, Range(1, 10**6)] = 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_vp2o import atomic
 from megatron_vp2o.config.compose import to_config
 from megatron_vp2o.config.explain import explain
 from megatron_vp2o.config.register import GROUPS
@@ -51,24 +51,9 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, run_dir: str | Path) -> Path:
-    """Write `config.yaml` (`versions` and `config`) into `run_dir` atomically and return its path. One rank calls this.
-
-    A reader, or a run killed meanwhile, sees the old file or the new one, never a part.
-    """
-    path = Path(run_dir) / CONFIG_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{CONFIG_FILE}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yaml.safe_dump(
-                {"versions": versions(), "config": as_plain(config)}, file, sort_keys=False, allow_unicode=True
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write `config.yaml` (`versions` and `config`) into `run_dir` atomically and return its path. One rank calls this."""
+    content = {"versions": versions(), "config": as_plain(config)}
+    return atomic.write_text(Path(run_dir) / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _drop_other_tasks(section: dict[str, Any], task: type) -> None:

@@ -104,18 +104,6 @@ def prototype_overlap(prototypes_LED: Tensor) -> Overlap:
     return Overlap(square_LEE.sum((-1, -2)) / max(experts * (experts - 1), 1), square_LEE.amax((-1, -2)), entropy.exp())
 
 
-def prototype_residual(image_LED: Tensor, prototypes_LED: Tensor) -> Tensor:
-    """How far v is from an eigenvector of M: |M v - (v.M v) v| / (v.M v), [...]; 0 where M v is zero.
-
-    Args:
-        image_LED: M v.
-        prototypes_LED: v, unit vectors.
-    """
-    rayleigh_LE = (prototypes_LED * image_LED).sum(-1)
-    rest_LE = (image_LED - rayleigh_LE[..., None] * prototypes_LED).norm(dim=-1)
-    return rest_LE / rayleigh_LE.clamp(min=torch.finfo(rest_LE.dtype).tiny)
-
-
 def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Squared cosines of the outputs of each token's experts: (sum over unordered pairs, number of pairs).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -29,11 +29,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if n - correct < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
-
-
-def distinct(right_answers: Iterable[Hashable]) -> int:
-    """Number of different right answers, from the canonical form of every right sample."""
-    return len(set(right_answers))
 
 
 def coverage(distinct_right: int, n_solutions: int) -> float:

@@ -33,7 +33,7 @@ LITERATURE: dict[MismatchCorrection, tuple[float, float]] = {
 
 _DECADES, _PER_DECADE, _LOWEST = 12, 40, 1e-10
 BINS = _DECADES * _PER_DECADE + 2
-"""Of the histogram of absolute differences: equal ones in their logarithm from 1e-10 to 100 nats, and one beyond each end."""
+"""Bins of the histogram of absolute differences: equal ones in their logarithm from 1e-10 to 100 nats, and one beyond each end."""
 
 
 @dataclass(frozen=True)

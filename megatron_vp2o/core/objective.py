@@ -65,7 +65,7 @@ class RatioObjective:
     kl_coef: float
     entropy_coef: float
     kl_estimator: KLEstimator = KLEstimator.k3
-    """Of a KL that is part of the loss; one that is part of the reward has `kl_coef` 0 here."""
+    """Estimator of a KL that is part of the loss; one that is part of the reward has `kl_coef` 0 here."""
 
     def surrogate(self, log_ratio_NS: Tensor, advantages_NS: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """What is maximised, of each token, and where that has no gradient because of a clip.

@@ -4,12 +4,12 @@ A token's barycenter is the mean of its experts' prototypes, weighted by its gat
 
     z(x) = sum_{i in A(x)} g_i(x) v_i          D = mean over contexts x and layers of | z(x) - z_anchor(x) |_2
 
-Signs. A prototype is a singular vector and has no sign, yet | z - z_anchor | depends on the signs: with
-u_i = g_i v_i - g_anchor_i v_anchor_i it is | sum_i u_i |, and flipping expert i in both, which turns u_i around, leaves it
-alone for all experts at once, or where u_i is orthogonal to the sum of the others; not otherwise. (Two experts with the same
-direction, gates moving from one to the other: D = 0 if their signs agree, twice the gate's change if not.) `oriented`
-therefore makes signs part of D's definition: an anchor prototype's largest component is positive, and a learner's prototype
-points to the anchor's side. D is then a function of lines: no flip of any prototype, in one or both, changes it.
+Signs. A prototype is a singular vector and has no sign, yet | z - z_anchor | depends on the signs. With
+u_i = g_i v_i - g_anchor_i v_anchor_i it is | sum_i u_i |, and flipping the sign of expert i in both sets turns u_i into -u_i.
+That changes the norm, unless all experts are flipped or u_i is orthogonal to the sum of the others. (Two experts with the same
+direction, gates moving from one to the other: D = 0 if their signs agree, twice the gate's change if not.) D must not depend
+on that choice. `oriented` therefore makes signs part of D's definition: an anchor prototype's largest component is positive,
+and a learner's prototype points to the anchor's side. Then no flip of any prototype, in one set or in both, changes D.
 
 Shape legend: `...` any leading dimensions (layers), T contexts, E experts, K experts of a context, D hidden size.
 """
@@ -18,27 +18,10 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-def dense_gates(gates_TK: Tensor, indices_TK: Tensor, experts: int) -> Tensor:
-    """Top-k gates as a row over all experts that adds up to 1: [..., T, E] in float32 at least.
-
-    Args:
-        gates_TK: gates >= 0 of the selected experts, on any common scale; 0 in a slot that holds none.
-        indices_TK: which experts, int64 in 0..E-1, in empty slots too.
-        experts: E.
-
-    Returns:
-        Rows that add up to 1, or are zero where no slot holds an expert.
-    """
-    gates_TK = gates_TK.to(torch.promote_types(gates_TK.dtype, torch.float32))
-    gates_TE = gates_TK.new_zeros(*gates_TK.shape[:-1], experts).scatter_add_(-1, indices_TK, gates_TK)
-    return renormalised(gates_TE)
 
 
 def renormalised(gates_TE: Tensor) -> Tensor:
@@ -56,7 +39,7 @@ def barycenters(gates_TE: Tensor, prototypes_ED: Tensor) -> Tensor:
     """z(x) = sum_i g_i(x) v_i (VP2O section 3.3): [..., T, D].
 
     Args:
-        gates_TE: dense gates, see `dense_gates`.
+        gates_TE: dense gates, whose rows add up to 1.
         prototypes_ED: unit vectors.
 
     Example:
@@ -164,22 +147,6 @@ class Outcome(enum.Enum):
     reject = "reject"  # restore, keep the old state, refresh the actors
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of one attempt at a step."""
-
-    outcome: Outcome
-    distance: float
-    """D of this attempt."""
-    delta: float
-    """Its bound."""
-    attempt: int
-    """0 for the full step."""
-    scale: float
-    """Size of the step to apply next, relative to the full one: this attempt's if accepted, the next one's if the step is
-    to be tried again, 0 if it is rejected."""
-
-
 def verdict(
     distance: float,
     delta: float,
@@ -188,11 +155,9 @@ def verdict(
     max_backtracks: int,
     drift: float = 0.0,
     max_drift: float = math.inf,
-    shrink: float = 0.5,
     accept_all: bool = False,
-) -> Verdict:
-    """Accept iff D <= delta and the policy's drift <= max_drift, else try again with a step `shrink` times as large, at most
-    `max_backtracks` times.
+) -> Outcome:
+    """Accept iff D <= delta and the policy's drift <= max_drift, else try again with half the step, at most `max_backtracks` times.
 
     A distance or drift that is no number is never within the bound. Every rank that is given the same numbers says the same.
 
@@ -203,11 +168,10 @@ def verdict(
         max_drift: its bound, > 0; infinite where there is none, and then any drift is within it.
         attempt: how many attempts at this step came before.
         max_backtracks: how many smaller steps may be tried; 0 rejects at once.
-        shrink: in (0, 1).
         accept_all: observe only (`monitor`): the outcome is always accept.
 
     Raises:
-        ValueError: for a delta or max_drift that is not positive, an attempt outside 0..max_backtracks, or a shrink outside (0, 1).
+        ValueError: for a delta or max_drift that is not positive, or an attempt outside 0..max_backtracks.
     """
     if not delta > 0:
         raise ValueError(f"delta={delta}: no step can stay within it; choose a bound > 0")
@@ -215,14 +179,10 @@ def verdict(
         raise ValueError(f"attempt={attempt}: with max_backtracks={max_backtracks} it is 0 to {max_backtracks}")
     if not max_drift > 0:
         raise ValueError(f"max_drift={max_drift}: no step can stay within it; choose a bound > 0")
-    if not 0 < shrink < 1:
-        raise ValueError(f"shrink={shrink}: choose a factor between 0 and 1")
     within = distance <= delta and (drift <= max_drift or max_drift == math.inf)
     if accept_all or within:
-        return Verdict(Outcome.accept, distance, delta, attempt, shrink**attempt)
-    if attempt < max_backtracks:
-        return Verdict(Outcome.backtrack, distance, delta, attempt, shrink ** (attempt + 1))
-    return Verdict(Outcome.reject, distance, delta, attempt, 0.0)
+        return Outcome.accept
+    return Outcome.backtrack if attempt < max_backtracks else Outcome.reject
 
 
 def consecutive_rejections(before: int, outcome: Outcome) -> int:

@@ -46,9 +46,9 @@ class Response:
     """What tells two answers apart: the line's canonical answer, else its text without the white space around it."""
     right: bool
     logprobs: tuple[float, ...] | None = None
-    """Of each token under the learner that recomputed them."""
+    """Log-probability of each token under the learner that recomputed it."""
     rollout_logprobs: tuple[float, ...] | None = None
-    """Of each token under the engine that drew it."""
+    """Log-probability of each token under the engine that drew it."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ class Observation:
     # --- prototypes ---------------------------------------------------------------------------------------------------
 
     def _prototypes(self) -> tuple[Tensor, Tensor]:
-        """Of all layers, one layer's weights in float32 at a time: [L, E, D] and residuals [L, E]."""
+        """Prototypes [L, E, D] of all layers and their residuals [L, E], with one layer's weights in float32 at a time."""
         residuals = []
         for number, block in enumerate(self._blocks):
             weight_EDF = _output_projections(block)

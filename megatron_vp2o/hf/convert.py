@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf import distributed_files, tensor_files
 from megatron_vp2o.hf.distributed_files import Item, Region, StoredTensors
@@ -256,12 +257,6 @@ def to_hf(
         sums.clear()
         check_hf(plan, open_folder(workspace.folder).entries, str(workspace.folder))
     return begin.report(target, count, needed, run.resumed)
-
-
-def padded_vocab(vocab_size: int, tensor: int) -> int:
-    """Rows of Megatron's embedding: the smallest multiple of 64 (of 8 * `tensor`, if that is more) that holds them all."""
-    unit = max(64, 8 * tensor)
-    return math.ceil(vocab_size / unit) * unit
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Operation(Protocol):
     """A bijection between the tensors of a rule's parts and one Megatron tensor."""
 
     def shape(self, parts: Sequence[Shape]) -> Shape:
-        """Of the Megatron tensor. (Meta tensors would tell, at the price of the 200 modules that torch imports for them.)"""
+        """Shape of the Megatron tensor, computed by hand: meta tensors would make torch import 200 more modules."""
         ...
 
     def to_megatron(self, parts: Sequence[Tensor]) -> Tensor: ...
@@ -170,7 +170,7 @@ class Rule:
 
     @cached_property
     def shape(self) -> Shape:
-        """Of the Megatron tensor, without padding."""
+        """Shape of the Megatron tensor, without padding."""
         return self.operation.shape([part.shape for part in self.parts])
 
 
@@ -199,7 +199,7 @@ class Architecture:
     qk_norm_over_heads: bool = False
     """The norm of queries and keys is over all heads together."""
     latent_norm_epsilon: float | None = None
-    """Of the norms inside of latent attention, where that is not `layernorm_epsilon`; Megatron has no setting for it."""
+    """Epsilon of the norms inside latent attention, where that is not `layernorm_epsilon`; Megatron has no setting for it."""
     prediction_layers: int = 0
     """Layers for multi-token prediction that a file may have after the others."""
 

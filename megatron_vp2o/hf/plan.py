@@ -136,8 +136,7 @@ class Plan:
     aliases: dict[str, str]
 
     def nothings(self) -> list[str]:
-        """Names under which Megatron stores that a layer has no extra state: of the local and of
-        transformer-engine's spec."""
+        """Keys of the empty `_extra_state` entries that Megatron expects, for the local and for transformer-engine's spec."""
         found: dict[str, None] = {}
         for rule, layer, expert in self.architecture.instances():
             module = rule.megatron.removesuffix(".weight")
@@ -231,7 +230,7 @@ def make_plan(
 
 
 def _rows(rule: Rule, padded_vocab: int | None) -> int:
-    """Of the Megatron tensor, with padding."""
+    """Shape of the Megatron tensor, with padding."""
     return rule.shape[0] if not rule.vocabulary or padded_vocab is None else padded_vocab
 
 

@@ -115,7 +115,7 @@ def model_settings(start: Path) -> dict[str, Any]:
 
 
 def _every(windowed: list[int] | None) -> int | None:
-    """Every so manieth layer has no window, as a run says it: None where all have one, 1 where that is not the pattern."""
+    """One layer in this many has no window, as a run says it: None where all have one, 1 where that is not the pattern."""
     if windowed is None or all(windowed):
         return None
     every = windowed.index(0) + 1

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 
 from megatron_vp2o.config.export import is_hf
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint
 from megatron_vp2o.megatron.hf.load import load_hf
-from megatron_vp2o.megatron.model.build import padded_vocab_size
 from megatron_vp2o.parallel.groups import Groups, any_rank
 
 
@@ -31,7 +31,7 @@ class StoredModel:
         self.groups = groups
         self.valid_vocab = vocab_size
         self.model_vocab = config.model.vocab_size or vocab_size
-        self.padded_vocab = padded_vocab_size(self.model_vocab, config.parallel)
+        self.padded_vocab = padded_vocab(self.model_vocab, config.parallel.tensor_parallel)
         self.engine = MegatronEngine(config, cast(Any, self), eos_ids=eos_ids, pad_id=pad_id)
         self.model = self.engine.actor
 

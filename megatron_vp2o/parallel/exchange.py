@@ -48,9 +48,9 @@ class Members:
 
     group: dist.ProcessGroup
     expert_rank: Sequence[int]
-    """Of each rank of the group: its place in the expert-parallel group."""
+    """Place of each rank of the group in the expert-parallel group."""
     shard: Sequence[int]
-    """Of each rank of the group: which pieces it owns; all 0 where every rank owns whole rows."""
+    """Which pieces each rank of the group owns; all 0 where every rank owns whole rows."""
 
     @property
     def rank(self) -> int:

@@ -146,7 +146,7 @@ class Place:
 
 
 def gather_places(groups: Groups, group: dist.ProcessGroup) -> list[Place]:
-    """Of all ranks of a group, in its order. A collective over the group."""
+    """The places of all ranks of a group, in its order. A collective over the group."""
     own = Place(groups.rank, groups.ep.rank(), groups.etp.rank(), groups.expert_dp.rank())
     return gather_objects(own, group)
 

@@ -14,7 +14,7 @@ RECOMPUTED_ATTENTION = 2.5
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one training step of all ranks together."""
+    """Operations of one training step, all ranks together."""
 
     decoding: float
     scoring: float
@@ -46,26 +46,26 @@ def attention_flops(model: ModelConfig, queries: float, keys: float) -> float:
 
 
 def forward_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
-    """Of a pass over whole rows."""
+    """Operations of a forward pass over whole rows."""
     products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
     return products + rows * attention_flops(model, tokens, tokens)
 
 
 def training_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
-    """Of forward and backward, without recomputation."""
+    """Operations of forward and backward, without recomputation."""
     products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
     return 3.0 * products + (1.0 + RECOMPUTED_ATTENTION) * rows * attention_flops(model, tokens, tokens)
 
 
 def recomputing_flops(model: ModelConfig, rows: float, tokens: float) -> float:
-    """Of the second forward pass through the layers."""
+    """Operations of the second forward pass through the layers."""
     if not model.recompute:
         return 0.0
     return rows * (tokens * layers_flops(model) + attention_flops(model, tokens, tokens))
 
 
 def stein_flops(config: TrainConfig) -> float:
-    """Of one optimizer step: mixing, power iterations, the repulsion's derivative; every expert once."""
+    """Operations of the Stein transform in an optimizer step, every expert counted once."""
     model, stein = config.model, config.algorithm.stein
     if not stein.enabled:
         return 0.0
@@ -78,7 +78,7 @@ def stein_flops(config: TrainConfig) -> float:
 
 
 def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: int) -> Flops:
-    """Of a training step; `replicas` data-parallel ranks do `work` each."""
+    """Operations of a training step in which `replicas` data-parallel ranks do `work` each."""
     model, rows, tokens = config.model, work.rows * replicas, work.tokens
     decoded = work.decoded * replicas
     once = rows / max(1, getattr(config.algorithm, "epochs", 1))
@@ -93,7 +93,7 @@ def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: i
 
 
 def mfu_flops(flops: Flops) -> float:
-    """Of the passes whose speed `Assumptions.mfu` speaks of."""
+    """Operations of the passes whose speed `Assumptions.mfu` speaks of."""
     return flops.training + flops.recomputing + flops.scoring
 
 

@@ -46,7 +46,7 @@ class Plan:
     times: dict[str, float]
     """Seconds of a training step, by part."""
     sync_seconds: float
-    """Of one weight synchronisation."""
+    """Seconds of one weight synchronisation."""
     assumed: Assumptions
     knobs: list[str]
 

@@ -32,7 +32,7 @@ class Memory:
 
 
 def element_bytes(config: TrainConfig) -> int:
-    """Of a weight and an activation."""
+    """Bytes of a weight and of an activation."""
     return 2 if config.model.precision is Precision.bf16 else 4
 
 
@@ -63,7 +63,7 @@ def static_memory(config: TrainConfig, gpus: int, vocab_size: int) -> dict[str, 
 
 
 def memory(config: TrainConfig, gpus: int, vocab_size: int, work: Workload, assumed: Assumptions) -> Memory:
-    """Of a recipe that `validate` accepts on so many processes.
+    """Memory of each GPU under a recipe that `validate` accepts on so many processes.
 
     Args:
         vocab_size: rows of the embedding, padding included.

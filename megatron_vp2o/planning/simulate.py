@@ -40,7 +40,7 @@ class SteinPlan:
     ranks: tuple[int, ...]
     rounds: int
     columns: int
-    """Of an expert, in all layers of the stage."""
+    """An expert's parameters in all layers of the stage."""
     workspace_bytes: int
     bytes_sent: int
     """To other ranks, both ways."""

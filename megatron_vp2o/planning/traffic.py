@@ -31,7 +31,7 @@ class Stream:
 
 
 def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> dict[str, Stream]:
-    """Of a recipe that `validate` accepts on so many processes; what is 0 is left out."""
+    """Bytes sent in a step, by kind, for a recipe that `validate` accepts on so many processes. Kinds without any are left out."""
     model, parallel = config.model, config.parallel
     element = element_bytes(config)
     tensor, stages = parallel.tensor_parallel, parallel.pipeline_parallel
@@ -101,7 +101,7 @@ class SteinTraffic:
 
 
 def stein_traffic(config: TrainConfig, gpus: int) -> SteinTraffic | None:
-    """Of the expert exchange (`parallel/exchange.py`); None where gradients are not mixed."""
+    """Traffic of the expert exchange (`parallel/exchange.py`); None where gradients are not mixed."""
     parallel, stein = config.parallel, config.algorithm.stein
     if not (stein.enabled and stein.attraction):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import (
     DataSource,
     GRPOConfig,
@@ -20,7 +21,7 @@ CHARACTERS = 104
 
 @dataclass(frozen=True)
 class Workload:
-    """Of one data-parallel rank and one training step (for RL, a rollout batch).
+    """The work of one data-parallel rank in one training step (for RL, a rollout batch).
 
     Attributes:
         rows: sequences trained on.
@@ -48,7 +49,7 @@ class Workload:
 
 
 def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
-    """Of a recipe that `validate` accepts on so many processes."""
+    """The work under a recipe that `validate` accepts on so many processes."""
     algorithm, ranks = config.algorithm, data_parallel_size(config, gpus)
     multiple = config.parallel.tensor_parallel
     limit = config.rollout.sampling.max_new_tokens + int(assumed.prompt_tokens)
@@ -90,9 +91,9 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
 
 
 def padded_vocabulary(config: TrainConfig, tokenizer_size: int | None = None) -> int:
-    """Rows of the embedding: `megatron.model.padded_vocab_size` of the model's ids, without importing it."""
+    """Rows of the embedding under a recipe."""
     size = config.model.vocab_size or tokenizer_size or CHARACTERS
-    return _round(size, max(64, 8 * config.parallel.tensor_parallel))
+    return padded_vocab(size, config.parallel.tensor_parallel)
 
 
 def _round(value: int, multiple: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_vp2o import atomic
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.report import charts as specs
 from megatron_vp2o.report import page
@@ -43,7 +43,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
         ConfigError: if no run is given, or one twice.
     """
     runs = load_runs(_distinct(run_dirs))
-    return _write(report(runs), _target(run_dirs, out))
+    return atomic.write_text(_target(run_dirs, out), report(runs))
 
 
 def report(runs: Sequence[Run]) -> str:
@@ -90,17 +90,6 @@ def _target(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
     return Path(run_dirs[-1]) / ("report.html" if len(run_dirs) == 1 else "comparison.html")
-
-
-def _write(text: str, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def _tiles(runs: Sequence[Run], palette: Palette) -> str:

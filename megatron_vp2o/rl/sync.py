@@ -1,4 +1,4 @@
-"""Handing the learner's weights to the actors is believed only when the engine says back what it holds."""
+"""After a refresh: does the engine report the learner's version and checksum?"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Harness(Protocol):
         ...
 
     def log_probs(self, model: int, tokens: Sequence[int], temperature: float) -> list[float]:
-        """Of all tokens but the first, by a reference that shares no code with the engine, or as little as can be."""
+        """Log-probabilities of all tokens but the first, by a reference that shares as little code with the engine as can be."""
         ...
 
 

@@ -70,7 +70,7 @@ class Engine(Protocol):
     """Generates with its own copy of the weights."""
 
     version: int
-    """Of the weights that the engine holds; -1 before the first update and after one that failed."""
+    """Version of the weights that the engine holds; -1 before the first update and after one that failed."""
 
     def update_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int, probe: Probe | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vp2o import atomic
 from megatron_vp2o.core.evaluation import pass_at_k
 from megatron_vp2o.study.runner import DONE
 from megatron_vp2o.study.spec import WARM_UP, Job
@@ -57,7 +58,7 @@ class Result:
         )
 
     def ceiling(self, draws: int) -> float | None:
-        """Of a warm-up: distinct answers expected if so many draws were all right; mean over the problems that it solved."""
+        """A warm-up's ceiling: distinct answers expected if so many draws were all right; mean over the problems that it solved."""
         expected = [
             expected_distinct(list(line["answers"].values()), draws) for line in self.problems if line["answers"]
         ]
@@ -105,10 +106,8 @@ def write_table(results: Sequence[Result], path: Path) -> None:
                 ),
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_text(path, text.getvalue())

@@ -24,6 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
+from megatron_vp2o import atomic
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.study.spec import Job
 
@@ -205,10 +206,8 @@ def _die_with_parent() -> None:
 
 
 def _mark(job: Job, seconds: float) -> None:
-    path = Path(job.folder) / DONE
-    temporary = path.with_name(f".{DONE}.{os.getpid()}")
-    temporary.write_text(json.dumps({"arguments": list(job.arguments), "seconds": seconds, **provenance()}, indent=1))
-    temporary.replace(path)
+    done = {"arguments": list(job.arguments), "seconds": seconds, **provenance()}
+    atomic.write_text(Path(job.folder) / DONE, json.dumps(done, indent=1))
 
 
 def provenance() -> dict[str, Any]:

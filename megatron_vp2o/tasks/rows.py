@@ -181,7 +181,7 @@ class RowsTask:
             logger.warning("%s; they are left out", message)
 
     def _dropped(self, indexes: Sequence[Index]) -> list[np.ndarray]:
-        """Of each file, the numbers of rows that are left out: too long, refused by the chat template, or repeated."""
+        """Numbers of the rows that are left out, by file: too long, refused by the chat template, or repeated."""
         dropped = [np.concatenate([self._refused(index), self._too_long(index)]) for index in indexes]
         again = repeated(indexes)
         count = sum(map(len, again))

@@ -202,7 +202,7 @@ class Console:
 
 
 ENDS = (("moe/router_entropy", "router entropy (nats)"), ("stein/prototype_overlap", "prototype overlap"))
-"""Of training steps: shown as first and last."""
+"""Metrics of training steps that are shown as first and last."""
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vp2o import atomic
 from megatron_vp2o.config.schema import LoggingConfig
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,7 @@ class RunSamples:
         if not self.interval or not self.path.is_file():
             return
         kept = [line for line in read_samples(self.path) if line["step"] <= step]
-        temporary = self.path.with_name(f".{SAMPLES_FILE}")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        temporary.replace(self.path)
+        atomic.write_text(self.path, "".join(map(_line, kept)))
 
     def due(self, step: int) -> bool:
         """Whether samples of this step (counted from 1) are wanted: of the first one, and of every `sample_interval`th."""

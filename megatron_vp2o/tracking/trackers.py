@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from megatron_vp2o import atomic
 from megatron_vp2o.config.schema import LoggingConfig, WandbMode
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.tracking.nemo import ExpManager
@@ -152,9 +153,7 @@ def make_trackers(
 def _stable_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
-        temporary = path.with_name(f".{WANDB_ID_FILE}.{os.getpid()}")
-        temporary.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        temporary.replace(path)
+        atomic.write_text(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -213,7 +213,7 @@ def unsound(config: TrainConfig, overrides: list[str]) -> list[str]:
                     found.append(f"{override}: not finite")
                 if abs(number) > 1.0001e12 or 0 < abs(number) < 1e-20:
                     found.append(f"{override}: absurd")
-                if number < 0 and name != "model.glu_linear_offset":
+                if number < 0 and name != "model.glu_linear_offset" and not name.startswith("reward.weights."):
                     found.append(f"{override}: negative")
                 if text.startswith(("'", '"')):
                     found.append(f"{override}: a quoted text became a number")

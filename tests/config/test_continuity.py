@@ -27,7 +27,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def other_value(value: Any) -> Any:
-    """Of the same kind, and not the same."""
+    """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

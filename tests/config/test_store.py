@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 import yaml
 
-from megatron_vp2o.config import store
+from megatron_vp2o import atomic
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.store import load_config, save_config
 from megatron_vp2o.errors import ConfigError
@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full_disk)
+    monkeypatch.setattr(atomic.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_config(compose("train", ["name=new"]), tmp_path)
     assert path.read_bytes() == before

@@ -20,7 +20,6 @@ from megatron_vp2o.core.diagnostics import (
     load_violation,
     output_overlap,
     prototype_overlap,
-    prototype_residual,
     repulsion_ratio,
     router_entropy,
     self_weight,
@@ -124,23 +123,6 @@ def test_output_overlap_is_that_of_a_loop(K: int) -> None:
     assert got.item() == pytest.approx(total) and count == pairs
     scaled, _ = output_overlap(outputs_TKD * 37.0, present_TK)
     assert scaled.item() == pytest.approx(total)
-
-
-def test_prototype_residual() -> None:
-    matrix = normal(6, 6)
-    matrix = matrix @ matrix.t()
-    values, vectors = torch.linalg.eigh(matrix)
-    at_an_eigenvector = prototype_residual(matrix @ vectors[:, -1], vectors[:, -1])
-    assert at_an_eigenvector.item() == pytest.approx(0, abs=1e-12)
-    between = (vectors[:, 0] + vectors[:, -1]) / math.sqrt(
-        2
-    )  # Rayleigh quotient: the mean; residual: half the difference
-    low, high = values[0].item(), values[-1].item()
-    assert prototype_residual(matrix @ between, between).item() == pytest.approx((high - low) / (high + low))
-    several = prototype_residual(
-        torch.stack([matrix @ between, torch.zeros(6)])[None], torch.stack([between] * 2)[None]
-    )
-    assert several.shape == (1, 2) and several[0, 1] == 0
 
 
 def test_coactivation_sparsity() -> None:

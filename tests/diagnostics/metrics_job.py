@@ -17,8 +17,8 @@ from megatron.core.distributed import (  # noqa: E402
     finalize_model_grads,
 )
 
+from megatron_vp2o.config.parameters import padded_vocab  # noqa: E402
 from megatron_vp2o.config.schema import ParallelConfig, SteinConfig  # noqa: E402
-from megatron_vp2o.hf.convert import padded_vocab  # noqa: E402
 from megatron_vp2o.hf.families import architecture  # noqa: E402
 from megatron_vp2o.hf.tensor_files import config_of  # noqa: E402
 from megatron_vp2o.megatron.hf import load as hf_load  # noqa: E402

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import ParallelConfig
 from megatron_vp2o.errors import UserError
-from megatron_vp2o.hf.convert import padded_vocab, to_megatron
+from megatron_vp2o.hf.convert import to_megatron
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.families.fields import ALIASES, FIELDS
 from megatron_vp2o.megatron.platform.cpu import enable_cpu

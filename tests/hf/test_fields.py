@@ -58,7 +58,7 @@ def test_the_other_names_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("family", FIELDS)
 def test_resolved_values_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    """Of random files: all fields, and the rotary parameters from wherever they stand."""
+    """Fields of random files: all fields, and the rotary parameters from wherever they stand."""
     rng = random.Random(f"resolve {family}")
     compared = scaled = 0
     transformers.logging.set_verbosity_error()

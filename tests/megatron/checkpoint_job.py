@@ -85,7 +85,7 @@ class Learner:
             assert not self.policy.optimizer_step(1).skipped
 
     def log_probs(self) -> Tensor:
-        """Of a fixed batch, the same on every rank."""
+        """Log-probabilities of a fixed batch, the same on every rank."""
         return self.policy.log_probs(policy_batch(fixed_batch(), torch.zeros(4), torch.ones(4).bool(), 1.0), 4)
 
     def snapshot(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def loaded(path: str, layout: dict[str, Any]) -> list[Any]:
 
 
 def identities(path: str, layouts: list[dict[str, Any]]) -> list[str]:
-    """Of a checkpoint's weights, as each layout has them."""
+    """Identity of a checkpoint's weights, as each layout computes it."""
     torch.set_num_threads(1)
     found = []
     for layout in layouts:

@@ -11,9 +11,9 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
+from megatron_vp2o.config.parameters import padded_vocab  # noqa: E402
 from megatron_vp2o.config.schema import ParallelConfig  # noqa: E402
 from megatron_vp2o.errors import CheckpointError, ConfigError  # noqa: E402
-from megatron_vp2o.hf.convert import padded_vocab  # noqa: E402
 from megatron_vp2o.hf.families import architecture  # noqa: E402
 from megatron_vp2o.hf.output import CARRIED  # noqa: E402
 from megatron_vp2o.hf.tensor_files import config_of, open_folder  # noqa: E402

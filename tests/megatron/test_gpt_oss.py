@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vp2o.config.compose import compose
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import ParallelConfig, TrainConfig
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.settings import run_settings
@@ -19,7 +20,6 @@ enable_cpu()
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.hf import model as hf_model  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
-from megatron_vp2o.megatron.model import build as model  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.parallel.groups import Groups  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
@@ -116,5 +116,5 @@ def test_decoding_agrees_with_scoring(policy: MegatronPolicy) -> None:
 def test_layers_alternate_between_window_and_all(policy: MegatronPolicy) -> None:
     layers = [layer.self_attention.core_attention.scale_mask_softmax for layer in policy.model.decoder.layers]
     assert [softmax.window_size for softmax in layers] == [(4, 0), None, (4, 0), None]
-    assert model.padded_vocab_size(64, ParallelConfig()) == policy.padded_vocab == 64
+    assert padded_vocab(64, 1) == policy.padded_vocab == 64
     assert policy.model_vocab == 64 and policy.valid_vocab == 50

@@ -42,7 +42,7 @@ def stein(overrides: list[str]) -> dict[str, Any]:
 
 
 def losses(overrides: list[str], steps: int) -> list[float]:
-    """Of some steps with a large learning rate, each rank having its own data."""
+    """Losses of some steps with a large learning rate, each rank having its own data."""
     config = compose("train", [*overrides, "optimizer.lr=0.01", "model.num_layers=2"])
     groups = world.start(config.parallel, 0)
     try:

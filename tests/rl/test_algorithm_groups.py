@@ -19,7 +19,7 @@ ANSWERS = ["a", "a", "b", None, None, None, None, None]
 
 
 def gradient(settings: GRPOConfig) -> torch.Tensor:
-    """Of the objective at the tokens of one group of eight rollouts, by hand from the trainer's parts."""
+    """Gradient of the objective at the tokens of one group of eight rollouts, by hand from the trainer's parts."""
     generator = torch.Generator().manual_seed(0)
     logprobs_NS = -torch.rand(8, 6, generator=generator) - 0.1
     lengths_N = torch.tensor([6, 5, 6, 4, 6, 3, 6, 6])

@@ -73,7 +73,7 @@ def smallest_keys(indexes: Sequence[Index], seed: int, count: int, dropped: Sequ
 
 
 def rows_with(indexes: Sequence[Index], seed: int, wanted: np.ndarray) -> list[np.ndarray]:
-    """Of each file, the numbers of its rows whose (seeded) keys are among the `wanted` ones."""
+    """Numbers of the rows, by file, whose (seeded) keys are among the `wanted` ones."""
     found: list[list[np.ndarray]] = [[] for _ in indexes]
     for file, first, keys in _keys(indexes):
         found[file].append(first + np.flatnonzero(np.isin(seeded(keys, seed), wanted)))
@@ -81,7 +81,7 @@ def rows_with(indexes: Sequence[Index], seed: int, wanted: np.ndarray) -> list[n
 
 
 def repeated(indexes: Sequence[Index]) -> list[np.ndarray]:
-    """Of each file, the numbers of its rows whose prompt has come before, in it or in a file before it."""
+    """Numbers of the rows, by file, whose prompt has come before, in that file or an earlier one."""
     keys = np.concatenate([np.asarray(index.entries["key"]) for index in indexes])
     order = np.argsort(keys, kind="stable")
     again = np.sort(order[1:][keys[order][1:] == keys[order][:-1]])

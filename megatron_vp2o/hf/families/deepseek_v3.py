@@ -14,7 +14,7 @@ from megatron_vp2o.hf.families.fields import at_least, check, require
 from megatron_vp2o.hf.mapping import Architecture, Layers, Rule
 
 LATENT_EPSILON = 1e-6
-"""Of the norms of the latents of queries, keys and values: transformers and DeepSeek's own code fix it, whatever
+"""Epsilon of the norms of the latents of queries, keys and values: transformers and DeepSeek's own code fix it, whatever
 `rms_norm_eps` is."""
 
 

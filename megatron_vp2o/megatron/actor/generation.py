@@ -134,7 +134,7 @@ class MegatronEngine:
         self._closed = True
 
     def checksum(self) -> int:
-        """Of the weights that this rank's actor holds (`MegatronPolicy.checksum` of those it should)."""
+        """A number that tells the weights of this rank's actor; `MegatronPolicy.checksum` of the same weights is equal."""
         return weights_checksum(self._tensors())
 
     @contextmanager

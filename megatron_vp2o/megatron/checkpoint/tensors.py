@@ -76,7 +76,7 @@ def write_tensors(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's, with errors that come when it can bear them."""
+    """Reports write errors at flush(); raised inside torch.save they corrupt memory (`_Stream`)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
 from megatron_vp2o.core.calibration import Calibration
-from megatron_vp2o.core.trust_region import Outcome, Verdict, consecutive_rejections, deviation, renormalised, verdict
+from megatron_vp2o.core.trust_region import Outcome, consecutive_rejections, deviation, renormalised, verdict
 from megatron_vp2o.errors import ControlError
 from megatron_vp2o.megatron.control.contexts import ContextSampler
 from megatron_vp2o.megatron.control.snapshot import Snapshot
@@ -167,15 +167,15 @@ class TrustRegion:
         delta = (
             self.delta
         )  # one bound for all attempts at this step; what is learnt from it counts from the next one on
-        decision = self._judge(metrics, 0)
-        while before is not None and decision.outcome is Outcome.backtrack:
+        outcome = self._judge(metrics, 0)
+        while before is not None and outcome is Outcome.backtrack:
             halvings += 1
             before.halve()
             self._saved[0].halve()
             self.prototypes.restore_state(present)
             metrics = self._look()
-            decision = self._judge(metrics, halvings)
-        rejected = decision.outcome is Outcome.reject
+            outcome = self._judge(metrics, halvings)
+        rejected = outcome is Outcome.reject
         if before is not None and rejected:
             before.restore()
             self._restore()
@@ -208,7 +208,7 @@ class TrustRegion:
         metrics = self._measure()
         return metrics if self.drift is None else metrics | {DRIFT: self.drift.measure()}
 
-    def _judge(self, metrics: dict[str, float], attempt: int) -> Verdict:
+    def _judge(self, metrics: dict[str, float], attempt: int) -> Outcome:
         settings = self.settings
         most = settings.max_policy_drift
         return verdict(

@@ -156,7 +156,7 @@ def _ways(item: _Wanted, groups: Groups) -> int:
 
 
 def _shard_shape(item: _Wanted, groups: Groups, tensor: Tensor) -> tuple[int, ...]:
-    """Of this rank's part: whole where the layer spec does not split it."""
+    """Shape of this rank's part: whole where the layer spec does not split it."""
     if item.rule.split is None or tuple(tensor.shape) == item.shape:
         return item.shape
     shape = list(item.shape)

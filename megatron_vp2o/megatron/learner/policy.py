@@ -14,10 +14,11 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
 from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
 from megatron_vp2o.megatron.learner.step_state import StepState
-from megatron_vp2o.megatron.model.build import DTYPES, build_model, padded_vocab_size, weight_tensors
+from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import Specialization, moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
@@ -53,7 +54,7 @@ class MegatronPolicy:
         self.valid_vocab = vocab_size
         self.model_vocab = config.model.vocab_size or vocab_size
         """Ids that a checkpoint of the model speaks of; those beyond `valid_vocab` have probability zero."""
-        self.padded_vocab = padded_vocab_size(self.model_vocab, config.parallel)
+        self.padded_vocab = padded_vocab(self.model_vocab, config.parallel.tensor_parallel)
         self.model: GPTModel = build_model(
             config.model, config.parallel, groups, vocab_size=self.padded_vocab, seed=config.seed
         )

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from megatron_vp2o.megatron.model.output_layer import output_layer_of
+from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups, max_scalars
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
@@ -89,7 +89,7 @@ def run_schedule(
         width = batch.tokens_NS.shape[1]
         position_S = torch.arange(width, device=groups.device)
         padding_NS = position_S >= batch.length_N[:, None]
-        if not groups.is_first_stage and model_config(model).sequence_parallel:
+        if not groups.is_first_stage and unwrapped(model).config.sequence_parallel:
             # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
             padding_NS = scatter_to_sequence_parallel_region(padding_NS.t().contiguous()).t().contiguous()
         if before_forward is not None:
@@ -133,13 +133,6 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
-
-
-def model_config(model: Any) -> Any:
-    """The TransformerConfig under any wrappers."""
-    while not hasattr(model, "decoder"):
-        model = model.module
-    return model.config
 
 
 @torch.no_grad()

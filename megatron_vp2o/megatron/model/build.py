@@ -140,15 +140,6 @@ def build_model(
     return gpt
 
 
-def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
-    """Smallest multiple of 64 (of 8 * tensor_parallel, if that is more) that holds the tokenizer's ids.
-
-    The same for every tensor_parallel up to 8, so that these layouts share initial weights and checkpoints.
-    """
-    unit = max(64, 8 * parallel.tensor_parallel)
-    return math.ceil(vocab_size / unit) * unit
-
-
 @torch.no_grad()
 def initialise(gpt: GPTModel, model: ModelConfig, groups: Groups, seed: int) -> None:
     """Normal weights (output projections scaled by 1/sqrt(2 layers), as Megatron does), unit norms, no biases and sinks.

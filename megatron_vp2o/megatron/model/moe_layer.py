@@ -59,8 +59,8 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """See the base class."""
         combined = super().combine_postprocess(permutated_local_input_tokens)
-        # They hold the step's graph, that holds the module by its hooks, and no collector sees a cycle through autograd: a
-        # model that is dropped would stay in memory, with its process groups and their threads.
+        # self.probs keeps the autograd graph alive, and the graph keeps this module alive. Python cannot collect such a cycle:
+        # a model that is dropped would stay in memory, with its process groups and their threads.
         self.probs: Tensor | None = None
         return combined
 

@@ -73,9 +73,14 @@ def own_output_layer(gpt: GPTModel, chunk_mib: float) -> None:
         layer.most_logits = int(chunk_mib * 2**20) // 4
 
 
-def output_layer_of(model: Any) -> OutputLayer | None:
-    """The `OutputLayer` under any wrappers; None on other pipeline stages and for other layers."""
+def unwrapped(model: Any) -> Any:
+    """The GPTModel under any wrappers (DistributedDataParallel, Float16Module)."""
     while not hasattr(model, "decoder"):
         model = model.module
-    layer = getattr(model, "output_layer", None)
+    return model
+
+
+def output_layer_of(model: Any) -> OutputLayer | None:
+    """The `OutputLayer` under any wrappers; None on other pipeline stages and for other layers."""
+    layer = getattr(unwrapped(model), "output_layer", None)
     return layer if isinstance(layer, OutputLayer) else None

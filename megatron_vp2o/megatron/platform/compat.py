@@ -177,12 +177,6 @@ def quieten() -> None:
 # --- specs and parameters ---------------------------------------------------------------------------------------------
 
 
-def moe_submodules(layer_spec: Any) -> Any:
-    """The MoESubmodules of a layer spec: its `mlp` is a ModuleSpec in 0.16.1 and a functools.partial in 0.19.2."""
-    mlp = layer_spec.submodules.mlp
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
-
-
 def replace_in_spec(spec: Any, replacements: dict[type, type]) -> Any:
     """A copy of a (nested) layer spec with other classes in it.
 
