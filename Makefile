@@ -48,7 +48,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm soak eval eval-data smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -120,6 +120,12 @@ launch: install-launch ## Launch a run: RECIPE=name [EXECUTOR=local|torchrun|slu
 test-slurm: install-launch ## Against a real Slurm: the one that answers here, else one is installed (root) and started, two emulated nodes
 	$(PY) -m pytest tests/launch/test_scripts.py # two of them need NeMo-Run, which `make test` does not install
 	bash tools/slurm_local.sh run $(PY) -m pytest -m slurm tests/slurm --durations=0 $(TESTARGS)
+
+vllm-env: ## Make .venv-vllm, the environment of vLLM servers for CPUs (Python 3.11; minutes, 3.5 GB)
+	@sh tools/vllm_env.sh .venv-vllm
+
+test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it
+	VP2O_VLLM_PYTHON=$(abspath .venv-vllm/bin/python) $(PY) -m pytest tests/rollout/test_vllm.py --durations=0 $(TESTARGS)
 
 soak: install-dev ## After `make run`: 40 faults, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
 	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \

@@ -20,10 +20,11 @@ from megatron_vp2o.megatron.hf import start as hf_start
 from megatron_vp2o.megatron.hf.weights import hf_tensors
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
-from megatron_vp2o.rl.interfaces import Tokenizer
+from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
 from megatron_vp2o.rollout.pool import Member, PoolSettings, ServerPool
 from megatron_vp2o.rollout.served import ServedEngine
+from megatron_vp2o.rollout.store import FOLDER, StoredEngine
 from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -32,8 +33,23 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 def rollout_engine(
     config: TrainConfig, policy: MegatronPolicy, snapshot: MegatronEngine, tokenizer: Tokenizer, groups: Groups
+) -> RolloutEngine:
+    """What the training loop generates with, and keeps what it generated where the settings say so. See `_engine`.
+
+    Raises also RolloutError: stored rollouts are damaged.
+    """
+    engine = _engine(config, policy, snapshot, tokenizer, groups)
+    rollout = config.rollout
+    if rollout.replay is not None:
+        return StoredEngine(engine, groups, replay=Path(rollout.replay))
+    kept = rollout.engine is not EngineKind.embedded if rollout.store is None else rollout.store
+    return StoredEngine(engine, groups, folder=Path(config.run_dir) / FOLDER) if kept else engine
+
+
+def _engine(
+    config: TrainConfig, policy: MegatronPolicy, snapshot: MegatronEngine, tokenizer: Tokenizer, groups: Groups
 ) -> MegatronEngine | ServedEngine:
-    """What the training loop generates with. Collective; servers are started at the first refresh.
+    """Who generates. Collective; servers are started at the first refresh.
 
     Raises:
         CheckpointError: no Hugging Face family has the model, so that servers cannot run it.

@@ -55,6 +55,7 @@ NOT_TRAINED_WITH = {
         ("rollout.engine", "rollout.launch", "rollout.urls"),
         "servers need vLLM, in an environment of its own; tests/rollout",
     ),
+    "rollout.replay": "takes the rollouts of another run; tests/rollout/test_store.py",
     **{
         f"rollout.server.{field.name}": "of servers; tests/rollout/test_vllm.py, test_pool.py"
         for field in dataclasses.fields(ServerConfig)
@@ -218,6 +219,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.stein.monitor=true",
             "rollout.max_batch_size=3",
             "rollout.refresh_interval=2",
+            "rollout.store=true",
             "rollout.sampling.temperature=0.9",
             "rollout.sampling.top_p=0.95",
         ],

@@ -72,6 +72,11 @@ class RolloutConfig:
     """Addresses (http://host:port) of vLLM servers that somebody else started, as docs/rollouts.md says."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Of servers."""
+    store: Optional[bool] = None
+    """Keep every batch in `rollouts` in the run folder before it is used, so that a run that was killed goes on without generating
+    it again; null: with servers only, because the embedded engine draws the same again."""
+    replay: Optional[str] = None
+    """Folder `rollouts` of a run whose batches are taken instead of generating any: the same updates again, for debugging."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling during training."""
     max_batch_size: Annotated[int, COUNT] = 1024

@@ -18,6 +18,11 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
     """One line for each combination that cannot work."""
     rollout = config.rollout
     named = [name for name, there in (("launch=true", rollout.launch), (f"urls={rollout.urls}", rollout.urls)) if there]
+    if rollout.replay is not None and (rollout.engine is EngineKind.vllm or rollout.store):
+        yield (
+            f"rollout.replay={rollout.replay} generates nothing, so that servers and rollout.store have nothing to do: choose "
+            "rollout=in_process and rollout.store=null"
+        )
     if rollout.engine is EngineKind.embedded:
         for setting in named:
             yield f"rollout.{setting} with rollout.engine=embedded: no server would be asked; choose rollout=vllm, or leave it out"
@@ -73,6 +78,8 @@ def _bad_url(url: str) -> str:
 def rollout_outside(config: TrainConfig) -> Iterator[str]:
     """What launching needs of this machine: an environment with vLLM, and free ports."""
     rollout = config.rollout
+    if rollout.replay is not None and not any(Path(rollout.replay).glob("rank*.bin")):
+        yield f"rollout.replay={rollout.replay} holds no rank*.bin: name the folder `rollouts` of a run that had rollout.store=true"
     if rollout.engine is not EngineKind.vllm or not rollout.launch:
         return
     if problem := _no_vllm(rollout.server.python):

@@ -1,0 +1,148 @@
+"""Rollouts on disk: torn and damaged files, a killed run that does not generate again, a replay that updates bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vp2o.errors import RolloutError
+from megatron_vp2o.rl.types import LoggedGates, Rollouts
+from megatron_vp2o.rollout.store import RolloutFile, file_of, to_arrays, to_rollouts
+from megatron_vp2o.tracking.record import read
+from tests.test_end_to_end import without_times
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def draw(seed: int, gates: bool = False) -> Rollouts:
+    generator = torch.Generator().manual_seed(seed)
+    prompt_len_N = torch.randint(1, 5, (6,), generator=generator)
+    total_len_N = prompt_len_N + torch.randint(1, 8, (6,), generator=generator)
+    logprobs_NS = -torch.rand(6, 12, generator=generator)
+    logged = LoggedGates(torch.rand(2, 6, 3, 4, generator=generator), torch.arange(6), 2) if gates else None
+    tokens_NS = torch.randint(0, 200_000, (6, 12), generator=generator)
+    finished_N = torch.rand(6, generator=generator) < 0.5
+    return Rollouts(tokens_NS, prompt_len_N, total_len_N, logprobs_NS, 2 * logprobs_NS, finished_N, seed, logged)
+
+
+def equal(one: Rollouts, other: Rollouts) -> bool:
+    pairs = [(getattr(one, name), getattr(other, name)) for name in vars(one) if name.endswith(("_N", "_NS"))]
+    same = (
+        all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs) and one.weight_version == other.weight_version
+    )
+    if one.gates is None or other.gates is None:
+        return same and one.gates is other.gates
+    return (
+        same
+        and torch.equal(one.gates.gates_LMJE, other.gates.gates_LMJE)
+        and torch.equal(one.gates.row_N, other.gates.row_N)
+        and one.gates.stride == other.gates.stride
+    )
+
+
+def back(file: RolloutFile, key: str) -> Rollouts:
+    found = file.read(key)
+    assert found is not None
+    return to_rollouts(found, torch.device("cpu"))
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "rollouts", 3)
+    file = RolloutFile(path, writable=True)
+    for seed in range(4):
+        file.append([f"key{seed}", "again"], to_arrays(draw(seed, gates=seed % 2 == 1)))
+    for opened in (file, RolloutFile(path, writable=False)):
+        assert all(equal(back(opened, f"key{seed}"), draw(seed, gates=seed % 2 == 1)) for seed in range(4))
+        assert equal(back(opened, "again"), draw(3, gates=True)) and opened.read("other") is None
+
+
+def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
+    """Whatever byte the kill came at, whole frames before it stay and the next ones can be appended."""
+    path = tmp_path / "whole.bin"
+    file = RolloutFile(path, writable=True)
+    ends = [0]
+    for seed in range(3):
+        file.append([f"key{seed}"], to_arrays(draw(seed)))
+        ends.append(path.stat().st_size)
+    whole = path.read_bytes()
+    for cut in [*range(0, len(whole), 97), *(end + more for end in ends[1:-1] for more in (-1, 0, 1, 15, 16, 17))]:
+        torn = tmp_path / "torn.bin"
+        torn.write_bytes(whole[:cut])
+        kept = sum(end <= cut for end in ends[1:])
+        again = RolloutFile(torn, writable=True)
+        assert set(again.places) == {f"key{seed}" for seed in range(kept)}
+        again.append(["new"], to_arrays(draw(9)))
+        assert equal(back(RolloutFile(torn, writable=False), "new"), draw(9))
+
+
+def test_damage_in_the_middle_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    file = RolloutFile(path, writable=True)
+    for seed in range(2):
+        file.append([f"key{seed}"], to_arrays(draw(seed)))
+    body = bytearray(path.read_bytes())
+    body[100] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(RolloutError, match="damaged"):
+        RolloutFile(path, writable=True)
+    path.write_bytes(b"something else entirely, longer than a head")
+    with pytest.raises(RolloutError, match="no rollout begins at byte 0"):
+        RolloutFile(path, writable=True)
+
+
+RUN = [
+    *("--config-name", "train", "algorithm=vp2o", "model=micro", "task.train_size=60", "task.validation_size=4"),
+    *("evaluation.problems=4", "evaluation.samples=2", "evaluation.pass_at=[1]", "evaluation.interval=0"),
+    *("evaluation.final_split=false", "logging.tensorboard=false", "threads=1", "algorithm.prompts_per_step=4"),
+    *("algorithm.group_size=2", "algorithm.filter_uniform_groups=false", "algorithm.entropy_coef=0.1"),
+    *("rollout.sampling.max_new_tokens=8", "algorithm.budget.max_age=2", "algorithm.trust_region.delta=0.5"),
+    "checkpoint.interval=2",
+]
+
+
+def train(run_dir: Path, *more: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_vp2o.train", *RUN, f"run_dir={run_dir}", *more],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_a_replay_and_a_resumed_run_update_bit_for_bit(tmp_path: Path) -> None:
+    """Stored by one run; replayed by another; and taken by the same run when it goes back to its last checkpoint."""
+    stored = tmp_path / "stored"
+    train(stored, "algorithm.steps=3", "rollout.store=true", "checkpoint.save_at_end=false")
+    lines = without_times(stored)
+    assert len(read(stored)["step"]) == 4
+    frames = RolloutFile(file_of(stored / "rollouts", 0), writable=False).places
+    assert len(frames) == 6  # two keys a batch
+    replayed = tmp_path / "replayed"
+    train(replayed, "algorithm.steps=3", f"rollout.replay={stored}/rollouts", "checkpoint.save_at_end=false")
+    assert without_times(replayed) == lines
+    # What is trained on comes from the file: other log-probabilities there are found in the run.
+    changed = RolloutFile(file_of(tmp_path / "changed", 0), writable=True)
+    original = RolloutFile(file_of(stored / "rollouts", 0), writable=False)
+    for key in original.places:
+        arrays = dict(original.read(key) or {})
+        arrays["model_logprobs"] = arrays["model_logprobs"] - 0.01
+        del arrays["keys"]
+        changed.append([key], arrays)
+    other = tmp_path / "other"
+    train(other, "algorithm.steps=1", f"rollout.replay={tmp_path}/changed", "checkpoint.save_at_end=false")
+    found = [value for value in read(other)["policy/logprob_mismatch"] if value is not None]
+    assert float(found[0]) == pytest.approx(0.01, rel=1e-3)
+    # Its last checkpoint is of step 2; the third batch is there.
+    said = train(stored, "algorithm.steps=3", "rollout.store=true", "checkpoint.save_at_end=false", "resume=must")
+    assert "rollouts of version" in said and "are taken from" in said
+    assert without_times(stored)[-1] == lines[-1]
+    assert RolloutFile(file_of(stored / "rollouts", 0), writable=False).places == frames
