@@ -146,10 +146,12 @@ class FakePolicy:
         self.log.append("forward_backward")
         self.batches.append(batch)
         self.buffer += 1
-        logprobs_NS = torch.zeros(batch.tokens_NS.shape).requires_grad_()
-        loss, _ = objective(logprobs_NS, torch.zeros(batch.tokens_NS.shape), batch)
         tokens = float(batch.loss_mask_NS.sum())
-        return {"tokens": tokens, "loss": float(loss) / max(tokens, 1.0), **self.reports}
+        loss = 0.0
+        if tokens:
+            logprobs_NS = torch.zeros(batch.tokens_NS.shape).requires_grad_()
+            loss = objective(logprobs_NS, torch.zeros(batch.tokens_NS.shape), batch)[0].item() / tokens
+        return {"tokens": tokens, "loss": loss, **self.reports}
 
     def optimizer_step(self, tokens: int) -> StepStats:
         self.log.append("optimizer_step")
