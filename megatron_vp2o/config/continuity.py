@@ -32,6 +32,10 @@ _FREE = (
     "logging.",
     "checkpoint.",
     "parallel.",  # the checkpoint says under which layout it was saved
+    "rollout.server.",
+    "rollout.launch",
+    "rollout.urls",
+    "rollout.store",
     "model.implementation",
     "model.recompute",
     "model.logits_chunk_mib",

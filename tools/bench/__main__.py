@@ -15,6 +15,7 @@ BENCHMARKS = {
     "convert": "seconds a GB and memory of converting a checkpoint with the names of Qwen3-30B-A3B, both ways",
     "rows": "a start of task=rows over a thousand and a million rows: seconds, memory",
     "rewards": "answers a second: mathematics, bad answers among them, programs in the sandbox",
+    "rollouts": "tokens/s of the client of vLLM servers beside vLLM's own, and seconds of a sync (make vllm-env first)",
     "peers": "whole GRPO steps of TRL and ours in turn (make bench-peers)",
 }
 IN_ALL = ("startup", "step", "stein", "control")
