@@ -18,6 +18,7 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 enable_cpu()  # before anything else imports megatron.core; does nothing where there is CUDA
 
 from megatron_vp2o.config.continuity import changes  # noqa: E402
+from megatron_vp2o.config.names import CHECKPOINTS  # noqa: E402
 from megatron_vp2o.config.schema import (  # noqa: E402
     ControlMode,
     DataSource,
@@ -178,7 +179,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         engine.log_gates(LOGGED_PER_CONTEXT * updates * algorithm.trust_region.contexts_per_rank)
     folder = Path(config.run_dir)
     checkpointer = checkpoint.MegatronCheckpointer(
-        folder / "checkpoints",
+        folder / CHECKPOINTS,
         policy,
         engine,
         keep=config.checkpoint.keep,
@@ -331,7 +332,7 @@ def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPoli
 
 def _resume(run: Run, trainer: TrainingLoop) -> None:
     """Start, or take up the newest checkpoint. Nothing that an earlier run has written is touched before all fits."""
-    found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / "checkpoints")
+    found = None if run.config.resume is Resume.never else checkpoint.latest(Path(run.config.run_dir) / CHECKPOINTS)
     found = first_rank_says(found, run.groups.world)  # another machine's file system may not show it yet
     if found is None:
         run.sink.start()

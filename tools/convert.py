@@ -160,7 +160,8 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 def _checkpoint(path: Path, *, wanted: bool) -> tuple[Path, dict[str, Any] | None]:
     """The checkpoint that a path means and, for one of a run, the config.json of its model."""
-    from megatron_vp2o.config.store import CONFIG_FILE, load_config
+    from megatron_vp2o.config.names import CONFIG_FILE
+    from megatron_vp2o.config.store import load_config
     from megatron_vp2o.hf.distributed_files import METADATA
     from megatron_vp2o.hf.settings import hf_config
     from megatron_vp2o.megatron.checkpoint import folder as checkpoint_folder

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vp2o.config.names import CONFIG_FILE
 from megatron_vp2o.config.ranges import as_yaml
 from megatron_vp2o.config.schema import TrainConfig
-from megatron_vp2o.config.store import CONFIG_FILE, as_plain, load_config
+from megatron_vp2o.config.store import as_plain, load_config
 
 # Another model, task or algorithm is another run, whether or not it has a checkpoint yet.
 _ANOTHER_RUN = ("algorithm.name", "task.", "model.")

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vp2o.config.continuity import changes
+from megatron_vp2o.config.names import CHECKPOINTS, RECORD_FILE
 from megatron_vp2o.config.register import recipe_names
 from megatron_vp2o.config.schema import DataSource, Resume, SupervisedConfig, TrainConfig
 
-RECORD_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 LONGEST_COMPONENT = 255
 """Bytes of a file's or folder's name, on every common Linux file system."""
 

@@ -346,6 +346,11 @@ class SpecializationConfig:
     variance_coef: Annotated[float, COEFFICIENT] = 0.0
     """gamma, weight of the (negative) variance of the router's scores over tokens."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether there is any such loss."""
+        return self.orthogonality_coef > 0 or self.variance_coef > 0
+
 
 @dataclass
 class AlgorithmConfig:

@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_vp2o import atomic
 from megatron_vp2o.config.compose import to_config
 from megatron_vp2o.config.explain import explain
+from megatron_vp2o.config.names import CONFIG_FILE
 from megatron_vp2o.config.register import GROUPS
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.errors import ConfigError
 
-CONFIG_FILE = "config.yaml"
 #: Distributions whose versions decide what a run computes.
 DISTRIBUTIONS = (
     "megatron-vp2o",

@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.export import CARRIED, hf_source, is_hf
+from megatron_vp2o.config.names import CONFIG_FILE
 from megatron_vp2o.config.schema import ParallelConfig, Precision, TrainConfig
-from megatron_vp2o.config.store import CONFIG_FILE, load_config
+from megatron_vp2o.config.store import load_config
 from megatron_vp2o.config.validate import validate_layout
 from megatron_vp2o.errors import CheckpointError, ConfigError
 from megatron_vp2o.evaluation.model import Response, Sampling

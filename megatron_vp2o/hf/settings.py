@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vp2o.config.export import PLAIN, hf_source, plain, without_family
+from megatron_vp2o.config.names import CONFIG_FILE
 from megatron_vp2o.config.schema import ModelConfig, Precision
-from megatron_vp2o.config.store import CONFIG_FILE, load_config
+from megatron_vp2o.config.store import load_config
 from megatron_vp2o.errors import CheckpointError
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture

@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_vp2o import __version__
 from megatron_vp2o.errors import CheckpointError, ConfigError
-from megatron_vp2o.megatron.model.moe_layer import Specialization, VP2OMoELayer, moe_layers
+from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer, moe_layers
 from megatron_vp2o.megatron.platform.world import current_groups
 from megatron_vp2o.megatron.stein.install import Installed, install
 from megatron_vp2o.plugins.settings import PluginConfig
@@ -95,16 +95,8 @@ def plug_in(model: Any, optimizer: Any, config: PluginConfig, host: str) -> Plug
         scale = optimizer if optimizer is not None else _LossScale(get_model_config(chunks[0]))
         installed = install(chunks, scale, config.stein)
     if config.specialises:
-        losses = config.specialization
         for layer in layers:
-            layer.specialise(
-                Specialization(
-                    losses.orthogonality_coef,
-                    losses.orthogonality,
-                    losses.orthogonality_token_fraction,
-                    losses.variance_coef,
-                )
-            )
+            layer.specialise(config.specialization)
     if dist.get_rank() == 0:
         print(f"megatron-vp2o {__version__} is active in {host}: {describe(config)}, {count} MoE layers", flush=True)
     return Plugged(config, layers, installed)

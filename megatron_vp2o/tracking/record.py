@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from megatron_vp2o.config.names import RECORD_FILE
 from megatron_vp2o.errors import UserError
 
-RECORD_FILE = "metrics.jsonl"
 Number = int | float
 Row = dict[str, Number | None]
 

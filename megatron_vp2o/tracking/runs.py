@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from megatron_vp2o.config.names import CONFIG_FILE
 from megatron_vp2o.tracking.record import Number, RecordError, read
 
-CONFIG_FILE = "config.yaml"  # written by config.store, which is not imported here: it brings Hydra
 ACCURACY = "greedy_accuracy"
 
 Point = tuple[float, float | None]

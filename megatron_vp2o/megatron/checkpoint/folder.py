@@ -25,13 +25,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_vp2o.config.names import CHECKPOINTS
 from megatron_vp2o.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """2 since prototypes are a part without averages, and the manifest has a checksum of its own."""
-CHECKPOINTS, MANIFEST, STATE, POINTER = "checkpoints", "manifest.json", "state.json", "latest"
+MANIFEST, STATE, POINTER = "manifest.json", "state.json", "latest"
 CHECKSUM_LIMIT = 256 * 2**20
 """Bytes up to which a file of tensors gets a checksum; of a larger one the size has to do. Other files always get one."""
 TENSORS = ".distcp"

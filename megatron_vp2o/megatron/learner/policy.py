@@ -20,7 +20,7 @@ from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, 
 from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
-from megatron_vp2o.megatron.model.moe_layer import Specialization, moe_layers
+from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
@@ -120,16 +120,10 @@ class MegatronPolicy:
 
     def _specialise(self, config: TrainConfig) -> bool:
         """Whether the layers attach specialisation losses."""
-        settings = config.algorithm.specialization
-        losses = Specialization(
-            settings.orthogonality_coef,
-            settings.orthogonality,
-            settings.orthogonality_token_fraction,
-            settings.variance_coef,
-        )
-        for layer in self._layers if losses else ():
+        losses = config.algorithm.specialization
+        for layer in self._layers if losses.enabled else ():
             layer.specialise(losses)
-        return bool(losses)
+        return losses.enabled
 
     def _wire_schedule(self, overlap_grads: bool, overlap_params: bool) -> None:
         """The callbacks through which Megatron's schedules reach the data-parallel wrapper and the optimizer."""

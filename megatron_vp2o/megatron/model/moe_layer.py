@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from megatron_vp2o.core.choices import Orthogonality
+from megatron_vp2o.config.schema import SpecializationConfig
 from megatron_vp2o.core.diagnostics import output_overlap
 from megatron_vp2o.core.specialization import gated_orthogonality_loss, variance_loss
 from megatron_vp2o.errors import ConfigError
@@ -65,19 +65,6 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return combined
 
 
-@dataclass(frozen=True)
-class Specialization:
-    """Which specialisation losses a layer attaches (VP2O section 3.2, after Guo et al., arXiv 2505.22323)."""
-
-    orthogonality_coef: float = 0.0
-    orthogonality: Orthogonality = Orthogonality.projection
-    token_fraction: float = 1.0
-    variance_coef: float = 0.0
-
-    def __bool__(self) -> bool:
-        return self.orthogonality_coef > 0 or self.variance_coef > 0
-
-
 @dataclass
 class _Routed:
     """What `route` leaves for `postprocess` of the same micro-batch."""
@@ -91,7 +78,7 @@ class VP2OMoELayer(MoELayer):
     """Stands in the layer spec where MoELayer does; `adopt` makes one of a layer that is built already."""
 
     statistics: RoutingStatistics | None = None
-    specialization = Specialization()
+    specialization = SpecializationConfig()
     step_tokens: StepTokens | None = None
     """Set before each step by a policy that divides gradients by loss tokens (calculate_per_token_loss)."""
     _routed: _Routed | None = None
@@ -137,7 +124,7 @@ class VP2OMoELayer(MoELayer):
         self._need_router("routing statistics")
         self.statistics = RoutingStatistics(self.config.num_moe_experts)
 
-    def specialise(self, losses: Specialization) -> None:
+    def specialise(self, losses: SpecializationConfig) -> None:
         """Attach these losses to the layer's output from now on.
 
         Raises:
@@ -183,7 +170,9 @@ class VP2OMoELayer(MoELayer):
 
     def _observing(self) -> bool:
         # Recomputation runs a layer twice: without gradients first, then with them. Count the second time only.
-        return self.training and torch.is_grad_enabled() and (self.statistics is not None or bool(self.specialization))
+        return (
+            self.training and torch.is_grad_enabled() and (self.statistics is not None or self.specialization.enabled)
+        )
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -239,7 +228,7 @@ class VP2OMoELayer(MoELayer):
 
     def _attach_orthogonality(self, output_RD: Tensor, routed: _Routed) -> Tensor:
         settings = self.specialization
-        stride = max(1, round(1.0 / settings.token_fraction))
+        stride = max(1, round(1.0 / settings.orthogonality_token_fraction))
         valid_T = (
             routed.valid_T if routed.valid_T is not None else torch.ones_like(routed.map_TE[:, 0], dtype=torch.bool)
         )
