@@ -1,0 +1,1 @@
+"""What a vLLM server loads, in its own environment; this folder is on its PYTHONPATH."""
