@@ -203,6 +203,14 @@ def test_steps_are_those_of_the_projects_own_trainer_and_resume(
                 assert host[metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
 
 
+def test_statistics_are_those_of_the_routes_that_verl_replays(
+    site: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL", str(model))
+    status, output = run(torchrun(1, "tests.plugins.verl_replay_job"), site, tmp_path)
+    assert status == 0 and "replayed" in output, output[-4000:]
+
+
 BROKEN = """
 import sys
 class Break:

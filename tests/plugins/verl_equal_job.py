@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils
@@ -24,6 +25,7 @@ from megatron_vp2o.config.schema import (
     Algorithm,
     Implementation,
     LRDecay,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Precision,
@@ -42,7 +44,7 @@ from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
 from megatron_vp2o.megatron.stein.transform import SteinTransform
 from megatron_vp2o.rl.types import TrainBatch
 
-STEPS, ROWS, LR = 5, 8, 1e-3
+STEPS, ROWS, LR = 5, 8, 3e-4
 STEIN = {"enabled": True, "neighbours": 2, "eta": 0.01, "repulsion_scale": "relative"}
 
 
@@ -58,7 +60,7 @@ def mine(step: int) -> list[torch.Tensor]:
     return rows(step)[rank * ROWS // size : (rank + 1) * ROWS // size]
 
 
-def verl_engine(folder: str, settings: dict[str, Any]) -> Any:
+def verl_engine(folder: str, settings: dict[str, Any], **further: Any) -> Any:
     overrides = {
         "use_cpu_initialization": True,
         "persist_layer_norm": False,
@@ -77,11 +79,12 @@ def verl_engine(folder: str, settings: dict[str, Any]) -> Any:
         expert_model_parallel_size=dist.get_world_size(),
         vanilla_mbridge=True,
         use_remove_padding=False,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=True,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=2,
         override_transformer_config=overrides,
         override_mcore_model_config={"vp2o": settings},
+        **further,
     )
     object.__setattr__(config, "dtype", "float32")  # verl offers bf16 and fp16 only
     engine = EngineRegistry.new(
@@ -150,14 +153,15 @@ def own_steps(folder: str) -> tuple[dict[str, torch.Tensor], list[dict[str, floa
         optimizer=OptimizerConfig(
             lr=LR, weight_decay=0.0, adam_beta2=0.999, clip_grad=1.0, lr_decay_style=LRDecay.constant
         ),
-        parallel=ParallelConfig(expert_parallel=dist.get_world_size(), distributed_optimizer=False),
+        parallel=ParallelConfig(expert_parallel=dist.get_world_size(), distributed_optimizer=True),
     )
     model = architecture(config_of(Path(folder)))
-    for name, value in run_settings(model).items():
-        setattr(config.model, name, value)
+    config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run_settings(model)))
     config.model.precision, config.model.implementation = Precision.fp32, Implementation.local
     config.model.moe_aux_loss_coeff = 0.0
     groups = current_groups()
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # set by verl's model; Megatron refuses another choice beside it
     policy = MegatronPolicy(config, groups, vocab_size=model.vocab_size, optimizer_steps=STEPS)
     load_hf(policy.model, Path(folder), groups)
     policy.optimizer.reload_model_params()
