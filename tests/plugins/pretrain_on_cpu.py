@@ -1,7 +1,8 @@
 """Runs a script of Megatron-LM's `pretrain()` on a CPU: `python -m tests.plugins.pretrain_on_cpu script.py arguments...`
 
 megatron.training assumes CUDA in more places than megatron.core; what is changed for it is here, and only tests need it.
-After the last step it writes a checksum of the rank's weights, and losses, as JSON to $PRETRAIN_RESULT.rank.
+After the last step it writes losses and a checksum of the rank's weights to $PRETRAIN_RESULT.rank (JSON), and its weights before
+the first and after the last step to $PRETRAIN_RESULT.rank.pt.
 """
 
 from __future__ import annotations
@@ -64,13 +65,23 @@ def record() -> dict[str, Any]:
     inner = training.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
+        kept["model"] = kwargs.get("model", args[2] if len(args) > 2 else None)
+        if not kept["losses"]:
+            kept["start"] = tensors(kept["model"])
         result = inner(*args, **kwargs)
         kept["losses"].append({name: float(value) for name, value in result[0].items()})
-        kept["model"] = kwargs.get("model", args[2] if len(args) > 2 else None)
         return result
 
     training.train_step = train_step
     return kept
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """This rank's parameters by their names in the GPTModel."""
+    chunk = model[0]
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return {name: parameter.detach().float().clone() for name, parameter in chunk.named_parameters()}
 
 
 def main() -> None:
@@ -81,11 +92,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     with contextlib.suppress(SystemExit):  # pretrain() exits once --exit-interval is reached
         runpy.run_path(script, run_name="__main__")
-    digest = hashlib.sha256()
-    for chunk in kept["model"]:
-        for _, parameter in sorted(chunk.named_parameters()):
-            digest.update(parameter.detach().float().numpy().tobytes())
-    rank = os.environ["RANK"]
+    digest, end, rank = hashlib.sha256(), tensors(kept["model"]), os.environ["RANK"]
+    for name in sorted(end):
+        digest.update(end[name].numpy().tobytes())
+    torch.save({"start": kept["start"], "end": end}, f"{os.environ['PRETRAIN_RESULT']}.{rank}.pt")
     result = {"losses": kept["losses"], "weights": digest.hexdigest()}
     Path(f"{os.environ['PRETRAIN_RESULT']}.{rank}").write_text(json.dumps(result))
 

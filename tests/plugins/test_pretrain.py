@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import run_distributed
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "pretrain_vp2o.py"
 
@@ -78,6 +80,18 @@ def test_two_ranks_train_save_and_resume_with_diagnostics_in_tensorboard(tmp_pat
     _, resumed = pretrain(tmp_path, 2, 4, "--load", str(tmp_path / "ck"), "--ckpt-step", "2", *ON)
     assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in straight]
     assert len(resumed[0]["losses"]) == 2
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_five_steps_are_those_of_the_projects_own_trainer(tmp_path: Path, ranks: int) -> None:
+    constant = ["--lr", "3e-4", "--lr-decay-style", "constant", "--weight-decay", "0"]
+    pretrain(tmp_path, ranks, 5, *constant, *ON)
+    job = "tests.plugins.pretrain_equal_job:apart"
+    for found in run_distributed(job, ranks, str(tmp_path / "result"), 5, 3e-4, {"expert_parallel": ranks}):
+        assert found["moved"] > 1e-3
+        assert found["trainers"] < 1e-5
 
 
 @pytest.mark.slow
