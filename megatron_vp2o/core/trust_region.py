@@ -172,6 +172,12 @@ def verdict(
 
     Raises:
         ValueError: for a delta or max_drift that is not positive, or an attempt outside 0..max_backtracks.
+
+    Example:
+        >>> [verdict(0.3, delta=0.1, attempt=attempt, max_backtracks=2).name for attempt in (0, 1, 2)]
+        ['backtrack', 'backtrack', 'reject']
+        >>> verdict(0.1, delta=0.1, attempt=0, max_backtracks=2).name
+        'accept'
     """
     if not delta > 0:
         raise ValueError(f"delta={delta}: no step can stay within it; choose a bound > 0")
