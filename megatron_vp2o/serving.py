@@ -28,7 +28,7 @@ from megatron_vp2o.rollout.store import FOLDER, StoredEngine
 from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-"""Of the probe's log-probabilities, nats, where the settings name none."""
+"""Largest difference of the probe's log-probabilities, nats, where the settings name none."""
 
 
 def rollout_engine(

@@ -47,7 +47,7 @@ class Activation(enum.Enum):
 
 
 class SoftmaxType(enum.Enum):
-    """Of attention."""
+    """The softmax of attention."""
 
     vanilla = "vanilla"
     learnable = "learnable"  # each head has a sink: one more logit, which takes a share and gives nothing

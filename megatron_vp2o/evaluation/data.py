@@ -31,7 +31,7 @@ class Questions:
     own: bool
     """Whether these are problems of our own, which say nothing about the benchmark."""
     digest: str
-    """Of the questions as they are asked and graded."""
+    """Hash of the questions as they are asked and graded."""
     revision: str
 
 

@@ -40,7 +40,7 @@ class Endpoint:
     step: int = 0
     chat: bool = True
     timeout_s: float = 600.0
-    """Of one answer."""
+    """Time limit of one answer, seconds."""
     tries: int = 3
     pause_s: float = 2.0
     """Between tries; doubles."""

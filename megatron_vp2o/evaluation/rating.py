@@ -41,7 +41,7 @@ class Rating:
 
 
 def chance(rating: Array | float, difficulty: Array) -> Array:
-    """Of solving a problem."""
+    """Probability of solving a problem."""
     return 1.0 / (1.0 + np.exp(np.clip((difficulty - rating) * SCALE, -700, 700)))
 
 
@@ -89,7 +89,7 @@ class Standings:
     icpc: bool
     """Problems solved, then penalty (ICPC), instead of points."""
     points: Mapping[str, float]
-    """Of each problem, by index; 1 where they are worth the same."""
+    """What each problem is worth, by index; 1 where they are worth the same."""
     rating_R: Array
     score_R: Array
     penalty_R: Array

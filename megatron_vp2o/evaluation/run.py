@@ -52,7 +52,7 @@ class Settings:
     top_p: float = 0.95
     seed: int = 0
     samples: int | None = None
-    """Of each problem; None: the benchmark's own number."""
+    """Samples of each problem; None: the benchmark's own number."""
     limit: int | None = None
     """Only so many problems of each benchmark, the first."""
     batch: int = 64
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def samples_of(parts: Sequence[Part], settings: Settings) -> int:
-    """Of one model on these parts."""
+    """Number of samples of one model on these parts."""
     return sum(len(settings.chosen(part.questions)) * settings.samples_of(part.questions) for part in parts)
 
 

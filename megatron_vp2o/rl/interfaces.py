@@ -1,4 +1,4 @@
-"""Every protocol of training: who hands `types.py`'s data to whom. One that is implemented elsewhere names the file.
+"""Every protocol of training: who hands the data of `types.py` to whom. The table says where each is implemented, and its task.
 
     Tokenizer, Task        tasks/                      what is asked
     Reward                 rewards/                    what an answer is worth

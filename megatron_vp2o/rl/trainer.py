@@ -217,7 +217,8 @@ class RLTrainer(TrainingLoop):
         ]
 
     def _update_on(self, batch: TrainBatch, step: int) -> tuple[list[dict[str, float]], bool]:
-        """The optimizer steps on a rollout batch, and whether the last was rejected: its actors are refreshed before the next."""
+        """Take the optimizer steps on a rollout batch. After a rejected one, drop the rest and return True: the actors are then
+        refreshed before the next batch."""
         updates: list[dict[str, float]] = []
         for part in self._minibatches(batch, step):
             metrics, rejected = self._update(part)
@@ -294,7 +295,7 @@ class RLTrainer(TrainingLoop):
 
 
 _APART = ("tokens", "ratio", "logprob_mismatch")
-"""What an update reports and no metric of the step is made of; the mismatch has a rule of its own."""
+"""Keys of an update that `combine` leaves out; `_mismatch` reports `logprob_mismatch` itself."""
 
 
 def combine(updates: list[dict[str, float]]) -> dict[str, float]:

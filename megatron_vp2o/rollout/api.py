@@ -42,7 +42,7 @@ class Server:
             return False
 
     async def label(self) -> str:
-        """Of the weights it holds. Raises httpx.HTTPError or BadAnswer."""
+        """Version label of the weights that the server holds. Raises httpx.HTTPError or BadAnswer."""
         said = _answer(await self.http.get(f"{self.url}/weight_info", timeout=5.0), "/weight_info")
         if not isinstance(said, dict) or not isinstance(said.get("weight_version"), str):
             raise BadAnswer(f"{said!r} from /weight_info")

@@ -55,7 +55,7 @@ class ServedEngine:
 
     @property
     def version(self) -> int:
-        """Of the actor's weights. The servers may be behind, after a resume, until the next batch is generated."""
+        """Version of the actor's weights. The servers may be behind, after a resume, until the next batch is generated."""
         return self.snapshot.version
 
     def refresh(self, version: int) -> None:
@@ -116,7 +116,7 @@ class ServedEngine:
         return on_replica(ask, self.groups)
 
     def checksum(self) -> int:
-        """Of the snapshot; that the servers hold the same was proven by the update."""
+        """The snapshot's checksum; that the servers hold the same was proven by the update."""
         return self.snapshot.checksum()
 
     @contextmanager

@@ -47,7 +47,7 @@ class WeightSet:
 
     @property
     def digest(self) -> str:
-        """Of the files' digests in order. Equal weights give equal digests."""
+        """Hash of the files' digests in order. Equal weights give equal digests."""
         return hashlib.blake2b(b"".join(bytes.fromhex(file.digest) for file in self.files), digest_size=8).hexdigest()
 
     def remove(self) -> None:

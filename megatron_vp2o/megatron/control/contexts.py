@@ -31,7 +31,7 @@ class ContextSampler:
     ) -> None:
         self.layers, self.per_rank, self.sequence_parallel = layers, per_rank, sequence_parallel
         self.stride = 1
-        """Every so many response tokens of a sequence the actor has logged its gates; contexts are taken among those."""
+        """The actor logged its gates at every `stride`-th response token; contexts are chosen among these."""
         self._keys: list[Tensor] = []
         self._share = per_rank
 

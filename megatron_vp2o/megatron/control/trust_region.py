@@ -1,8 +1,9 @@
 """The trust region on the learner: contexts from its forward pass, the anchor, the distance, and what becomes of a step.
 
 The learner's gates are recomputed from the sampled router inputs of the step's own forward pass, with its routers as they are
-after the step: exact in routers and prototypes, first-order in the trunk. The actors' are those that the rollouts logged, or,
-where an engine logs none, what the anchor's routers make of the same inputs.
+after the step. So the step's changes of routers and prototypes are measured exactly; what it changed in the inputs of the routers
+(attention, norms, earlier layers) is not seen, because they are not computed again. The actors' gates are those that the
+rollouts logged, or, where an engine logs none, what the anchor's routers make of the same inputs.
 
 Shape legend: L MoE layers of this pipeline stage, C contexts of this rank, E experts, D hidden size.
 """
@@ -42,7 +43,7 @@ class TrustRegion:
     Args:
         prototypes: of the policy's experts.
         others: what else forward, backward or the gradient transform change, and a rejected step must put back.
-        drift: measures what a step did to the policy itself, for the verdict and for delta; None where neither wants it.
+        drift: measures what a step did to the policy itself, for the verdict and for delta; None where `drift_share` is 0.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class TrustRegion:
         return {name: getattr(self, name) for name in _COUNTERS} | learnt
 
     def load_state_dict(self, loaded: dict[str, Any], counters: dict[str, float]) -> None:
-        """Take up what `sharded_state_dict(loading=True)` was filled with, and `counters`."""
+        """Load the anchor from the tensors of `sharded_state_dict(loading=True)`, once a checkpoint has been read into them, and
+        the numbers of `counters`."""
         for name in _COUNTERS:
             setattr(self, name, counters[name])
         # checkpoints from before there was a calibration have none of its numbers

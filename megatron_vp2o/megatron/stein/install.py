@@ -109,7 +109,8 @@ def install(model: Any, optimizer: Any, config: SteinConfig) -> Installed:
     Args:
         model: what the loop hands to Megatron's schedules: one DistributedDataParallel module or a list of chunks.
         optimizer: Megatron's optimizer; None where the loop has none yet and does not scale its loss.
-        config: which field. It transforms, unless `monitor` is set and `enabled` is not: then it only measures.
+        config: the transform's settings. With `monitor=True` and `enabled=False` it only measures; in every other case it changes
+            gradients, also with `enabled=False`.
 
     Raises:
         ConfigError: for experts, gradients or routers that it does not know, by name; if the model's configuration has no

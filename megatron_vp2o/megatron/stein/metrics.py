@@ -72,7 +72,7 @@ METRICS: dict[str, Callable[[StageObservation], Tensor]] = {
 def means_over_layers(seen: StageObservation | None, layers: int, groups: Groups) -> dict[str, float]:
     """Means over the layers of all pipeline stages, equal on all ranks. One reduction, one host synchronisation.
 
-    A step without a token has those of prototypes only: nothing else was measured.
+    A step without a token returns only the `stein/prototype_*` metrics: nothing else was measured.
 
     Args:
         seen: None on a stage without MoE layers.

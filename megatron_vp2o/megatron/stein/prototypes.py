@@ -24,8 +24,8 @@ from megatron_vp2o.megatron.stein.expert_weights import ExpertWeights, OutputPro
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 
 SETTLED_ANGLE = 1e-5
-"""A prototype rests when an iteration turns it by less than this many radians. What is left of its way is some 1e-3 then, and
-16 updates of unmoved weights turn it by less than 2e-4: nothing beside a delta of 0.1."""
+"""A prototype rests when an iteration turns it by less than this many radians. It is then about 1e-3 radians from its limit.
+Sixteen more updates with unchanged weights turn it by less than 2e-4, far below a trust region's delta of 0.1."""
 PROTOTYPE_SEED = 0
 """Seed of the directions from which power iteration starts; its result does not depend on it."""
 
@@ -145,7 +145,8 @@ class ExpertPrototypes:
 
     @property
     def reduce(self) -> Reduce:
-        """Sum over the ranks that share an expert; `local_sum` itself where none does, which needs one layer at a time."""
+        """Sum over the ranks that share an expert. Where no rank shares one it is `local_sum`, that very object: `power_iteration`
+        checks for it, and then works layer by layer to save memory."""
         return self._sum_of_shards if self.groups.etp.size() > 1 else local_sum
 
     def _sum_of_shards(self, partial: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class ExpertPrototypes:
         return sharded_by_layer(named, self.weights, self.groups)
 
     def load_state_dict(self, loaded: dict[str, Any], *, current: bool) -> None:
-        """Take up what `sharded_state_dict(loading=True)` was filled with.
+        """Load the state from the tensors of `sharded_state_dict(loading=True)`, once a checkpoint has been read into them.
 
         Args:
             current: whether the saved prototypes were those of the saved weights. If so, another power iteration would move

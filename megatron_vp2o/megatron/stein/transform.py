@@ -2,8 +2,8 @@
 
     routing statistics -> C, A+, A-;  prototypes -> K;  g~ = w+ g + eta * w- dK/dW
 
-`SteinTransform.apply` is called once a step, when `finalize_model_grads` has run. In this project's trainers that is an explicit
-call; `install.install` puts it behind the `finalize_model_grads_func` of any Megatron loop.
+`SteinTransform.apply` is called once per optimizer step, when `finalize_model_grads` has run. In this project's trainers that
+is an explicit call; `install.install` puts it behind the `finalize_model_grads_func` of any Megatron loop.
 
 Shape legend: L MoE layers of this pipeline stage, E experts, e local experts, D hidden size, F expert intermediate size (this
 rank's shard), S sums of `routing_statistics.SUMS`, X counts and sums of a layer in a row, 2 terms of a rank-two gradient.
@@ -49,7 +49,7 @@ REPULSION_DROWNS = 10.0
 
 @dataclass(frozen=True)
 class FieldWeights:
-    """The field of one step: everything that is [L, E, E], and which experts it is of."""
+    """The weights w+ and w- of one step, and which experts are active (at least one token reached them)."""
 
     active_LE: Tensor
     attraction_LEE: Tensor
@@ -245,7 +245,7 @@ class SteinTransform:
         return sharded_by_layer({"coactivation_LEE": average_LEE}, prototypes.weights, self.groups)
 
     def load_sharded(self, loaded: dict[str, Any], *, steps: int, average: bool) -> None:
-        """Take up what `sharded_state_dict(loading=True)` was filled with.
+        """Load the state from the tensors of `sharded_state_dict(loading=True)`, once a checkpoint has been read into them.
 
         Args:
             steps: transforms so far.
