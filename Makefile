@@ -72,7 +72,6 @@ run: install ## Install, warm up on demonstrations, reinforce with GRPO and with
 run-rows: python ## Your own rows, on a laptop: questions and an untrained checkpoint, warm-up, GRPO with math-verify, export, transformers
 	@$(INSTALL) --extras dev,rows,rewards
 	$(PY) -m tools.arithmetic_rows runs
-	test -d runs/rows_tiny_megatron || $(PY) -m tools.convert to-megatron runs/rows_tiny_hf runs/rows_tiny_megatron
 	$(TRAIN) --config-name rows_tiny_supervised $(RUNARGS)
 	$(TRAIN) --config-name rows_tiny_grpo $(RUNARGS)
 	$(PY) -m tools.check_rows_export runs/rows_tiny_grpo

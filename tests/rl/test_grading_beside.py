@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -53,7 +54,8 @@ class Engine:
     """Hands responses over in an order that is drawn, some at a time, and then waits until one is graded."""
 
     def __init__(self, responses: list[str], draw: Random, wait: Callable[[], object]) -> None:
-        self.responses, self.draw, self.wait, self.take = responses, draw, wait, None
+        self.responses, self.draw, self.wait = responses, draw, wait
+        self.take: HandOver | None = None
         self.handed = False
 
     @contextmanager
@@ -92,7 +94,7 @@ def test_verdicts_are_those_of_grading_afterwards(seed: int, groups: Groups) -> 
     found = []
     for elsewhere in (True, False):
         task: Any = Graded(elsewhere)
-        engine: Any = Engine(responses, draw, lambda task=task: task.seen.wait(30))
+        engine: Any = Engine(responses, draw, partial(task.seen.wait, 30))
         with Grading(task, problems(count), size, groups) as grading:
             with grading.beside(engine):
                 rollouts = engine.generate()

@@ -61,14 +61,14 @@ class Hub(BaseHTTPRequestHandler):
             about = {"id": "some/sums", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
             self.send(json.dumps({**about, "private": False, "gated": False, "disabled": False, "tags": []}).encode())
         elif path.startswith("/datasets/some/sums/resolve/") and (name := path.split("/", 6)[6]) in FILES:
-            self.send(FILES[name], ETag=f'"{tag(FILES[name])}"', **{"X-Repo-Commit": COMMIT})
+            self.send(FILES[name], {"ETag": f'"{tag(FILES[name])}"', "X-Repo-Commit": COMMIT})
         else:
             found = "EntryNotFound" if "/some/sums" in path else "RepoNotFound"
-            self.send(b"", status=404, **{"X-Error-Code": found})
+            self.send(b"", {"X-Error-Code": found}, status=404)
 
-    def send(self, data: bytes, status: int = 200, **headers: str) -> None:
+    def send(self, data: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

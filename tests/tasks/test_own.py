@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from megatron_vp2o.tasks import make_task
 from tests.resume_job import Run, run_in_one_process
 
 ROOT = Path(__file__).parents[2]
-FEW = {"train_size": 30, "validation_size": 5, "test_size": 5}
+FEW: dict[str, Any] = {"train_size": 30, "validation_size": 5, "test_size": 5}
 
 
 def example(folder: Path) -> Path:
