@@ -47,7 +47,13 @@ def test_the_example_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_example_trains_and_reinforces(tmp_path: Path) -> None:
     path = example(tmp_path)
     small = ["model=micro", f"task.path={path}:Backwards", *(f"task.{key}={value}" for key, value in FEW.items())]
-    small += ["evaluation.problems=5", "evaluation.samples=2", "evaluation.pass_at=[1]", "logging.tensorboard=false", "threads=1"]
+    small += [
+        "evaluation.problems=5",
+        "evaluation.samples=2",
+        "evaluation.pass_at=[1]",
+        "logging.tensorboard=false",
+        "threads=1",
+    ]
     arguments = [f"--config-dir={tmp_path}", "--config-name=my_task", *small]
     warm, then = str(tmp_path / "warm"), str(tmp_path / "then")
     runs = [
