@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
     world.set_threads(config.threads)
     task = make_task(config.task, progress=False)
     problems = [task.problem(Split.test, i) for i in range(min(arguments.problems, task.size(Split.test)))]
-    with world.joined(config.parallel, config.seed) as groups, torch.no_grad():
+    with world.joined(config.parallel, config.seed) as groups:
         policy = MegatronPolicy(config, groups, vocab_size=task.tokenizer.vocab_size, optimizer_steps=1)
         start.start(config, policy, task.tokenizer, groups)
         policy.model.eval()
@@ -150,7 +150,8 @@ def main(argv: list[str]) -> int:
         )
         for head in heads:
             for heat in arguments.temperatures if head < topk else arguments.temperatures[:1]:
-                got = list(measure(policy, task, problems, arguments, head, heat).values())
+                with torch.no_grad():
+                    got = list(measure(policy, task, problems, arguments, head, heat).values())
                 print(
                     f"| {head} | {'' if head == topk else f'{heat:g}'} | " + " | ".join(f"{v:.3f}" for v in got) + " |",
                     flush=True,
