@@ -284,7 +284,10 @@ def _largest_change(run_dir: Path) -> float:
     """Largest change of an entry of the embedding, between the first and the last checkpoint."""
     from megatron_vp2o.hf.distributed_files import Region, StoredTensors
 
-    first, *_, last = sorted((run_dir / "checkpoints").glob("step_*"))
+    folders = sorted((run_dir / "checkpoints").glob("step_*"))
+    if len(folders) < 2:  # the run did not get so far, which `problems` reports
+        return 0.0
+    first, last = folders[0], folders[-1]
     tensors = []
     for path in (first, last):
         stored = StoredTensors(path)
