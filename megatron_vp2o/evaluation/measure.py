@@ -187,11 +187,12 @@ def median(table: Table, field: str) -> Statistic:
     def medians(w_RP: Array) -> Array:
         found = []
         for value_N, problem_N in sorted_samples:
-            below_RN = np.cumsum(w_RP[:, problem_N], axis=1)
-            half_R1 = below_RN[:, -1:] / 2
+            # weights count problems, so their sums are whole numbers
+            below_RN = np.cumsum(w_RP.astype(np.int32)[:, problem_N], axis=1, dtype=np.int32)
+            total_R = below_RN[:, -1]
             # the lower and the upper median, which differ where exactly half of the weight lies below
-            low_R = (below_RN < half_R1 - 1e-9).sum(axis=1)
-            high_R = np.minimum((below_RN < half_R1 + 1e-9).sum(axis=1), len(value_N) - 1)
+            low_R = np.array([np.searchsorted(row, -(-n // 2)) for row, n in zip(below_RN, total_R, strict=True)])
+            high_R = np.array([np.searchsorted(row, n // 2 + 1) for row, n in zip(below_RN, total_R, strict=True)])
             found.append((value_N[low_R] + value_N[high_R]) / 2)
         return np.mean(found, axis=0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,13 +68,23 @@ def bootstrap_over_problems(
     """
     if problems < 1:
         raise ValueError("no problems to resample")
+    draws = [
+        statistic(weights_RP.astype(np.float64)) for weights_RP in _problem_weights(problems, seed, resamples, together)
+    ]
+    return _estimate(float(statistic(np.ones((1, problems)))[0]), np.concatenate(draws))
+
+
+@lru_cache(maxsize=8)
+def _problem_weights(problems: int, seed: int, resamples: int, together: int) -> list[NDArray[np.uint16]]:
+    """How often each problem is in each resample, in pieces of `together` resamples. Drawn once for all metrics of a table."""
     random = np.random.default_rng(seed)
-    draws = []
+    pieces = []
     for first in range(0, resamples, together):
         rows = min(together, resamples - first)
-        weights_RP = random.multinomial(problems, np.full(problems, 1 / problems), size=rows)
-        draws.append(statistic(weights_RP.astype(np.float64)))
-    return _estimate(float(statistic(np.ones((1, problems)))[0]), np.concatenate(draws))
+        chosen_RP = random.integers(0, problems, size=(rows, problems)) + np.arange(rows)[:, None] * problems
+        counts = np.bincount(chosen_RP.ravel(), minlength=rows * problems)
+        pieces.append(counts.reshape(rows, problems).astype(np.uint16))
+    return pieces
 
 
 def _estimate(value: float, draws: Array) -> Estimate:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_vp2o.megatron.platform.cpu import enable_cpu
-from tests.distributed import RanksFailed, run_distributed
+from tests.distributed import run_distributed
 from tools.arithmetic_rows import write_checkpoint
 
 enable_cpu()
 
+from megatron_vp2o.config.schema import ParallelConfig  # noqa: E402
 from megatron_vp2o.errors import CheckpointError, ConfigError  # noqa: E402
 from megatron_vp2o.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from megatron_vp2o.evaluation.data import load  # noqa: E402
-from megatron_vp2o.evaluation.embedded import checkpoints, identity_of  # noqa: E402
+from megatron_vp2o.evaluation.embedded import (  # noqa: E402
+    Embedded,
+    checkpoints,
+    config_for,
+    identity_of,
+    tokenizer_of,
+)
 from megatron_vp2o.evaluation.results import Sample, path_of, read  # noqa: E402
 
 LENGTH = 24
@@ -74,21 +81,21 @@ def test_greedy_answers_are_those_of_transformers_and_of_two_processes(folder: P
                 assert sample.text == tokenizer.decode(response)
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RanksFailed, match=r"exceeds the model's 1024 .*choose at most --lengths"):
-        run_distributed(
-            "megatron_vp2o.evaluate",
-            1,
-            f"m={folder}",
-            "--out",
-            str(tmp_path),
-            "--data",
-            "own",
-            "--lengths",
-            "1000",
-            timeout=120,
-        )
-    assert not list(tmp_path.rglob("*.jsonl"))
+def test_a_prompt_that_leaves_no_room_is_refused(folder: Path) -> None:
+    (checkpoint,) = checkpoints("m", str(folder), "every")
+    config = config_for(checkpoint, ParallelConfig(), 8, 1)
+    assert config.model.max_sequence_length == 1024 and config.rollout.max_batch_size == 8
+    model = Embedded(checkpoint, config, cast(Any, None), tokenizer_of(checkpoint), None)
+    prompts = [question.prompt for question in load(BENCHMARKS["codeforces"], "own", 0).questions]
+    model.check(prompts, 64)
+    with pytest.raises(ConfigError, match=r"exceeds the model's 1024 .*choose at most --lengths") as error:
+        model.check(prompts, 800)
+    room = int(str(error.value).split("--lengths ")[1].split()[0])
+    model.check(prompts[:1], room)
+    with pytest.raises(ConfigError, match=r"its tokenizer refuses the prompt 'ü"):
+        model.check(["ü is no character of this vocabulary"], 8)
+    with pytest.raises(ConfigError, match="not divisible by tensor"):
+        config_for(checkpoint, ParallelConfig(tensor_parallel=2), 8, 1)
 
 
 def test_which_checkpoints_a_place_means(folder: Path, tmp_path: Path) -> None:
