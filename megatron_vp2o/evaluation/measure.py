@@ -189,10 +189,10 @@ def median(table: Table, field: str) -> Statistic:
         for value_N, problem_N in sorted_samples:
             # weights count problems, so their sums are whole numbers
             below_RN = np.cumsum(w_RP.astype(np.int32)[:, problem_N], axis=1, dtype=np.int32)
-            total_R = below_RN[:, -1]
+            total_R1 = below_RN[:, -1:].copy()
+            below_RN *= 2
             # the lower and the upper median, which differ where exactly half of the weight lies below
-            low_R = np.array([np.searchsorted(row, -(-n // 2)) for row, n in zip(below_RN, total_R, strict=True)])
-            high_R = np.array([np.searchsorted(row, n // 2 + 1) for row, n in zip(below_RN, total_R, strict=True)])
+            low_R, high_R = (below_RN < total_R1).sum(axis=1), (below_RN <= total_R1).sum(axis=1)
             found.append((value_N[low_R] + value_N[high_R]) / 2)
         return np.mean(found, axis=0)
 

@@ -84,7 +84,14 @@ def further(results: Results, baseline: str) -> list[Line]:
         if benchmark.token_row is None:
             lines.append(_token_line(results, baseline, benchmark, SOLUTION, {}))
         lines.append(
-            _line(results, baseline, benchmark, "truncated answers", True, lambda table: share(table, TRUNCATED))
+            _line(
+                results,
+                baseline,
+                benchmark,
+                f"{benchmark.title}, truncated",
+                True,
+                lambda table: share(table, TRUNCATED),
+            )
         )
     for benchmark in _present(results):
         if benchmark.breakdown is not None:
