@@ -182,3 +182,8 @@ def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) ->
 
 
 torch.distributed.init_process_group = init_process_group
+
+from verl.workers.engine import EngineRegistry, MegatronEngineWithLMHead  # noqa: E402
+
+# verl registers its Megatron engine for "cuda" only: here it is also the one without the plug-in.
+EngineRegistry.register(model_type="language_model", backend="megatron", device=["cpu"])(MegatronEngineWithLMHead)
