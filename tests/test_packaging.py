@@ -89,6 +89,7 @@ def test_metadata_says_licence_pythons_and_extras(wheel: Path) -> None:
         "nemo",
         "nemo-toolkit",
         "eval",
+        "verl",
         "vllm",
     }
 
