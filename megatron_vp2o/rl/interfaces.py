@@ -107,7 +107,10 @@ class HandsOver(Protocol):
 class RolloutEngine(Protocol):
     """Holds its own snapshot of the weights (`version`); generation never sees the learner's."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Of the weights that the engine holds; -1 before the first refresh."""
+        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1

@@ -50,7 +50,8 @@ def samples(answer: Any, count: int, asked: Asked) -> list[Sample]:
 
 
 def _sample(choice: dict[str, Any], asked: Asked) -> Sample:
-    tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
+    tokens: Any = choice.get("token_ids")
+    reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise BadAnswer(f"a response ended by {_shown(reason)}")
     if not _are_ids(tokens, asked.vocabulary):
@@ -94,7 +95,7 @@ def _log_probs(said: Any, tokens: Sequence[int]) -> list[float]:
         )
     found = []
     for entry, token in zip(content, tokens, strict=True):
-        value = entry.get("logprob") if isinstance(entry, dict) else None
+        value: Any = entry.get("logprob") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or entry.get("token_id") != token or not _is_log_prob(value):
             raise BadAnswer(f"{_shown(entry)} as the log-probability of token {token}")
         found.append(min(float(value), 0.0))
@@ -109,7 +110,7 @@ def prompt_log_probs(answer: Any, tokens: Sequence[int]) -> list[float]:
     found = []
     for row, token in zip(rows[1:], tokens[1:], strict=True):
         entry = row.get(str(token)) if isinstance(row, dict) else None
-        value = entry.get("logprob") if isinstance(entry, dict) else None
+        value: Any = entry.get("logprob") if isinstance(entry, dict) else None
         if not _is_log_prob(value):
             raise BadAnswer(f"{_shown(row)} as the log-probability of prompt token {token}")
         found.append(float(value))

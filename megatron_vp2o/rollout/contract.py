@@ -25,7 +25,11 @@ from megatron_vp2o.rollout.protocol import Engine, Probe
 class Harness(Protocol):
     """An engine under test, and what is known of its models 0 and 1, which must differ clearly."""
 
-    engine: Engine
+    @property
+    def engine(self) -> Engine:
+        """The one under test."""
+        ...
+
     vocabulary: int  # prompts are drawn from ids below it
     end: int  # the one id that ends a response; a few percent of the models' tokens must be it
     tolerance: float  # of log-probabilities, nats

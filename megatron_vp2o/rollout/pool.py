@@ -84,7 +84,7 @@ class ServerPool:
         members: Sequence[Member],
         *,
         shapes: Mapping[str, tuple[int, ...]],
-        describe: Callable[[Path], None],
+        describe: Callable[[Path], object],
         folder: Path,
         ends: Iterable[int],
         vocabulary: int,
@@ -369,9 +369,8 @@ class _Batch:
         """Wait for all groups. Raises RolloutError where they cannot be had."""
         done = asyncio.gather(*workers)
         try:
-            await asyncio.wait(
-                {self.over, done}, timeout=self.pool.settings.batch_timeout_s, return_when="FIRST_COMPLETED"
-            )
+            either: set[asyncio.Future[Any]] = {self.over, done}
+            await asyncio.wait(either, timeout=self.pool.settings.batch_timeout_s, return_when="FIRST_COMPLETED")
             if self.over.done():
                 self.over.result()
             elif done.done():

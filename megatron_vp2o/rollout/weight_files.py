@@ -60,7 +60,7 @@ def write_weights(
     weights: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    describe: Callable[[Path], None],
+    describe: Callable[[Path], object],
     bucket_bytes: int,
 ) -> WeightSet:
     """Write a set to `folder`. Takes all tensors to the end of the stream, even after one that is wrong.
@@ -92,7 +92,7 @@ def write_weights(
             problems += _attempt(lambda n=name, t=tensor: writer.add(n, t))  # type: ignore[misc]
     problems += [f"{name} is missing" for name in left]
     if not problems:
-        problems += _attempt(lambda: (writer.flush(), describe(partial), partial.rename(folder)))
+        problems += _attempt(lambda: _finish(writer, describe, folder))
     if problems:
         shutil.rmtree(partial, ignore_errors=True)
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -100,6 +100,12 @@ def write_weights(
             f"the weights for the servers could not be written to {folder}: {'; '.join(problems[:3])}{more}"
         )
     return WeightSet(folder, tuple(writer.files))
+
+
+def _finish(writer: _Writer, describe: Callable[[Path], object], folder: Path) -> None:
+    writer.flush()
+    describe(writer.folder)
+    writer.folder.rename(folder)
 
 
 def _attempt(action: Callable[[], object]) -> list[str]:

@@ -128,7 +128,9 @@ class State:
         return _spoilt(answer, kind)
 
     def sample(self, index: int, prompt: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-        tokens, content, last = [], [], prompt[-1]
+        tokens: list[int] = []
+        content: list[dict[str, Any]] = []
+        last = prompt[-1]
         while len(tokens) < settings["max_tokens"]:
             logp = self.log_probs(last, settings["temperature"])
             with self.lock:

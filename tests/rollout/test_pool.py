@@ -71,7 +71,7 @@ def test_a_fault_while_generating(two: FakeHarness, kind: str) -> None:
     check_all(two)
     assert sum(member.samples for member in two.engine.members) == len(MANY) * 4
     assert not any(member.lost for member in two.engine.members)
-    wait_for(lambda: two.engine.members[0].process.running and two.engine.health().detail.startswith("2 of 2"))
+    wait_for(lambda: two.processes[0].running and two.engine.health().detail.startswith("2 of 2"))
     assert two.engine.restarts == (kind == "die_generating")
     check_all(two)
 
