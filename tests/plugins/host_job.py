@@ -126,7 +126,7 @@ def own(layout: dict[str, Any], groups: Any) -> tuple[MegatronPolicy, SteinTrans
             micro_batch_size=len(tokens_NS) // 2,
         )
         transform.apply()
-        policy.optimizer_step(counted["tokens"])
+        policy.optimizer_step(int(counted["tokens"]))
     return policy, transform
 
 

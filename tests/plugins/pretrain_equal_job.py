@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_vp2o.megatron.platform.cpu import enable_cpu
@@ -28,7 +30,7 @@ ROWS, LENGTH, VOCAB = 8, 16, 128
 """Of test_pretrain.py's arguments; the vocabulary is padded to a multiple of 128."""
 
 
-def apart(result: str, steps: int, lr: float, layout: dict[str, int]) -> dict[str, float]:
+def apart(result: str, steps: int, lr: float, layout: dict[str, Any]) -> dict[str, float]:
     """Largest differences of a weight: between the two trainers' ends, and between start and end."""
     torch.set_num_threads(1)
     config = TrainConfig(

@@ -28,8 +28,8 @@ def prepare() -> None:
     """Let megatron.training run without CUDA. Call before its first import."""
     cpu.PACKAGE = "megatron"
     cpu.enable_cpu()
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore
     import megatron.core.datasets.utils as dataset_utils
     import megatron.training.initialize as initialize
     import megatron.training.training as training

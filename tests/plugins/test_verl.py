@@ -157,7 +157,7 @@ def test_verls_sft_trainer_under_ray(site: Path, model: Path, tmp_path: Path) ->
 def saved_weights(folder: Path) -> dict[str, bytes]:
     from safetensors.torch import load_file
 
-    found = {}
+    found: dict[str, bytes] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         found |= {name: value.float().numpy().tobytes() for name, value in load_file(path).items()}
     return found

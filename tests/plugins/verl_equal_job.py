@@ -8,7 +8,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ from megatron_vp2o.megatron.stein.transform import SteinTransform
 from megatron_vp2o.rl.types import TrainBatch
 
 STEPS, ROWS, LR = 5, 8, 3e-4
-STEIN = {"enabled": True, "neighbours": 2, "eta": 0.01, "repulsion_scale": "relative"}
+STEIN: dict[str, Any] = {"enabled": True, "neighbours": 2, "eta": 0.01, "repulsion_scale": "relative"}
 
 
 def rows(step: int) -> list[torch.Tensor]:
@@ -156,7 +156,8 @@ def own_steps(folder: str) -> tuple[dict[str, torch.Tensor], list[dict[str, floa
         parallel=ParallelConfig(expert_parallel=dist.get_world_size(), distributed_optimizer=True),
     )
     model = architecture(config_of(Path(folder)))
-    config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run_settings(model)))
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), run_settings(model))
+    config.model = cast(ModelConfig, OmegaConf.to_object(merged))
     config.model.precision, config.model.implementation = Precision.fp32, Implementation.local
     config.model.moe_aux_loss_coeff = 0.0
     groups = current_groups()
@@ -180,7 +181,7 @@ def own_steps(folder: str) -> tuple[dict[str, torch.Tensor], list[dict[str, floa
             batch, lambda logprobs, _, part: supervised_objective(logprobs, part.loss_mask_NS), micro_batch_size=2
         )
         metrics.append({f"vp2o/{k}": v for k, v in transform.apply().items()})
-        policy.optimizer_step(counted["tokens"])
+        policy.optimizer_step(int(counted["tokens"]))
     return weights(policy.model), metrics
 
 
