@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.parallel.groups import Groups  # isort: skip
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": Precision.bf16},
     "distributed optimizer": {"distributed": True},
@@ -130,8 +131,8 @@ def test_each_halving_goes_half_of_the_way_back(groups: Groups, kind: str, on_ho
         model, masters = all_numbers(learner.weights(), kind), all_numbers(learner.owned(), kind)
         assert torch.equal(model, masters), "what the model computes with follows"
         assert moved(weights, learner.weights())
-    now = learner.moments()
-    assert all(equal(list(now[i].values()), list(moments[i].values())) for i in moments) and learner.rates() == rates
+    kept = learner.moments()
+    assert all(equal(list(kept[i].values()), list(moments[i].values())) for i in moments) and learner.rates() == rates
     snapshot.restore()
     assert equal(before, learner.owned()) and equal(weights, learner.weights())
 

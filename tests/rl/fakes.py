@@ -119,6 +119,9 @@ class FakeEngine:
     def checksum(self) -> int:
         return self.weights
 
+    def close(self) -> None:
+        self.log.append(f"{self.name} close")
+
     @contextmanager
     def at_learner_weights(self) -> Iterator[None]:
         self.log.append(f"{self.name} takes the learner's weights")

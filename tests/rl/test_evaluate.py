@@ -45,7 +45,7 @@ def tokens_that_repeat(engine: FakeEngine) -> None:
         rollouts.tokens_NS = 3 + rollouts.tokens_NS % 3 * (rollouts.tokens_NS > 0)
         return rollouts
 
-    engine.generate = repeated  # type: ignore[method-assign]
+    engine.generate = repeated  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("repeating", [False, True])

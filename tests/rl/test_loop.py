@@ -167,7 +167,7 @@ def test_a_run_without_results_ends_when_its_limit_is_reached_and_saves_nothing_
     ends = {"max_consecutive_nonfinite_steps": in_a_row("n", "e", nonfinite)}
     ends["max_consecutive_empty_steps"] = in_a_row("e", "n", empty)
     limits = dict(zip(ends, (nonfinite, empty), strict=True))
-    loop = Loop(groups, len(outcomes), outcomes, checkpoint=1, **limits)
+    loop = Loop(groups, len(outcomes), outcomes, checkpoint=1, **limits)  # type: ignore[arg-type]
     setting = min(ends, key=lambda name: ends[name])
     if ends[setting] > len(outcomes):
         assert loop.run() == 0

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from megatron_vp2o.core.budget import Budget, RefreshReason
+from megatron_vp2o.rl.interfaces import RefreshPolicy
 from megatron_vp2o.rl.refresh import EveryBatches, WhenSpent
 
 FRESH = Budget(0.0, 1.0, 8)
@@ -63,8 +64,8 @@ def test_before_the_first_batch_nothing_is_spent() -> None:
 def test_a_resumed_run_decides_the_same(seed: int) -> None:
     random = Random(seed)
 
-    def limits() -> tuple[EveryBatches, WhenSpent]:
-        return EveryBatches(3), WhenSpent(0.1, 0.9, 3)
+    def limits() -> list[RefreshPolicy]:
+        return [EveryBatches(3), WhenSpent(0.1, 0.9, 3)]
 
     for policy, resumed in zip(limits(), limits(), strict=True):
         for _ in range(random.randrange(3)):

@@ -82,8 +82,9 @@ class Made:
         **settings: Any,
     ) -> None:
         settings = {"prompts_per_step": PROMPTS, "group_size": GROUP, "steps": 9, "micro_batch_size": 5, **settings}
+        algorithm = GRPOConfig(kl_reference=kl_reference, **settings)
         config = TrainConfig(
-            algorithm=GRPOConfig(kl_reference=kl_reference, **settings),
+            algorithm=algorithm,
             reward=reward or RewardConfig(),
             rollout=RolloutConfig(sampling=SamplingConfig(temperature=0.8, top_p=0.9, max_new_tokens=8)),
             seed=7,
@@ -104,7 +105,7 @@ class Made:
             task=self.task,
             policy=self.policy,
             engine=self.engine,
-            objective=OnRollouts(policy_objective(config.algorithm)),
+            objective=OnRollouts(policy_objective(algorithm)),
             refresh=self.refresh,
             reference=FakeEngine(self.log, name="reference") if reference else None,
             transform=self.transform,
