@@ -13,7 +13,7 @@ from typing import Any
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.config.export import CARRIED, hf_source, is_hf
 from megatron_vp2o.config.names import CONFIG_FILE
-from megatron_vp2o.config.schema import ParallelConfig, Precision, TrainConfig
+from megatron_vp2o.config.schema import GRPOConfig, ParallelConfig, Precision, TrainConfig
 from megatron_vp2o.config.store import load_config
 from megatron_vp2o.config.validate import validate_layout
 from megatron_vp2o.errors import CheckpointError, ConfigError
@@ -102,9 +102,8 @@ def config_for(checkpoint: Checkpoint, parallel: ParallelConfig, batch: int, wor
     return config
 
 
-def _any_world(world_size: int) -> Any:
-    algorithm = compose("train").algorithm
-    return dataclasses.replace(algorithm, prompts_per_step=world_size, group_size=1, minibatches=1)  # type: ignore[type-var]
+def _any_world(world_size: int) -> GRPOConfig:
+    return GRPOConfig(prompts_per_step=world_size, group_size=1, minibatches=1)
 
 
 def _hf_config(source: Path) -> TrainConfig:

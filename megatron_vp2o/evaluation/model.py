@@ -39,11 +39,14 @@ class Model(Protocol):
 
     label: str
     step: int
-    identity: dict[str, Any]
-    """What tells it from another: part of each header."""
     own_numbers: bool
     """Whether what is drawn depends on what else is in the batch in the last bit: then a batch that was cut off is drawn
     again as a whole, so that an interruption changes nothing."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another: part of each header."""
+        ...
 
     def check(self, prompts: Sequence[str], length: int) -> None:
         """Raise a ConfigError that names the first prompt that cannot be answered with so many new tokens."""

@@ -21,7 +21,7 @@ from megatron_vp2o.evaluation.data import load
 
 def _rows(name: str) -> list[dict[str, Any]]:
     """Rows under the names that the published files have."""
-    return {
+    rows: dict[str, list[dict[str, Any]]] = {
         "aime24": [{"ID": "2024-I-1", "Problem": "1+1?", "Answer": 2, "Solution": "x"}],
         "aime25": [{"id": "0", "problem": "1+1?", "answer": "002"}],
         "gpqa": [{"Record ID": "r", "Question": "q", "Correct Answer": "c ", "Incorrect Answer 1": "x",
@@ -32,7 +32,8 @@ def _rows(name: str) -> list[dict[str, Any]]:
         "codeforces": [{"id": "1/A", "contest_id": "1", "index": "A", "title": "T", "description": "d", "rating": 800.0,
                         "time_limit": 1.0, "memory_limit": 64.0, "official_tests": [{"input": "1", "output": "1"}],
                         "generated_checker": "print(1)", "examples": [{"input": "1", "output": "1"}]}],
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    return rows[name]
 
 
 @pytest.mark.parametrize("name", ["aime24", "aime25", "gpqa", "mmlu_pro", "ifeval", "codeforces"])

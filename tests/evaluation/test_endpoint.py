@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[Callable[[Behaviour], None], str]] = {
     "no JSON": (lambda it: setattr(it, "raw", b"<html>hello"), "gave no JSON: '<html>hello"),
     "no completion": (lambda it: setattr(it, "raw", b'{"choices": []}'), "gave no completion"),
     "a list": (lambda it: setattr(it, "raw", b"[1]"), "gave no completion"),
-    "text that is none": (lambda it: setattr(it, "answer", lambda body: "x") or setattr(it, "finish", None), "no text that ended"),
+    "text that is none": (lambda it: setattr(it, "finish", None), "no text that ended"),
     "another model": (lambda it: setattr(it, "model", "other"), "answered with the model 'other', and 'served' was asked"),
     "more tokens than asked": (lambda it: setattr(it, "tokens", 33), "at most 32 tokens has 33"),
     "tokens that are none": (lambda it: setattr(it, "tokens", "9"), "has '9' tokens"),
