@@ -51,7 +51,8 @@ def test_every_setting_that_changed_is_found(tmp_path: Path, recipe: str) -> Non
         section = name.split(".")[0]
         if section in ("task", "model") and not free:
             assert named[0] is found.another_run, name
-        if section in ("optimizer", "rollout", "evaluation") or name.startswith("algorithm.stein."):
+        trained = section in ("optimizer", "rollout", "evaluation") or name.startswith("algorithm.stein.")
+        if trained and not free:  # which servers generate is the user's business
             assert named[0] is found.chosen, name
 
 
