@@ -151,7 +151,8 @@ def test_verls_sft_trainer_under_ray(site: Path, model: Path, tmp_path: Path) ->
     status, output = run([*command, "trainer.n_gpus_per_node=1", "trainer.nnodes=1"], site, tmp_path, timeout=400)
     assert status == 0, output[-4000:]
     assert output.count("is active in verl") >= 1  # Ray repeats what an actor prints
-    assert len(values(output, "vp2o/moe/router_entropy")) == 8
+    losses = values(output, "train/loss")
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
 
 
 def saved_weights(folder: Path) -> dict[str, bytes]:
