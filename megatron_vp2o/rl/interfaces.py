@@ -109,7 +109,7 @@ class RolloutEngine(Protocol):
 
     @property
     def version(self) -> int:
-        """Of the weights that the engine holds; -1 before the first refresh."""
+        """Version of the weights that the engine holds; -1 before the first refresh."""
         ...
 
     def generate(
