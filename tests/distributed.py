@@ -37,6 +37,21 @@ class RanksFailed(AssertionError):
     """A rank failed or the time was up; the message holds what the ranks printed."""
 
 
+def become_rank(rank: int, ranks: int, port: int, output: Path) -> None:
+    """In a forked process: be this rank of a world on this machine, with everything printed appended to `output`."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
 def run_distributed(
     target: str,
     world_size: int,

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
+from tests.distributed import become_rank
+
 END_S = 30.0
 """From the fault until ranks that still run are killed, and count as hanging."""
 BACKWARD = "megatron_vp2o.megatron.learner.scoring:log_probs_and_entropy"
@@ -104,17 +106,7 @@ def _fork(fault: Fault, rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(fault.ranks),
-        LOCAL_WORLD_SIZE=str(fault.ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    descriptor = os.open(Path(fault.run_dir) / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    become_rank(rank, fault.ranks, port, Path(fault.run_dir) / f"output-{rank}.txt")
     module, function = fault.target.split(":")
     sys.argv = [module, *fault.arguments, f"run_dir={fault.run_dir}/run"]
     status: Any = 0

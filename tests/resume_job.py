@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.distributed import become_rank
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120.0
 GOOD = (0, 75)  # statuses of a rank after which the others may go on: done, preempted
@@ -141,17 +143,7 @@ def _fork(run: Run, rank: int, port: int, output: Path) -> int:
     child = os.fork()
     if child:
         return child
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(run.ranks),
-        LOCAL_WORLD_SIZE=str(run.ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    become_rank(rank, run.ranks, port, output)
     if run.earn:
         _earn()
     if run.diverge is not None and rank == run.ranks - 1:

@@ -88,7 +88,7 @@ PLACES = sorted(
         f"{ACTOR}:MegatronEngine.refresh",
         "megatron_vp2o.rl.trainer:verify_sync",
         f"{ACTOR}:MegatronEngine._generate_batch",
-        "megatron_vp2o.rl.trainer:grade",
+        "megatron_vp2o.rl.grading:Grading.verdicts",
         "megatron_vp2o.rl.trainer:policy_batch",
         "megatron_vp2o.rl.trainer:split",
         f"{LEARNER}.policy:micro_batches",

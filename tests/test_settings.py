@@ -60,6 +60,7 @@ NOT_TRAINED_WITH = {
         f"rollout.server.{field.name}": "of servers; tests/rollout/test_vllm.py, test_pool.py"
         for field in dataclasses.fields(ServerConfig)
     },
+    "task.settings": "of a task of the user's, trained in tests/tasks/test_own.py",
     "task.index_dir": "where an index of rows is kept; tests/tasks/test_rows.py",
     "task.hub_split": "needs a data set of the hub; tests/tasks/test_rows.py",
     **dict.fromkeys(

@@ -23,7 +23,7 @@ _DEFAULTS = {
 }
 LATER = PLAIN
 """Settings that manifests of older checkpoints lack, with the values that these have."""
-_SHARED = (
+_STATED = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -36,6 +36,8 @@ _SHARED = (
     "moe_ffn_hidden_size",
     "moe_router_pre_softmax",
 )
+ARCHITECTURE = (*_STATED, *_DEFAULTS)
+"""Settings that make another model, under names that Megatron's TransformerConfig has, too."""
 YARN = (
     "yarn_rotary_scaling_factor",
     "yarn_original_max_position_embeddings",
@@ -47,8 +49,7 @@ YARN = (
 WITHOUT_WEIGHTS = ("window_attn_skip_freq", "activation_func")
 """Settings that no weight shows. Manifests of older checkpoints lack them and YARN, whatever the model: nobody knows these then."""
 OF_THE_CHECKPOINT = (
-    *_SHARED,
-    *_DEFAULTS,
+    *ARCHITECTURE,
     *LATER,
     "rotary_base",
     "share_embeddings_and_output_weights",
@@ -62,7 +63,7 @@ OF_THE_CHECKPOINT = (
 def manifest_model(model: Architecture) -> dict[str, Any]:
     """What the manifest of a training checkpoint says of its model."""
     return {
-        **{name: model.settings[name] for name in _SHARED},
+        **{name: model.settings[name] for name in _STATED},
         **{name: model.settings.get(name, value) for name, value in {**_DEFAULTS, **LATER}.items()},
         "window_size": list(model.settings["window_size"]) if "window_size" in model.settings else None,
         "position_embedding_type": model.embedding["position_embedding_type"],

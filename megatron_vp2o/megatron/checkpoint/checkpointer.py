@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_vp2o.config.export import plain
 from megatron_vp2o.errors import CheckpointError, DeadRunError
-from megatron_vp2o.hf.settings import LATER, WITHOUT_WEIGHTS, YARN
+from megatron_vp2o.hf.settings import ARCHITECTURE, LATER, WITHOUT_WEIGHTS, YARN
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.checkpoint.folder import latest, resolve
@@ -45,24 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Every parameter of the distributed optimizer in its own shape, so that any layout can load it.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-# Settings of Megatron's TransformerConfig, which has them under our names, that make another model.
-_ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "qk_layernorm",
-    "layernorm_epsilon",
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_enable_expert_bias",
-)
 
 _ACTIVATION_NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
@@ -385,7 +367,7 @@ def _architecture(policy: MegatronPolicy) -> dict[str, Any]:
     gpt = policy.model
     later = {name: plain(getattr(gpt.config, name, None)) for name in LATER}
     return (
-        {name: getattr(gpt.config, name) for name in _ARCHITECTURE}
+        {name: getattr(gpt.config, name) for name in ARCHITECTURE}
         | later
         | {
             "position_embedding_type": gpt.position_embedding_type,
