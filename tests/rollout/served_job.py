@@ -54,6 +54,10 @@ class TableSnapshot:
         """Nothing is held."""
 
 
+PATIENT = {"request_timeout_s": 10.0, "startup_s": 90.0, "batch_timeout_s": 150.0}
+"""Four ranks and two servers start anew on a machine that other tests keep busy."""
+
+
 def groups_of_four() -> Groups:
     dist.init_process_group("gloo")
     world, rank = dist.group.WORLD, dist.get_rank()
@@ -71,11 +75,11 @@ def groups_of_four() -> Groups:
 def run(folder: str) -> dict[str, Any]:
     """What this rank saw of two good syncs, one that fails, one after it, and a server that dies."""
     groups = groups_of_four()
-    harness = FakeHarness(Path(folder), servers=2) if groups.rank == 0 else None
+    harness = FakeHarness(Path(folder), servers=2, settings=PATIENT) if groups.rank == 0 else None
     urls = first_rank_says([m.url for m in harness.engine.members] if harness else [], groups.world)
     pool = harness.engine if harness else None
     if groups.is_data_source and pool is None:
-        pool = make_pool([Member(url) for url in urls], Path(folder) / "other")
+        pool = make_pool([Member(url) for url in urls], Path(folder) / "other", PATIENT)
         pool.owner = False
     snapshot = TableSnapshot()
 

@@ -11,7 +11,7 @@ from tests.distributed import run_distributed
 
 @pytest.mark.distributed
 def test_four_ranks_and_two_servers(tmp_path: Path) -> None:
-    ranks = run_distributed("tests.rollout.served_job:run", 4, str(tmp_path), timeout=200)
+    ranks = run_distributed("tests.rollout.served_job:run", 4, str(tmp_path), timeout=280)
     for seen in ranks:
         assert "no server took version 2" in seen["failed"]
         assert len(seen["rows"]) == 5 and max(seen["differences"]) < 1e-5
