@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.errors import SyncError, UserError
@@ -68,7 +69,11 @@ class ServedEngine:
         self._serve()
 
     def _serve(self) -> None:
-        """Bring the servers to the snapshot's weights."""
+        """Bring the servers to the snapshot's weights.
+
+        All ranks come first: while one still generates, the first rank must keep the servers alive with the weights they have.
+        """
+        dist.barrier(group=self.groups.world)
         probe = self._probe()
         said: tuple[str, Any] = ("", None)
         stream = self.stream()
