@@ -28,7 +28,7 @@ class Snapshot(RolloutEngine, Protocol):
 
 
 class ServedEngine:
-    """Implements `rl.types.RolloutEngine` with a pool of servers.
+    """Implements `rl.interfaces.RolloutEngine` with a pool of servers.
 
     Args:
         snapshot: holds the actor's weights on all ranks.
@@ -108,7 +108,7 @@ class ServedEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> Rollouts:
-        """See `rl.types.RolloutEngine.generate`. Which samples come is not reproducible; see `ServerPool.generate`."""
+        """See `rl.interfaces.RolloutEngine.generate`. Which samples come is not reproducible; see `ServerPool.generate`."""
         if self._borrowed:
             return self.snapshot.generate(prompts, uids, sampling, group_size)
         if self._served != self.version:  # a resumed run's snapshot came out of its checkpoint
