@@ -32,12 +32,8 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     VP2OConfig,
 )
 from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
-from megatron_vp2o.config.validate import (  # noqa: E402
-    optimizer_steps,
-    validate,
-    validate_prompts,
-    validate_vocabulary,
-)
+from megatron_vp2o.config.validate import validate, validate_prompts, validate_vocabulary  # noqa: E402
+from megatron_vp2o.config.validate_algorithm import optimizer_steps  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402

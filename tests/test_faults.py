@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.fault_job import BACKWARD, Fault, found
+from tests.small_run import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 10.0
@@ -25,25 +26,7 @@ NUMBER, SEED = int(os.environ.get("VP2O_FAULTS", "3")), int(os.environ.get("VP2O
 ARGUMENTS = [
     "--config-name=countdown_tiny_vp2o",
     "init_from=null",
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.num_attention_heads=2",
-    "model.num_query_groups=2",
-    "model.num_moe_experts=4",
-    "model.moe_router_topk=2",
-    "model.moe_ffn_hidden_size=16",
-    "task.train_size=50",
-    "task.validation_size=8",
-    "task.test_size=8",
-    "evaluation.problems=8",
-    "evaluation.samples=2",
-    "evaluation.pass_at=[1,2]",
-    "rollout.sampling.max_new_tokens=8",
-    "checkpoint.interval=2",
-    "optimizer.lr=1e-2",
-    "optimizer.lr_warmup_steps=2",
-    "logging.tensorboard=false",
-    "threads=1",
+    *SMALL,
     "algorithm.steps=3",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import small_run
 from tests.resume_draws import last_checkpoint, record
 from tests.resume_job import Run, outputs
 from tests.resume_job import run_in_one_process as do
@@ -15,29 +16,7 @@ from tests.resume_job import run_in_one_process as do
 PREEMPTED, REFUSED, KILLED = 75, 2, -9
 STEPS = 7
 
-SMALL = [
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.num_attention_heads=2",
-    "model.num_query_groups=2",
-    "model.num_moe_experts=4",
-    "model.moe_router_topk=2",
-    "model.moe_ffn_hidden_size=16",
-    "task.train_size=50",
-    "task.validation_size=8",
-    "task.test_size=8",
-    "evaluation.interval=3",
-    "evaluation.problems=8",
-    "evaluation.samples=2",
-    "evaluation.pass_at=[1,2]",
-    "rollout.sampling.max_new_tokens=8",
-    f"algorithm.steps={STEPS}",
-    "checkpoint.interval=2",
-    "optimizer.lr=1e-2",
-    "optimizer.lr_warmup_steps=2",
-    "logging.tensorboard=false",
-    "threads=1",
-]
+SMALL = [*small_run.SMALL, "evaluation.interval=3", f"algorithm.steps={STEPS}"]
 RECIPES = {
     "supervised": [
         "--config-name=countdown_tiny_supervised",

@@ -46,6 +46,7 @@ def plain(number: float) -> str:
     return str(int(number)) if float(number).is_integer() and abs(number) < 1e12 else f"{number:g}"
 
 
+SEED = Range(0, 2**31 - 1)
 COUNT = Range(1, 10**9)
 INDEX = Range(0, 10**9)
 WIDTH = Range(1, 2**20)

@@ -22,7 +22,7 @@ from megatron_vp2o.config.register import GROUPS, recipe_files, resource_dir
 INTRODUCTION = """\
 # Configuration
 
-Made from `megatron_vp2o/config/schema.py` and `model.py` beside it; edit those, then run
+Made from `megatron_vp2o/config/schema.py` and the files beside it from which it takes parts; edit those, then run
 `python -m megatron_vp2o.config.reference > docs/configuration.md`.
 
 A run is a recipe plus overrides:

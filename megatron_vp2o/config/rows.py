@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Optional
 
-from megatron_vp2o.config.ranges import Range
-from megatron_vp2o.config.schema import SEED, TaskConfig
+from megatron_vp2o.config.ranges import SEED, Range
+from megatron_vp2o.config.schema import TaskConfig
 
 
 class OnBadRow(enum.Enum):

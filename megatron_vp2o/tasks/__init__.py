@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_vp2o.config.rows import RowsTaskConfig
 from megatron_vp2o.config.schema import OwnTaskConfig, TaskConfig
-from megatron_vp2o.config.tasks import check_task
+from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.rl.interfaces import Reward, Task
 from megatron_vp2o.tasks.addends import AddendsTask
 from megatron_vp2o.tasks.coloring import ColoringTask

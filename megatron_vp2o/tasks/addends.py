@@ -12,7 +12,7 @@ from functools import lru_cache
 from random import Random
 
 from megatron_vp2o.config.schema import AddendsTaskConfig, AnswerFormat
-from megatron_vp2o.config.tasks import check_task
+from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.rl.types import Problem, Verdict
 from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed

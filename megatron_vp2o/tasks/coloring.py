@@ -15,7 +15,7 @@ from random import Random
 from string import ascii_lowercase
 
 from megatron_vp2o.config.schema import AnswerFormat, ColoringTaskConfig
-from megatron_vp2o.config.tasks import check_task
+from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.rl.types import Problem, Verdict
 from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megatron_vp2o.config.schema import AnswerFormat, CountdownTaskConfig
-from megatron_vp2o.config.tasks import check_task
+from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.rl.types import Problem, Verdict
 from megatron_vp2o.tasks.answers import Unfinished, extract
 from megatron_vp2o.tasks.expressions import Rejected, normalise, parse, reword, solutions, write

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from random import Random
 
 from megatron_vp2o.config.schema import OpenPathTaskConfig
-from megatron_vp2o.config.tasks import check_task
+from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed
 from megatron_vp2o.tasks.shortest_path import ShortestPathTask, ways_to_goal
 

@@ -49,6 +49,19 @@ TRAINED = [
 EXPORT = "checkpoint.export_hf=true"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
+ONE_STEP = [
+    "task.train_size=64",
+    "task.validation_size=8",
+    "task.test_size=8",
+    "evaluation.problems=8",
+    "logging.tensorboard=false",
+    "optimizer.lr=1e-12",
+    "optimizer.weight_decay=0",
+    "optimizer.lr_warmup_steps=0",
+    "algorithm.steps=1",
+    "algorithm.global_batch_size=4",
+]
+
 
 class TransformersEngine:
     """A rollout engine over a transformers model: no cache, one sequence at a time, the random numbers of ours."""
@@ -142,22 +155,13 @@ def test_a_run_starts_from_a_converted_model_and_exports(tmp_path: Path) -> None
     assert main(["verify", hf, megatron, "--logits"]) == 0
     run = tmp_path / "run"
     settings = [
+        *ONE_STEP,
         "model.num_layers=4",
         "model.hidden_size=32",
         "model.kv_channels=16",
         "model.num_moe_experts=4",
         "model.moe_router_topk=2",
         "model.moe_ffn_hidden_size=16",
-        "task.train_size=64",
-        "task.validation_size=8",
-        "task.test_size=8",
-        "evaluation.problems=8",
-        "logging.tensorboard=false",
-        "optimizer.lr=1e-12",
-        "optimizer.weight_decay=0",
-        "optimizer.lr_warmup_steps=0",
-        "algorithm.steps=1",
-        "algorithm.global_batch_size=4",
     ]
     train("countdown_tiny_supervised", run, *settings, f"init_from={megatron}")
     back = tmp_path / "back"
@@ -169,20 +173,6 @@ def test_a_run_starts_from_a_converted_model_and_exports(tmp_path: Path) -> None
     assert sorted(path.name for path in back.iterdir() if path.name != "conversion.json") == sorted(
         path.name for path in (tmp_path / "hf").iterdir()
     )
-
-
-ONE_STEP = [
-    "task.train_size=64",
-    "task.validation_size=8",
-    "task.test_size=8",
-    "evaluation.problems=8",
-    "logging.tensorboard=false",
-    "optimizer.lr=1e-12",
-    "optimizer.weight_decay=0",
-    "optimizer.lr_warmup_steps=0",
-    "algorithm.steps=1",
-    "algorithm.global_batch_size=4",
-]
 
 
 def _hf_folder(folder: Path, name: str) -> Any:

@@ -8,7 +8,7 @@ Shape legend: N rows of this data-parallel rank, R rows of all ranks, S padded l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     ControlMode,
     CountdownTaskConfig,
     EvaluationConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SpecializationConfig,
@@ -44,6 +43,7 @@ from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
+from tests.megatron.policy_job import small_config  # noqa: E402
 from tests.megatron.stein_job import whole_experts  # noqa: E402
 
 GROUP, WIDTH = 4, 8
@@ -111,18 +111,7 @@ def config_of(draw: Draw) -> TrainConfig:
             ),
             budget=BudgetConfig(mode=ControlMode.monitor),
         ),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_query_groups=2,
-            kv_channels=8,
-            num_moe_experts=8,
-            moe_router_topk=3,
-            moe_ffn_hidden_size=16,
-            moe_aux_loss_coeff=0.0,  # it is a product of micro-batch means, which depend on how data is dealt to ranks
-            init_method_std=0.2,
-        ),
+        model=replace(small_config().model, moe_router_topk=3),
         # A large epsilon: without it Adam makes a step of full size out of a gradient that is all rounding.
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5, adam_eps=1e-2),
         task=CountdownTaskConfig(train_size=20, validation_size=8, test_size=8),

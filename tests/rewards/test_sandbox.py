@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from megatron_vp2o.config.reward import SandboxKind
 from megatron_vp2o.errors import RewardError
 from megatron_vp2o.rewards.sandbox import KINDS, Finished, Limits, Sandbox, bubblewrap, open_sandbox
+from megatron_vp2o.rewards.sandbox.protocol import Program
 from tests.rewards.sandboxes import sandbox_or_skip
 
 QUICK = Limits(wall_s=8.0, cpu_s=1.0, memory_mib=256, processes=16, output_mib=1)
@@ -346,7 +346,7 @@ class NoSandbox(bubblewrap.Bubblewrap):
     def __init__(self) -> None:
         pass
 
-    def run(self, command: Sequence[str], *, files: Mapping[str, bytes], stdin: bytes = b"", **_: object) -> Finished:
-        (source,) = files.values()
-        done = subprocess.run([command[0], "-c", source], input=stdin, capture_output=True)
+    def _run(self, program: Program) -> Finished:
+        (source,) = program.files.values()
+        done = subprocess.run([program.command[0], "-c", source], input=program.stdin, capture_output=True)
         return Finished(done.returncode, 0.0, 0.0, done.stdout, done.stderr, False, False)

@@ -11,13 +11,14 @@ import importlib.util
 import math
 import os
 import resource
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_vp2o.rewards.sandbox.protocol import (
     MIB,
     Finished,
     Limits,
+    Program,
+    Sandbox,
     SandboxUnavailable,
     execute,
     find_program,
@@ -31,7 +32,7 @@ TMP_MIB = 64
 BOX = "/box"
 
 
-class Bubblewrap:
+class Bubblewrap(Sandbox):
     """See the module."""
 
     name = "bubblewrap"
@@ -53,32 +54,21 @@ class Bubblewrap:
         self._root = _file_system()
         self._prlimit = usr_program("prlimit")
 
-    def program(self, name: str) -> str:
-        return usr_program(name)
-
-    def run(
-        self,
-        command: Sequence[str],
-        *,
-        files: Mapping[str, bytes],
-        stdin: bytes = b"",
-        limits: Limits,
-        executable: frozenset[str] = frozenset(),
-    ) -> Finished:
+    def _run(self, program: Program) -> Finished:
         # The program is opened here: user `nobody` may not get to where the package is installed.
         binary = os.open(self._path, os.O_RDONLY)
         try:
-            with memory_files(list(files.values())) as descriptors:
+            with memory_files(list(program.files.values())) as descriptors:
                 arguments = [f"/proc/self/fd/{binary}", *self._root]
-                for name, descriptor in zip(files, descriptors, strict=True):
-                    mode = "0555" if name in executable else "0444"
+                for name, descriptor in zip(program.files, descriptors, strict=True):
+                    mode = "0555" if name in program.executable else "0444"
                     arguments += ["--perms", mode, "--ro-bind-data", str(descriptor), f"{BOX}/{name}"]
                 arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", BOX, "--"]
-                arguments += [self._prlimit, *_limits(limits), "--", *command]
+                arguments += [self._prlimit, *_limits(program.limits), "--", *program.command]
                 return execute(
                     arguments,
-                    stdin=stdin,
-                    limits=limits,
+                    stdin=program.stdin,
+                    limits=program.limits,
                     inherit=[binary, *descriptors],
                     user=NOBODY if os.getuid() == 0 else None,
                 )

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from megatron_vp2o.rewards.sandbox.protocol import (
     MIB,
     Finished,
     Limits,
+    Program,
+    Sandbox,
     SandboxUnavailable,
     execute,
     find_program,
-    usr_program,
 )
 
 TMP_MIB = 64
 BOX = "/box"
 
 
-class GVisor:
+class GVisor(Sandbox):
     """See the module."""
 
     name = "gvisor"
@@ -39,29 +40,20 @@ class GVisor:
             raise SandboxUnavailable("runsc is not on the path: install gVisor (on Debian the package runsc)")
         self._path = path
 
-    def program(self, name: str) -> str:
-        return usr_program(name)
-
-    def run(
-        self,
-        command: Sequence[str],
-        *,
-        files: Mapping[str, bytes],
-        stdin: bytes = b"",
-        limits: Limits,
-        executable: frozenset[str] = frozenset(),
-    ) -> Finished:
+    def _run(self, program: Program) -> Finished:
         with tempfile.TemporaryDirectory(prefix="vp2o-gvisor-") as folder:
             bundle = Path(folder)
             box = bundle / "rootfs" / "box"
             box.mkdir(parents=True)
-            for name, content in files.items():
+            for name, content in program.files.items():
                 (box / name).write_bytes(content)
-                (box / name).chmod(0o555 if name in executable else 0o444)
-            (bundle / "config.json").write_text(json.dumps(_specification(command, limits)))
+                (box / name).chmod(0o555 if name in program.executable else 0o444)
+            (bundle / "config.json").write_text(json.dumps(_specification(program.command, program.limits)))
             runsc = [str(self._path), "--rootless", "--network=none", "--ignore-cgroups", f"--root={bundle / 'state'}"]
             return execute(
-                [*runsc, "run", f"--bundle={bundle}", f"vp2o-{uuid.uuid4().hex}"], stdin=stdin, limits=limits
+                [*runsc, "run", f"--bundle={bundle}", f"vp2o-{uuid.uuid4().hex}"],
+                stdin=program.stdin,
+                limits=program.limits,
             )
 
 

@@ -12,10 +12,10 @@ import shutil
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 MIB = 2**20
 
@@ -37,6 +37,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Program:
+    """What runs inside: a command with its files, input and limits."""
+
+    command: Sequence[str]
+    files: Mapping[str, bytes]
+    stdin: bytes
+    limits: Limits
+    executable: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Finished:
     """How a command ended."""
 
@@ -53,7 +64,7 @@ class SandboxUnavailable(Exception):
     """Why this sandbox cannot be used on this machine."""
 
 
-class Sandbox(Protocol):
+class Sandbox(ABC):
     """Runs commands of /usr with no network, no files of the host but /usr, no other processes in sight."""
 
     name: str
@@ -65,7 +76,7 @@ class Sandbox(Protocol):
         Raises:
             SandboxUnavailable: where there is none.
         """
-        ...
+        return usr_program(name)
 
     def run(
         self,
@@ -83,7 +94,11 @@ class Sandbox(Protocol):
             files: read-only files that it sees, by name.
             executable: which of them may be executed.
         """
-        ...
+        return self._run(Program(command, files, stdin, limits, executable))
+
+    @abstractmethod
+    def _run(self, program: Program) -> Finished:
+        """See `run`."""
 
 
 def usr_program(name: str) -> str:
