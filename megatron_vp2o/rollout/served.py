@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vp2o.errors import SyncError, UserError
-from megatron_vp2o.parallel.groups import Groups, first_rank_says, on_replica
+from megatron_vp2o.errors import RolloutError, SyncError, UserError
+from megatron_vp2o.parallel.groups import Groups, first_rank_says, gather_objects, on_replica
 from megatron_vp2o.rl.interfaces import RolloutEngine
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.pool import ServerPool
@@ -69,11 +68,7 @@ class ServedEngine:
         self._serve()
 
     def _serve(self) -> None:
-        """Bring the servers to the snapshot's weights.
-
-        All ranks come first: while one still generates, the first rank must keep the servers alive with the weights they have.
-        """
-        dist.barrier(group=self.groups.world)
+        """Bring the servers to the snapshot's weights. No rank generates meanwhile, because `generate` ends on all together."""
         probe = self._probe()
         said: tuple[str, Any] = ("", None)
         stream = self.stream()
@@ -108,17 +103,31 @@ class ServedEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> Rollouts:
-        """See `rl.interfaces.RolloutEngine.generate`. Which samples come is not reproducible; see `ServerPool.generate`."""
+        """See `rl.interfaces.RolloutEngine.generate`. Which samples come is not reproducible; see `ServerPool.generate`.
+
+        All ranks return together. The first rank, which keeps the servers alive, must not go on to end them, or to give them other
+        weights, while another replica is still asking them; and where one replica gets no rollouts, none goes on.
+
+        Raises:
+            RolloutError: on all ranks: a replica did not get its rollouts.
+        """
         if self._borrowed:
             return self.snapshot.generate(prompts, uids, sampling, group_size)
         if self._served != self.version:  # a resumed run's snapshot came out of its checkpoint
             self._serve()
 
-        def ask() -> Rollouts:
+        def ask() -> tuple[Rollouts | None, str]:
             assert self.pool is not None
-            return self.pool.generate(prompts, uids, sampling, group_size)
+            try:
+                return self.pool.generate(prompts, uids, sampling, group_size), ""
+            except UserError as error:
+                return None, str(error)
 
-        return on_replica(ask, self.groups)
+        rollouts, problem = on_replica(ask, self.groups)
+        problems = list(dict.fromkeys(filter(None, gather_objects(problem, self.groups.world))))
+        if rollouts is None or problems:
+            raise RolloutError("; and of another replica: ".join(problems))
+        return rollouts
 
     def checksum(self) -> int:
         """The snapshot's checksum; that the servers hold the same was proven by the update."""

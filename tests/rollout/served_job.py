@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -73,7 +74,7 @@ def groups_of_four() -> Groups:
 
 
 def run(folder: str) -> dict[str, Any]:
-    """What this rank saw of two good syncs, one that fails, one after it, and a server that dies."""
+    """What this rank saw of two good syncs, one that fails, one after it, a server that dies, and an owner that is done first."""
     groups = groups_of_four()
     harness = FakeHarness(Path(folder), servers=2, settings=PATIENT) if groups.rank == 0 else None
     urls = first_rank_says([m.url for m in harness.engine.members] if harness else [], groups.world)
@@ -122,6 +123,9 @@ def run(folder: str) -> dict[str, Any]:
     dist.barrier()
     generate()
     snapshot.version = 4  # as a resumed run's checkpoint has it: the servers get it before they are asked
+    if pool is not None and groups.dp_rank:
+        asks = pool.generate
+        pool.generate = lambda *args: (time.sleep(3), asks(*args))[1]  # the first rank has its rollouts long before
     generate()
     engine.close()
     assert isinstance(SAMPLING, SamplingParams)
