@@ -31,6 +31,8 @@ STEPS ?= every
 DATA ?= data/eval
 EVALOUT ?= runs/evaluation
 EVALARGS ?=
+# Environment of vLLM servers: made where it is missing, used as it is where somebody else made it.
+VLLM_ENV ?= .venv-vllm
 comma := ,
 # Benchmarks or suites that `make eval-data` fetches.
 BENCHMARKS ?= paper
@@ -120,11 +122,11 @@ test-slurm: install-launch ## Against a real Slurm: the one that answers here, e
 	$(PY) -m pytest tests/launch/test_scripts.py # two of them need NeMo-Run, which `make test` does not install
 	bash tools/slurm_local.sh run $(PY) -m pytest -m slurm tests/slurm --durations=0 $(TESTARGS)
 
-vllm-env: ## Make .venv-vllm, the environment of vLLM servers for CPUs (Python 3.11; minutes, 3.5 GB)
-	@sh tools/vllm_env.sh .venv-vllm
+vllm-env: ## Make the environment of vLLM servers for CPUs (Python 3.11; minutes, 3.5 GB) [VLLM_ENV=.venv-vllm]
+	@sh tools/vllm_env.sh '$(VLLM_ENV)'
 
 test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it
-	VP2O_VLLM_PYTHON=$(abspath .venv-vllm/bin/python) $(PY) -m pytest tests/rollout/test_vllm.py --durations=0 $(TESTARGS)
+	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py --durations=0 $(TESTARGS)
 
 soak: install-dev ## After `make run`: 40 faults, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
 	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \
