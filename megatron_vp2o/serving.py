@@ -21,8 +21,10 @@ from megatron_vp2o.megatron.hf.weights import hf_tensors
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
+from megatron_vp2o.rollout.board import meet
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
-from megatron_vp2o.rollout.pool import Member, PoolSettings, ServerPool
+from megatron_vp2o.rollout.members import Member
+from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.served import ServedEngine
 from megatron_vp2o.rollout.store import FOLDER, StoredEngine
 from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
@@ -69,7 +71,7 @@ def _engine(
 
     dtype = policy.model.config.params_dtype
     members = _members(config, groups, dtype)
-    pool = None
+    pool, board = None, meet(groups)
     if groups.is_data_source:
         pool = ServerPool(
             members,
@@ -81,6 +83,7 @@ def _engine(
             pad_id=tokenizer.pad_id,
             settings=_pool_settings(config.rollout.server),
             owner=groups.rank == 0,
+            board=board,
         )
         if groups.rank == 0:
             pool.check()

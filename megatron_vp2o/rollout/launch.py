@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -69,28 +71,53 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def keep_port(port: int) -> socket.socket | None:
+    """Bind a port without listening, so that no other program is given it while its server is away; a server that sets
+    SO_REUSEADDR, as vLLM does, can still listen on it. None where somebody has it already: the server will say so."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        keeper.bind(("127.0.0.1", port))
+    except OSError:
+        keeper.close()
+        return None
+    return keeper
+
+
 class ServerProcess:
-    """One server under its guard.
+    """One server under its guard. Its methods may be called from several threads.
 
     Args:
         command: see `Command`.
         environment: variables beside the trainer's own, of which those of torchrun are left out.
+        port: where it listens; kept for it until `close`.
         log: file that both write to.
     """
 
     def __init__(self, command: Command, environment: Mapping[str, str], port: int, log: Path) -> None:
         self.command, self.environment, self.port, self.log = command, dict(environment), port, log
         self.starts = 0
+        self.started_at = float("-inf")  # time.monotonic()
+        self.prepared = False  # for whoever starts it to note; False again after each start
         self._guard: subprocess.Popen[bytes] | None = None
+        self._kept = keep_port(port)
+        self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, model: Path) -> None:
-        """Start it with the model in a folder; it is not ready yet when this returns."""
-        self.stop()
+        """Start it with the model in a folder; it is not ready yet when this returns. Does nothing after `close`."""
+        with self._lock:
+            self._stop()
+            if not self._closed:
+                self._start(model)
+
+    def _start(self, model: Path) -> None:
         self.starts += 1
+        self.started_at, self.prepared = time.monotonic(), False
         self.log.parent.mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
         with self.log.open("ab") as log:
@@ -107,10 +134,24 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
-        return self._guard is not None and self._guard.poll() is None
+        guard = self._guard
+        return guard is not None and guard.poll() is None
 
     def stop(self) -> None:
         """End all of its processes and wait for that."""
+        with self._lock:
+            self._stop()
+
+    def close(self) -> None:
+        """`stop` for good, and give its port back."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+            if self._kept is not None:
+                self._kept.close()
+                self._kept = None
+
+    def _stop(self) -> None:
         guard, self._guard = self._guard, None
         if guard is None:
             return

@@ -81,12 +81,13 @@ class ServedEngine:
         for _ in stream:  # other ranks take part to the end, and so does the first where its pool refused
             pass
         label = self.pool.label if self.pool is not None else ""
-        problem, receipt, label = first_rank_says((*said, label), self.groups.world)
+        lost = [member.lost for member in self.pool.members] if self.pool is not None else []
+        problem, receipt, label, lost = first_rank_says((*said, label, lost), self.groups.world)
         if problem:
             self._served = -1
             raise SyncError(problem)
         if self.pool is not None and self.groups.rank != 0:
-            self.pool.adopt(self.version, label)
+            self.pool.adopt(self.version, label, lost)
         self.receipt, self._served = receipt, self.version
 
     def _probe(self) -> Probe:

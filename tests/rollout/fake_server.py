@@ -222,5 +222,7 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     Handler.state = State(Path(sys.argv[1]))
     ThreadingHTTPServer.daemon_threads = True
-    ThreadingHTTPServer.request_queue_size = 1024  # as vLLM's; with socketserver's 5, connections of a burst wait for seconds
+    ThreadingHTTPServer.request_queue_size = (
+        1024  # as vLLM's; with socketserver's 5, connections of a burst wait for seconds
+    )
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vp2o.rollout.board import Board
 from megatron_vp2o.rollout.launch import ServerProcess, free_port
-from megatron_vp2o.rollout.pool import Member, PoolSettings, ServerPool
+from megatron_vp2o.rollout.members import Member
+from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.protocol import Probe
 
 FAKE = Path(__file__).with_name("fake_server.py")
@@ -35,7 +37,9 @@ class FakeHarness:
 
     vocabulary, end, tolerance = VOCABULARY, END, 1e-5
 
-    def __init__(self, folder: Path, servers: int = 1, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, servers: int = 1, settings: dict[str, Any] | None = None, board: Board | None = None
+    ) -> None:
         def command(model: Path, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(model), str(port)]
 
@@ -43,7 +47,7 @@ class FakeHarness:
             ServerProcess(command, {}, free_port(), folder / f"server{number}.log") for number in range(servers)
         ]
         self.processes = processes
-        self.engine = make_pool([Member(process.url, process) for process in processes], folder, settings)
+        self.engine = make_pool([Member(process.url, process) for process in processes], folder, settings, board=board)
 
     def weights(self, model: int) -> Iterator[tuple[str, Tensor]]:
         yield from table(model).items()
@@ -63,7 +67,7 @@ class FakeHarness:
         post(f"{self.engine.members[server].url}/fault", {"kind": kind, **more})
 
 
-def make_pool(members: list[Member], folder: Path, settings: dict[str, Any] | None = None) -> ServerPool:
+def make_pool(members: list[Member], folder: Path, settings: dict[str, Any] | None = None, **more: Any) -> ServerPool:
     """A pool for the fake model."""
     return ServerPool(
         members,
@@ -74,6 +78,7 @@ def make_pool(members: list[Member], folder: Path, settings: dict[str, Any] | No
         vocabulary=VOCABULARY,
         pad_id=PAD,
         settings=PoolSettings(**(QUICK | (settings or {}))),
+        **more,
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
+from megatron_vp2o.rollout.board import meet
 from megatron_vp2o.rollout.contract import SAMPLING
-from megatron_vp2o.rollout.pool import Member
+from megatron_vp2o.rollout.members import Member
 from megatron_vp2o.rollout.served import ServedEngine
 from tests.rollout.fakes import VOCABULARY, FakeHarness, make_pool, table
 
@@ -76,12 +77,12 @@ def groups_of_four() -> Groups:
 def run(folder: str) -> dict[str, Any]:
     """What this rank saw of two good syncs, one that fails, one after it, a server that dies, and an owner that is done first."""
     groups = groups_of_four()
-    harness = FakeHarness(Path(folder), servers=2, settings=PATIENT) if groups.rank == 0 else None
+    board = meet(groups)
+    harness = FakeHarness(Path(folder), servers=2, settings=PATIENT, board=board) if groups.rank == 0 else None
     urls = first_rank_says([m.url for m in harness.engine.members] if harness else [], groups.world)
     pool = harness.engine if harness else None
     if groups.is_data_source and pool is None:
-        pool = make_pool([Member(url) for url in urls], Path(folder) / "other", PATIENT)
-        pool.owner = False
+        pool = make_pool([Member(url) for url in urls], Path(folder) / "other", PATIENT, board=board, owner=False)
     snapshot = TableSnapshot()
 
     def stream() -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import SamplingParams
 from megatron_vp2o.rollout.contract import SAMPLING, ClosingContract, EngineContract, check_form
 from megatron_vp2o.rollout.launch import ServerProcess
-from megatron_vp2o.rollout.pool import BAD_ANSWERS, Member
+from megatron_vp2o.rollout.members import STRIKES, Member
 from tests.rollout.fakes import FAKE, FakeHarness, make_pool
 
 MANY = [[2 + number % 20, 5] for number in range(24)]
@@ -96,11 +96,11 @@ def test_the_only_server_dies(tmp_path: Path) -> None:
 
 def test_one_that_always_answers_nonsense_is_restarted(two: FakeHarness) -> None:
     two.arm(1, "garbage", always=True)
-    for _ in range(50):  # the other one may be quick enough for most of a batch
+    for _ in range(50):
         check_all(two)
         if two.engine.restarts:
             break
-    wait_for(lambda: two.engine.restarts == 1 and two.engine.members[1].bad_answers == 0)
+    wait_for(lambda: two.engine.restarts == 1 and two.engine.members[1].strikes == 0)
     for _ in range(20):  # the other one may be quick enough for a whole batch
         check_all(two)
         if two.engine.members[1].samples:
@@ -132,7 +132,7 @@ def test_a_sync_that_never_succeeds(tmp_path: Path, kind: str) -> None:
     only = make_pool([Member(urls[0])], tmp_path / "only")
     try:
         both.check()
-        harness.engine._stop_keeper.set()  # it would take its servers back
+        unwatch(harness)  # it would take its servers back
         harness.arm(0, kind, always=True)
         both.update_weights(harness.weights(1), 2, harness.probe(1))
         assert both.members[0].lost and not both.members[1].lost
@@ -155,7 +155,7 @@ def test_somebody_elses_server_that_lost_the_weights(tmp_path: Path) -> None:
     harness.engine.update_weights(harness.weights(0), 1)
     theirs = make_pool([Member(harness.engine.members[0].url)], tmp_path / "theirs")
     try:
-        harness.engine._stop_keeper.set()
+        unwatch(harness)
         theirs.update_weights(harness.weights(1), 5, harness.probe(1))
         process = harness.processes[0]
         assert harness.engine._weights is not None
@@ -191,11 +191,10 @@ def test_what_cannot_be_mended_ends_with_reasons(tmp_path: Path) -> None:
 
 def test_a_prompt_that_no_server_can_answer(tmp_path: Path) -> None:
     """A poisonous prompt ends the batch after some tries; servers are not restarted for ever."""
-    harness = FakeHarness(tmp_path, settings={"attempts": BAD_ANSWERS + 1})
+    harness = FakeHarness(tmp_path, settings={"attempts": STRIKES + 1})
     try:
         harness.engine.update_weights(harness.weights(0), 1)
-        harness.engine._stop_keeper.set()
-        harness.engine.members[0].bad_answers = -100
+        harness.engine.members[0].strikes = -100  # not restarted
         harness.arm(0, "garbage", always=True)
         with pytest.raises(RolloutError, match=r"prompt 0 failed 4 times .*last error: .*a response ended by 7"):
             harness.engine.generate([[5]], [0], SAMPLING)
@@ -296,6 +295,11 @@ def test_random_faults_leave_every_prompt_accounted_for(tmp_path: Path) -> None:
         stop.set()
         killer.join()
         harness.engine.close()
+
+
+def unwatch(harness: FakeHarness) -> None:
+    """Its pool does not look after its servers any more."""
+    harness.engine._do(harness.engine._unwatch_all())
 
 
 def wait_for(condition: object, seconds: float = 30.0) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.rollout.contract import PROMPTS, SAMPLING, ClosingContract, EngineContract, check_form
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
-from megatron_vp2o.rollout.pool import Member, PoolSettings, ServerPool
+from megatron_vp2o.rollout.members import Member
+from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.protocol import Probe
 from megatron_vp2o.rollout.weight_files import WeightSet
 from megatron_vp2o.tracking.record import read
