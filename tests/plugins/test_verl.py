@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.verl,
@@ -21,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 ON = "+engine.override_mcore_model_config.vp2o.stein.enabled=True"
 MONITOR = "+engine.override_mcore_model_config.vp2o.stein.monitor=True"
+STEPS = 8
+"""Of a run: verl_rows.py has 64 rows."""
 
 
 @pytest.fixture(scope="session")
@@ -121,18 +130,37 @@ def values(output: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"{re.escape(name)}:\[?(?:np\.float64\()?(-?[\d.e+-]+)", output)]
 
 
+Straight = Callable[[int], tuple[Path, str]]
+
+
+@pytest.fixture(scope="session")
+def straight(site: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Eight steps of verl's SFT trainer with the transform on, for a number of ranks: the checkpoints' folder, what it printed."""
+    kept: dict[int, tuple[Path, str]] = {}
+
+    def result(ranks: int) -> tuple[Path, str]:
+        if ranks not in kept:
+            folder = tmp_path_factory.mktemp("straight")
+            status, output = run(saving(model, folder / "ck", ranks), site, folder)
+            assert status == 0, output[-4000:]
+            kept[ranks] = folder / "ck", output
+        return kept[ranks]
+
+    return result
+
+
+def saving(model: Path, out: Path, ranks: int) -> list[str]:
+    command = [*torchrun(ranks, "verl.trainer.sft_trainer"), *sft(model, out, ranks=ranks), ON]
+    return [*command, f"trainer.save_freq={STEPS // 2}"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_verls_sft_trainer(site: Path, model: Path, tmp_path: Path, ranks: int) -> None:
-    command = [*torchrun(ranks, "verl.trainer.sft_trainer"), *sft(model, tmp_path / "ck", ranks=ranks), ON]
-    status, output = run(command, site, tmp_path)
-    assert status == 0, output[-4000:]
+def test_verls_sft_trainer(site: Path, straight: Straight, tmp_path: Path, ranks: int) -> None:
+    _, output = straight(ranks)
     active = [line for line in output.splitlines() if "is active in verl" in line]
     assert len(active) == 1
     assert "Stein transform of expert gradients (eta 0.01), 2 MoE layers" in active[0]
-    losses = values(output, "train/loss")
-    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
-    for name in ("vp2o/moe/router_entropy", "vp2o/stein/prototype_overlap", "vp2o/stein/self_weight"):
-        assert len(values(output, name)) == 8, name
+    learns_and_logs(output)
     assert (
         str(site)
         in subprocess.run(
@@ -146,13 +174,86 @@ def test_verls_sft_trainer(site: Path, model: Path, tmp_path: Path, ranks: int) 
     )
 
 
-def test_verls_sft_trainer_under_ray(site: Path, model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "verl.trainer.sft_trainer_ray", *sft(model, tmp_path / "ck"), ON]
-    status, output = run([*command, "trainer.n_gpus_per_node=1", "trainer.nnodes=1"], site, tmp_path, timeout=400)
+def learns_and_logs(output: str) -> None:
+    losses = values(output, "train/loss")
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+    for name in ("vp2o/moe/router_entropy", "vp2o/stein/prototype_overlap", "vp2o/stein/self_weight"):
+        assert len(values(output, name)) == STEPS, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_verls_sft_trainer_under_ray(site: Path, model: Path, tmp_path: Path, ranks: int) -> None:
+    command = [sys.executable, "-m", "verl.trainer.sft_trainer_ray", *sft(model, tmp_path / "ck", ranks=ranks), ON]
+    status, output = run(
+        [*command, f"trainer.n_gpus_per_node={ranks}", "trainer.nnodes=1"], site, tmp_path, timeout=400
+    )
     assert status == 0, output[-4000:]
     assert output.count("is active in verl") >= 1  # Ray repeats what an actor prints
-    losses = values(output, "train/loss")
-    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+    learns_and_logs(output)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_goes_on_with_its_state(
+    site: Path, model: Path, straight: Straight, tmp_path: Path, ranks: int
+) -> None:
+    """SIGKILL at step 6, with a checkpoint of step 4: started again, verl ends with the weights of the run that was left alone."""
+    command = [*saving(model, tmp_path / "ck", ranks), "trainer.resume_mode=auto"]
+    killed = kill_at(6, command, site, tmp_path)
+    assert "step:8 -" not in killed
+    cold = tmp_path / "cold"
+    shutil.copytree(tmp_path / "ck", cold)
+    status, output = run(command, site, tmp_path)
+    assert status == 0, output[-4000:]
+    assert len(values(output, "train/loss")) == STEPS // 2 and "step:5 -" in output
+    folder, _ = straight(ranks)
+    expected = saved_weights(folder / f"global_step_{STEPS}")
+    assert len(expected) > 20
+    assert saved_weights(tmp_path / "ck" / f"global_step_{STEPS}") == expected
+    first, again = (stein_state(root / f"global_step_{STEPS}") for root in (folder, tmp_path / "ck"))
+    assert first["steps"] == again["steps"] == STEPS
+    for layer, state in first["layers"].items():
+        for name, value in state.items():
+            assert torch.equal(value, again["layers"][layer][name]), (layer, name)
+    if ranks > 1:
+        return
+    for path in cold.rglob("vp2o_stein.pt.*"):
+        path.unlink()
+    status, output = run([*command, f"trainer.default_local_dir={cold}"], site, tmp_path)
+    assert status == 0, output[-4000:]
+    assert "has no state of the Stein transform" in output
+    assert saved_weights(cold / f"global_step_{STEPS}") != expected
+
+
+def kill_at(step: int, command: list[str], site: Path, cwd: Path) -> str:
+    """Start, and end all its processes with SIGKILL once it has logged the step. Returns what it printed."""
+    process = psutil.Popen(
+        command, cwd=cwd, env=environment(site), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    def kill() -> None:
+        for one in [*process.children(recursive=True), process]:  # torchrun puts its workers into sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+    late = threading.Timer(300, kill)
+    late.start()
+    printed = []
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            if f"step:{step} -" in line:
+                break
+    finally:
+        late.cancel()
+        kill()
+        process.wait()
+    assert f"step:{step} -" in printed[-1], "".join(printed)[-4000:]
+    return "".join(printed)
+
+
+def stein_state(folder: Path) -> Any:
+    (path,) = folder.rglob("vp2o_stein.pt.0")
+    return torch.load(path, weights_only=True)
 
 
 def saved_weights(folder: Path) -> dict[str, bytes]:
@@ -164,13 +265,12 @@ def saved_weights(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def test_off_is_off_to_the_bit(site: Path, model: Path, tmp_path: Path) -> None:
+def test_off_is_off_to_the_bit(site: Path, model: Path, straight: Straight, tmp_path: Path) -> None:
     results = {}
     for name, vendor, further in (
         ("without", None, []),
         ("off", "vp2o", []),
         ("monitor", "vp2o", [MONITOR]),
-        ("on", "vp2o", [ON]),
     ):
         command = [*torchrun(1, "verl.trainer.sft_trainer"), *sft(model, tmp_path / name), *further]
         status, output = run(command, site, tmp_path, vendor=vendor)
@@ -180,7 +280,9 @@ def test_off_is_off_to_the_bit(site: Path, model: Path, tmp_path: Path) -> None:
     assert len(results["without"][0]) > 20
     assert results["off"] == results["without"]
     assert results["monitor"] == results["without"]
-    assert results["on"][0] != results["without"][0]
+    folder, output = straight(1)
+    assert saved_weights(folder / f"global_step_{STEPS}") != results["without"][0]
+    assert values(output, "train/loss")[0] == results["without"][1][0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

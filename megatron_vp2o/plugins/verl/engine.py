@@ -143,21 +143,32 @@ class VP2OEngine(MegatronEngineWithLMHead):
 @functools.cache
 def _log_as_scalars() -> None:
     """Let verl's workers hand our metrics on as numbers. They gather every metric over data-parallel ranks into a list, which the
-    SFT trainer's loggers leave out and the PPO trainer flattens as if it held lists; ours are equal on all ranks.
+    SFT trainers' loggers leave out and the PPO trainer flattens as if it held lists; ours are equal on all ranks.
+
+    In a Ray actor the worker is of a class that `ray.remote` derives from TrainingWorker, and that has copies of its methods.
     """
     from verl.workers.engine_workers import TrainingWorker
 
-    inner = TrainingWorker._postprocess_output
+    for kind in (TrainingWorker, *_derived(TrainingWorker)):
+        if "_postprocess_output" in vars(kind):
+            kind._postprocess_output = _with_scalars(kind._postprocess_output)
 
+
+def _derived(kind: type) -> list[Any]:
+    return [found for child in kind.__subclasses__() for found in (child, *_derived(child))]
+
+
+def _with_scalars(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def postprocess(self: Any, output: Any, **kwargs: Any) -> Any:
         result = inner(self, output, **kwargs)
         metrics = tensordict_utils.get(result, "metrics")
-        for name in [name for name in metrics if name.startswith(METRICS)]:
-            metrics[name] = metrics[name][0]
+        for name, value in metrics.items():
+            if name.startswith(METRICS) and isinstance(value, list):
+                metrics[name] = value[0]
         return result
 
-    TrainingWorker._postprocess_output = postprocess
+    return postprocess
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
