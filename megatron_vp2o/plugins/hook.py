@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "vp2o.stein."
 """Prefix of the state's keys in Megatron's distributed checkpoints."""
+_HOST = "vp2o_host"
+"""Attribute of the first chunk of a model that has a plug-in."""
 
 
 class Plugged:
@@ -79,11 +81,13 @@ def plug_in(model: Any, optimizer: Any, config: PluginConfig, host: str) -> Plug
         host: its name, for the line.
 
     Raises:
-        ConfigError: for a model, layout or loop that the transform does not know.
+        ConfigError: for a model, layout or loop that the transform does not know; for a model that has a plug-in already.
     """
     if not config.active:
         return None
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    if earlier := getattr(chunks[0], _HOST, None):
+        raise ConfigError(f"vp2o is in this model already, put there by {earlier}: register its hook once")
     layers = [layer for chunk in chunks for layer in moe_layers(chunk)]
     count = _layers_of_all_stages(len(layers))
     if count == 0:
@@ -97,6 +101,7 @@ def plug_in(model: Any, optimizer: Any, config: PluginConfig, host: str) -> Plug
     if config.specialises:
         for layer in layers:
             layer.specialise(config.specialization)
+    setattr(chunks[0], _HOST, f"the plug-in for {host}")
     if dist.get_rank() == 0:
         print(f"megatron-vp2o {__version__} is active in {host}: {describe(config)}, {count} MoE layers", flush=True)
     return Plugged(config, layers, installed)

@@ -11,7 +11,10 @@ back, with the state that it had.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from megatron.core import parallel_state
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.plugins.hook import Plugged, keep_state_in_checkpoints, plug_in, restore_from
 from megatron_vp2o.plugins.settings import read_settings
+from megatron_vp2o.plugins.versions import warn_if_untested
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +38,13 @@ def before_train_step(
 ) -> None:
     """slime calls this before each optimizer step. The first call installs; later ones put back what slime has overwritten.
 
+    A critic, which slime trains by the same loop, is left alone.
+
     Raises:
         ConfigError: no settings, or some that cannot work; or the step before did not run the transform.
     """
+    if getattr(model[0], "role", "actor") != "actor":
+        return
     plugged: Plugged | None = getattr(model[0], _OURS, None)
     if plugged is None:
         given = getattr(args, "vp2o", None)
@@ -48,6 +56,7 @@ def before_train_step(
         config = read_settings(given, "vp2o")
         if not config.active:
             return
+        warn_if_untested("megatron-core")
         plugged = plug_in(model, optimizer, config, "slime")
         assert plugged is not None
         keep_state_in_checkpoints(model, plugged)
@@ -89,8 +98,12 @@ def _resumed_from(args: Any) -> Path | None:
     load = getattr(args, "load", None)
     if not load or getattr(args, "finetune", False):
         return None
+    if re.fullmatch(r"iter_\d{7}", Path(load).name):
+        return Path(load)
     tracker = Path(load) / "latest_checkpointed_iteration.txt"
     iteration = tracker.read_text().strip() if tracker.is_file() else ""
+    if iteration.isdigit() and getattr(args, "ckpt_step", None) is not None:
+        iteration = str(args.ckpt_step)
     return Path(load) / f"iter_{int(iteration):07d}" if iteration.isdigit() else None
 
 
@@ -103,10 +116,19 @@ def _log(args: Any, plugged: Plugged) -> None:
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.is_pipeline_last_stage()
     ):
-        from slime.utils import logging_utils
-
         named = {f"vp2o/{name}": value for name, value in plugged.metrics.items()}
-        logging_utils.log(args, {**named, "vp2o/step": plugged.installed.transform.steps}, step_key="vp2o/step")
+        _logging().log(args, {**named, "vp2o/step": plugged.installed.transform.steps}, step_key="vp2o/step")
+
+
+@functools.cache
+def _logging() -> Any:
+    """slime's logging_utils, which in August 2026 moved from `slime.utils` to `slime.observability`."""
+    try:
+        return importlib.import_module("slime.observability.logging_utils")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("slime"):
+            raise
+        return importlib.import_module("slime.utils.logging_utils")
 
 
 __all__ = ["before_train_step", "metrics", "policy_loss"]

@@ -4,6 +4,8 @@ plug-ins in it, beside this project's own trainer on the same weights and batche
 
 from __future__ import annotations
 
+import logging
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from torch import Tensor  # noqa: E402
 
 from megatron_vp2o.config.schema import (  # noqa: E402
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RepulsionScale,
@@ -29,13 +30,16 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     TrainConfig,
 )
 from megatron_vp2o.core.objective import supervised_objective  # noqa: E402
+from megatron_vp2o.errors import ConfigError  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
 from megatron_vp2o.megatron.stein.transform import SteinTransform  # noqa: E402
 from megatron_vp2o.plugins import megatron as pretrain_plugin  # noqa: E402
 from megatron_vp2o.plugins import slime as slime_plugin  # noqa: E402
+from megatron_vp2o.plugins import versions  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
+from tests.megatron.policy_job import small_config  # noqa: E402
 
 VOCAB, ROWS, WIDTH, ROLLOUTS, PER_ROLLOUT = 24, 8, 12, 3, 2
 STEPS = ROLLOUTS * PER_ROLLOUT
@@ -45,22 +49,9 @@ LOSSES = {"specialization": {"orthogonality_coef": 0.05, "variance_coef": 0.05}}
 
 
 def config(layout: dict[str, Any]) -> TrainConfig:
-    return TrainConfig(
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_query_groups=2,
-            kv_channels=8,
-            num_moe_experts=8,
-            moe_router_topk=2,
-            moe_ffn_hidden_size=16,
-            moe_aux_loss_coeff=0.0,
-            init_method_std=0.2,
-        ),
-        optimizer=OptimizerConfig(lr=3e-3, clip_grad=1.0),
-        parallel=ParallelConfig(**layout),
-    )
+    found = small_config(**layout)
+    found.optimizer = OptimizerConfig(lr=3e-3, clip_grad=1.0)
+    return found
 
 
 def micro_batches(step: int, policy: MegatronPolicy) -> list[Tensor]:
@@ -101,6 +92,8 @@ def host_step(policy: MegatronPolicy, step: int, before: Callable[[], None]) -> 
     )
     policy.optimizer.step()
     policy.scheduler.step(1)
+    policy.ddp.zero_grad_buffer()
+    policy.optimizer.zero_grad()
 
 
 def fresh(layout: dict[str, Any], groups: Any) -> MegatronPolicy:
@@ -137,8 +130,10 @@ def slime_loop(
     last: int = ROLLOUTS,
     after: Callable[[int], None] = lambda rollout: None,
 ) -> None:
-    """slime's order of things: finalize_model_grads_func is assigned anew at every rollout."""
+    """slime's order of things: the model's configuration is assigned anew at every rollout."""
     for rollout in range(first, last):
+        policy.model.config.grad_scale_func = policy.optimizer.scale_loss
+        policy.model.config.timers = None
         policy.model.config.finalize_model_grads_func = finalize_model_grads
         for inner in range(PER_ROLLOUT):
             host_step(
@@ -161,12 +156,10 @@ def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def logged(kept: list[dict[str, float]]) -> None:
     """A stand-in for slime's logging module, which its hook writes to."""
-    package, utils, module = (types.ModuleType(name) for name in ("slime", "slime.utils", "slime.utils.logging_utils"))
-    module.log = lambda args, values, step_key: kept.append(dict(values))  # type: ignore[attr-defined]
-    utils.logging_utils = module  # type: ignore[attr-defined]
-    import sys
-
-    sys.modules.update({"slime": package, "slime.utils": utils, "slime.utils.logging_utils": module})
+    names = ("slime", "slime.observability", "slime.observability.logging_utils")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[-1]].log = lambda args, values, step_key: kept.append(dict(values))  # type: ignore[attr-defined]
+    sys.modules.update(modules)
 
 
 def hosts(layout: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -180,18 +173,20 @@ def hosts(layout: dict[str, Any], folder: str) -> dict[str, Any]:
     start = weights(plain)
     for step in range(STEPS):
         host_step(plain, step, lambda: None)
+        if step + 1 == PER_ROLLOUT:
+            plain_early = weights(plain)
     plain_end = weights(plain)
-    found["plain moved"] = worst(start, plain_end)
+    found["plain moved"] = min(worst(start, plain_early), worst(plain_early, plain_end))
 
     off = fresh(layout, groups)
-    slime_loop(off, types.SimpleNamespace(vp2o={"stein": {"enabled": False}}))
-    found["slime off"] = worst(weights(off), plain_end)
+    slime_loop(off, types.SimpleNamespace(vp2o={"stein": {"enabled": False}}), last=1)
+    found["slime off"] = worst(weights(off), plain_early)
     hooked = pretrain_plugin.post_wrap_hook(None)
     off = fresh(layout, groups)
     chunks = hooked([off.ddp])
-    for step in range(STEPS):
+    for step in range(PER_ROLLOUT):
         host_step(off, step, lambda: None)
-    found["pretrain off"] = worst(weights(off), plain_end)
+    found["pretrain off"] = worst(weights(off), plain_early)
     found["pretrain off, function untouched"] = (
         chunks[0] is off.ddp and off.model.config.finalize_model_grads_func is finalize_model_grads
     )
@@ -226,12 +221,39 @@ def hosts(layout: dict[str, Any], folder: str) -> dict[str, Any]:
         host_step(pretrain, step, lambda: None)
     found["pretrain and own trainer"] = worst(weights(pretrain), weights(ours))
 
+    found |= broken(layout, groups, [pretrain.ddp])
     losses = fresh(layout, groups)
-    slime_loop(losses, types.SimpleNamespace(vp2o=LOSSES, load=None))
-    found["losses moved"] = worst(weights(losses), plain_end)
+    slime_loop(losses, types.SimpleNamespace(vp2o=LOSSES, load=None), last=1)
+    found["losses moved"] = worst(weights(losses), plain_early)
     world.stop_model_parallel()
     world.stop()
     return found
+
+
+def broken(layout: dict[str, Any], groups: Any, plugged: list[Any]) -> dict[str, Any]:
+    """What is said of a second registration and of a release that was not tested; a critic's model is left alone."""
+    said: list[str] = []
+    kept = logging.Handler()
+    kept.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    versions.logger.addHandler(kept)
+    versions.TESTED["megatron-core"] = ("0.1",)
+    versions.warn_if_untested.cache_clear()
+    messages = {}
+    for name, call in {
+        "pretrain": lambda model: pretrain_plugin.post_wrap_hook(LOSSES)(model),
+        "slime": lambda model: slime_plugin.before_train_step(
+            types.SimpleNamespace(vp2o=ON, load=None), 0, 0, model, None, None
+        ),
+    }.items():
+        try:
+            call(plugged)
+        except ConfigError as error:
+            messages[f"{name} twice"] = str(error)
+    policy = fresh(layout, groups)
+    policy.ddp.role = "critic"
+    slime_plugin.before_train_step(types.SimpleNamespace(vp2o=ON, load=None), 0, 0, [policy.ddp], None, None)
+    function = policy.model.config.finalize_model_grads_func
+    return {**messages, "warnings": said, "critic untouched": function is finalize_model_grads}
 
 
 def resumed(layout: dict[str, Any], groups: Any, folder: str, straight: dict[str, Tensor]) -> dict[str, Any]:

@@ -60,3 +60,18 @@ def test_the_state_survives_the_hosts_checkpoint(ranks: list[dict[str, Any]]) ->
     for found in ranks:
         assert found["resumed and straight"] < 1e-6
         assert found["resumed without its state"] > 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_what_is_broken_is_said_in_one_line(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        for host in ("pretrain", "slime"):
+            message = found[f"{host} twice"]
+            assert message.startswith(
+                "vp2o is in this model already, put there by the plug-in for Megatron-LM's pretrain()"
+            )
+            assert "\n" not in message
+        assert len(found["warnings"]) == 1
+        assert found["warnings"][0].startswith("megatron-vp2o was tested with megatron-core 0.1, and this is 0.1")
+        assert found["critic untouched"]
