@@ -12,6 +12,7 @@ line; those with the same step and prompt are a group.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def read_rollouts(path: str | Path, *, right_from: float = 1.0, names: Mapping[s
     """The groups of a file, in the order in which they begin.
 
     Args:
-        path: a JSONL file. A last line without an end, as a killed run leaves it, is left out.
+        path: a JSONL file. A last line that is torn, as a killed run leaves it, is left out.
         right_from: a response that says no `correct` is right from this score on.
         names: {field of `NAMES`: what this file calls it}.
 
@@ -85,27 +86,40 @@ def read_rollouts(path: str | Path, *, right_from: float = 1.0, names: Mapping[s
     unknown = set(names or {}) - NAMES.keys()
     if unknown:
         raise ConfigError(f"unknown field {sorted(unknown)[0]!r}: choose from {', '.join(NAMES)}")
+    if not math.isfinite(right_from):
+        raise ConfigError(f"right_from={right_from} must be a finite number")
     known = {key: ((names[key],) if names and key in names else ()) + found for key, found in NAMES.items()}
     path = Path(path)
     found: dict[tuple[int, str], _Open] = {}
-    raw = path.read_bytes()
-    lines = raw.split(b"\n")
-    if lines and lines[-1]:
-        lines.pop()  # torn, or it would end in a newline
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break  # torn: it has no end of line
             raise DataError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: {type(row).__name__}, expected an object with named fields")
         _add(found, row, known, right_from, where)
-    if not found:
+    groups = [
+        Group(step, prompt, tuple(group.responses), group.solutions)
+        for (step, prompt), group in found.items()
+        if group.responses
+    ]
+    if not groups:
         raise DataError(f"{path} has no whole line with a response")
-    return [Group(step, prompt, tuple(group.responses), group.solutions) for (step, prompt), group in found.items()]
+    for one in groups:
+        distinct = len({response.answer for response in one.responses if response.right})
+        if one.solutions is not None and distinct > one.solutions:
+            raise DataError(
+                f"{path}: step {one.step}, prompt {_short(one.prompt)}: {distinct} different right answers, and the file says that "
+                f"there are {one.solutions}; give canonical answers, or leave the number out"
+            )
+    return groups
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -145,10 +159,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def metrics_by_step(groups: Sequence[Group]) -> dict[int, dict[str, float]]:
     """`rollout_metrics` of each step's groups, steps ascending."""
-    return {
-        step: rollout_metrics([group for group in groups if group.step == step])
-        for step in sorted({group.step for group in groups})
-    }
+    found: dict[int, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.step, []).append(group)
+    return {step: rollout_metrics(found[step]) for step in sorted(found)}
 
 
 def _mismatch(groups: Sequence[Group]) -> dict[str, float]:
@@ -188,11 +202,13 @@ def _add(
     if prompt is None:
         raise DataError(f"{where}: no prompt to group by; it may be called {', '.join(known['prompt'])}")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise DataError(f"{where}: step is {step!r}, expected a whole number")
+        raise DataError(f"{where}: step is {_short(step)}, expected a whole number")
     group = found.setdefault((step, str(prompt)), _Open())
     solutions = _take(row, known["solutions"], None)
     if solutions is not None:
-        group.solutions = int(solutions)
+        if not isinstance(solutions, int) or isinstance(solutions, bool) or solutions < 1:
+            raise DataError(f"{where}: solutions is {_short(solutions)}, expected a whole number from 1 on")
+        group.solutions = solutions
     nested = row.get("responses")
     if nested is not None and not isinstance(nested, list):
         raise DataError(f"{where}: responses is {type(nested).__name__}, expected a list of objects")
@@ -210,10 +226,14 @@ def _response(row: dict[str, Any], known: Mapping[str, Sequence[str]], right_fro
     right = _take(row, known["correct"], None)
     if right is None:
         score = _take(row, known["score"], None)
-        if not isinstance(score, (int, float)):
+        if score is None:
             wanted = ", ".join((*known["correct"], *known["score"]))
             raise DataError(f"{where}: nothing says whether a response is right; it may be called {wanted}")
+        if not isinstance(score, (int, float)) or not _finite(score):
+            raise DataError(f"{where}: the score is {_short(score)}, expected a finite number")
         right = score >= right_from
+    elif not isinstance(right, (int, float)) or right not in (0, 1):
+        raise DataError(f"{where}: correct is {_short(right)}, expected true or false")
     learner, engine = (_numbers(row, known[name], name, where) for name in ("logprobs", "rollout_logprobs"))
     if learner is not None and engine is not None and len(learner) != len(engine):
         raise DataError(f"{where}: {len(learner)} logprobs and {len(engine)} rollout_logprobs of one response")
@@ -226,7 +246,22 @@ def _numbers(row: dict[str, Any], names: Sequence[str], what: str, where: str) -
         return None
     if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
         raise DataError(f"{where}: {what} is not a list of numbers")
+    if not all(map(_finite, values)):
+        raise DataError(f"{where}: {what} has a number that is not finite")
     return tuple(float(value) for value in values)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's whole numbers have no bound
+        return False
+
+
+def _short(value: Any) -> str:
+    """For a message: in one line that is not long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _take(row: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:

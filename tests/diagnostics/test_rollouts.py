@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def test_a_torn_last_line_is_left_out_and_another_one_is_named(tmp_path: Path) -
     with path.open("a") as file:
         file.write('{"input": "x", "outp')
     assert len(read_rollouts(path)[0].responses) == 1
+    path.write_text('{"input": "x", "output": "1", "score": 1}\n{"input": "x", "output": "2", "score": 1}')
+    assert len(read_rollouts(path)[0].responses) == 2  # whole, with no end of line
     path.write_text('{"input": "x", "output": "1", "score": 1}\n{"input": "x", "outp\n')
     with pytest.raises(DataError, match=r"f\.jsonl:2: not JSON"):
         read_rollouts(path)
@@ -110,6 +113,13 @@ def test_a_torn_last_line_is_left_out_and_another_one_is_named(tmp_path: Path) -
             "1 logprobs and 2 rollout_logprobs",
         ),
         ({"input": "x", "output": "1", "score": 1, "logprobs": ["a"]}, "logprobs is not a list of numbers"),
+        ({"input": "x", "output": "1", "score": 1, "logprobs": [math.nan]}, "logprobs has a number that is not finite"),
+        ({"input": "x", "output": "1", "score": math.nan}, "the score is nan"),
+        ({"input": "x", "output": "1", "score": "1"}, "the score is '1'"),
+        ({"input": "x", "output": "1", "score": 10**400}, r"the score is 10+\.\.\.,"),
+        ({"input": "x", "output": "1", "correct": "false"}, "correct is 'false', expected true or false"),
+        ({"input": "x", "output": "1", "score": 1, "solutions": "many"}, "solutions is 'many'"),
+        ({"input": "x", "output": "1", "score": 1, "solutions": 0}, "solutions is 0"),
     ],
 )
 def test_lines_that_cannot_be_read_are_named(
@@ -123,8 +133,95 @@ def test_lines_that_cannot_be_read_are_named(
     assert said.count("\n") == 1 and "f.jsonl:1" in said
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "\n\n", '{"input": "x", "responses": []}\n', '{"input": "x", "outp'])
+def test_a_file_without_a_response_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_text("")
+    path.write_text(content)
     with pytest.raises(DataError, match="no whole line with a response"):
         read_rollouts(path)
+
+
+def test_more_right_answers_than_there_are_is_refused(tmp_path: Path) -> None:
+    rows = [{"input": "x", "output": str(i), "score": 1, "solutions": 2} for i in range(3)]
+    with pytest.raises(DataError, match="prompt 'x': 3 different right answers, and the file says that there are 2"):
+        read_rollouts(write(tmp_path / "f.jsonl", rows))
+
+
+def test_a_missing_file_and_what_the_command_line_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
+        ([str(tmp_path)], f"error: {tmp_path}: Is a directory"),
+        ([str(tmp_path), "--name", "answer"], "error: --name 'answer': write FIELD=NAME"),
+        ([str(tmp_path), "--right-from", "nan"], "error: right_from=nan must be a finite number"),
+    ):
+        assert main(["rollouts", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(message) and said.count("\n") == 1
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    "",
+    "x",
+    "1",
+    -1,
+    0,
+    3,
+    0.5,
+    math.nan,
+    math.inf,
+    1e308,
+    10**400,
+    [],
+    [1],
+    [math.nan],
+    {},
+    {"a": 1},
+]
+
+
+def _odd_file(draw: random.Random) -> bytes:
+    """Lines that were good, and had something done to them."""
+    lines = []
+    for i in range(draw.randint(0, 6)):
+        row: dict[str, Any] = {"step": i % 2, "input": draw.choice("ab"), "output": draw.choice("xyz"), "score": 1.0}
+        row |= {"log_probs": [-1.0, -0.5], "rollout_log_probs": [-1.1, -0.4], "n_solutions": 3}
+        if draw.random() < 0.3:
+            row = {
+                "step": 1,
+                "problem": "p",
+                "responses": [{"answer": "1", "correct": True}, {"text": "2", "correct": False}],
+            }
+        for _ in range(draw.choice([0, 0, 1, 2])):
+            inner = row.get("responses")
+            target = draw.choice([row, *(inner if isinstance(inner, list) and all(inner) else [])])
+            if not isinstance(target, dict):
+                continue
+            target[draw.choice([*target, "answer", "correct", "solutions"])] = draw.choice(ODD)
+        lines.append(json.dumps(row))
+    raw = bytearray("\n".join(lines).encode() + draw.choice([b"", b"\n"]))
+    for _ in range(draw.choice([0, 0, 0, 1, 3])):
+        if raw:
+            raw[draw.randrange(len(raw))] = draw.randrange(256)
+    return bytes(raw[: draw.choice([len(raw), len(raw), draw.randint(0, len(raw))])])
+
+
+def test_odd_files_give_valid_json_or_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as VP2O_DIAGNOSTICS_FUZZ says; the seed of a file that fails is in the message."""
+    path, outcomes = tmp_path / "f.jsonl", {0: 0, 2: 0}
+    for seed in range(int(os.environ.get("VP2O_DIAGNOSTICS_FUZZ", "400"))):
+        draw = random.Random(seed)
+        path.write_bytes(_odd_file(draw))
+        try:
+            status = main(["rollouts", str(path), *draw.choice([[], ["--by-step"]])])
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+        said = capsys.readouterr()
+        outcomes[status] += 1
+        if status == 0:
+            json.loads(said.out, parse_constant=lambda name, seed=seed: pytest.fail(f"seed {seed}: {name} is no JSON"))
+        else:
+            assert said.err.startswith(f"error: {path}") and said.err.count("\n") == 1, (seed, said.err)
+            assert len(said.err) < 500, seed
+    assert min(outcomes.values()) > 50
