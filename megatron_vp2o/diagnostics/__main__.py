@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from megatron_vp2o.diagnostics.rollouts import metrics_by_step, read_rollouts, rollout_metrics
 from megatron_vp2o.diagnostics.transformers_moe import observe
@@ -116,6 +115,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         ConfigError: for what is not there or cannot be read, naming the folder.
     """
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ConfigError(f"reading a model needs transformers ({error}): pip install transformers") from None
