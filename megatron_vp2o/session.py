@@ -36,6 +36,9 @@ from megatron_vp2o.config.validate import validate, validate_prompts, validate_v
 from megatron_vp2o.config.validate_algorithm import optimizer_steps  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
+from megatron_vp2o.evaluation.data import Questions  # noqa: E402
+from megatron_vp2o.evaluation.during import Suites, asked_during, opened  # noqa: E402
+from megatron_vp2o.evaluation.grading import Grading  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.checkpoint import checkpointer as checkpoint  # noqa: E402
 from megatron_vp2o.megatron.checkpoint.identity import weights_identity  # noqa: E402
@@ -115,11 +118,12 @@ def train(config: TrainConfig) -> int:
     world.set_threads(config.threads)
     hf_start.check_model(config)
     config = hf_start.with_own_tokenizer(config)
-    with open_reward(config.reward) as reward:
-        return _train(config, reward)
+    asked = asked_during(config)
+    with open_reward(config.reward) as reward, opened(config, asked, world.environment_rank()) as grading:
+        return _train(config, reward, asked, grading)
 
 
-def _train(config: TrainConfig, reward: Reward | None) -> int:
+def _train(config: TrainConfig, reward: Reward | None, asked: list[Questions], grading: Grading) -> int:
     room = config.model.max_sequence_length - config.rollout.sampling.max_new_tokens
     task = make_task(config.task, progress=world.environment_rank() == 0, reward=reward, room=room)
     validate_prompts(config, task.max_prompt_tokens)
@@ -131,8 +135,10 @@ def _train(config: TrainConfig, reward: Reward | None) -> int:
             cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
             local_world_size=world.local_size(),
         )
-        run = _assemble(config, task, groups)
+        run = _assemble(config, task, groups, [questions.benchmark.name for questions in asked])
         trainer = _trainer(run)
+        if asked:
+            trainer.suites = Suites(config, asked, grading, engine=run.engine, tokenizer=run.tokenizer, groups=groups)
         _resume(run, trainer)
         if groups.rank == 0:
             save_config(config, config.run_dir)
@@ -152,7 +158,7 @@ def _export(run: Run) -> None:
         hf_start.export(run.config, run.policy, run.tokenizer, run.groups, target)
 
 
-def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
+def _assemble(config: TrainConfig, task: Task, groups: Groups, suites: list[str]) -> Run:
     tokenizer = _tokenizer(config, task)
     policy = MegatronPolicy(
         config, groups, vocab_size=tokenizer.vocab_size, optimizer_steps=optimizer_steps(config.algorithm)
@@ -189,7 +195,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups) -> Run:
         task,
         tokenizer,
         groups,
-        RunSink(config, as_plain(config), rank=groups.rank),
+        RunSink(config, as_plain(config), rank=groups.rank, suites=suites),
         RunSamples(config.logging, config.run_dir, groups.rank),
         policy,
         engine,

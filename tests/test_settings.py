@@ -21,7 +21,7 @@ import pytest
 
 from megatron_vp2o.config.register import GROUPS
 from megatron_vp2o.config.reward import CodeConfig
-from megatron_vp2o.config.schema import Algorithm, ServerConfig, TrainConfig
+from megatron_vp2o.config.schema import Algorithm, ServerConfig, SuiteConfig, TrainConfig
 from megatron_vp2o.config.store import load_config
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
 from megatron_vp2o.tracking.record import read
@@ -50,6 +50,10 @@ NOT_TRAINED_WITH = {
     "logging.wandb_project": "a name; tests/tracking/test_trackers.py",
     "algorithm.answer_repulsion.embedder": "a function of the user's; tests/rl",
     "checkpoint.compare_logits": "a check of init_from before training; tests/megatron/test_hf_runs.py",
+    **{
+        f"evaluation.{name}": "benchmarks beside the training; tests/evaluation/test_during.py changes each in a run of three steps"
+        for name in ("suites", *(f"suite.{field.name}" for field in dataclasses.fields(SuiteConfig)))
+    },
     "logging.sample_table": "what is printed; tests/rl/test_samples.py",
     **dict.fromkeys(
         ("rollout.engine", "rollout.launch", "rollout.urls"),

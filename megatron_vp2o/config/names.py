@@ -3,3 +3,4 @@
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+SUITES_FOLDER = "suites"

@@ -139,6 +139,32 @@ class OptimizerConfig:
 
 
 @dataclass
+class SuiteConfig:
+    """How the benchmarks of evaluation.suites are asked during training."""
+
+    interval: Annotated[Optional[int], INDEX] = None
+    """Training steps between evaluations of the suites; 0: only at start and end; null: evaluation.interval."""
+    data: str = "data/eval"
+    """Folder with the benchmarks' rows (`make eval-data`); `own`: the few problems of our own, which only show that all works."""
+    samples: Annotated[Optional[int], Range(1, 2**20 - 1)] = None
+    """Samples of each problem; null: the benchmark's own number."""
+    limit: Annotated[Optional[int], COUNT] = None
+    """Only so many problems of each benchmark, the first; null: all."""
+    max_new_tokens: Annotated[Optional[int], Range(1, 2**20)] = None
+    """Longest answer; null: rollout.sampling.max_new_tokens."""
+    temperature: Annotated[float, Range(1e-3, 1000, also=(0,))] = 0.6
+    """Temperature; 0 takes one greedy answer."""
+    top_p: Annotated[float, SHARE] = 0.95
+    """Nucleus."""
+    batch: Annotated[int, Range(1, 10**6)] = 64
+    """Answers that are generated together, over all ranks."""
+    workers: Annotated[Optional[int], Range(1, 1024)] = None
+    """Grading processes of each kind, on the first rank; null: the node's cores, at most 8."""
+    thinking: Optional[bool] = None
+    """Handed to chat templates that know enable_thinking."""
+
+
+@dataclass
 class EvaluationConfig:
     """Held-out evaluation."""
 
@@ -156,6 +182,10 @@ class EvaluationConfig:
     """The k of pass@k; each at most `samples`."""
     final_split: bool = True
     """Evaluate the test split once at the end."""
+    suites: list[str] = field(default_factory=list)
+    """Benchmarks that are evaluated during training, too, by name or suite as `make eval` takes them: `[aime24,gpqa]`."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    """How they are asked."""
 
 
 @dataclass

@@ -17,19 +17,16 @@ from megatron_vp2o.config.schema import GRPOConfig, ParallelConfig, Precision, T
 from megatron_vp2o.config.store import load_config
 from megatron_vp2o.config.validate import validate_layout
 from megatron_vp2o.errors import CheckpointError, ConfigError
-from megatron_vp2o.evaluation.model import Response, Sampling
+from megatron_vp2o.evaluation.engine_model import EngineModel
 from megatron_vp2o.evaluation.run import step_of
-from megatron_vp2o.evaluation.tokens import THINK, split, tokens_before
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.settings import run_settings
 from megatron_vp2o.hf.tensor_files import config_of
 from megatron_vp2o.megatron.checkpoint import folder as files
 from megatron_vp2o.megatron.stored import StoredModel
-from megatron_vp2o.parallel.groups import Groups, gather_objects
-from megatron_vp2o.rl.grading import response_text
+from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.interfaces import Tokenizer
-from megatron_vp2o.rl.types import SamplingParams
-from megatron_vp2o.tasks.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from megatron_vp2o.tasks.tokenizer import load_tokenizer
 
 BLOCKS, BLOCK = 64, 1 << 16
 """How many bytes of each file of weights tell one Hugging Face folder from another."""
@@ -176,10 +173,8 @@ class Loader:
         return Embedded(checkpoint, config, self._stored, tokenizer, self._thinking)
 
 
-class Embedded:
+class Embedded(EngineModel):
     """One checkpoint on the embedded engine."""
-
-    own_numbers = True
 
     def __init__(
         self,
@@ -189,69 +184,17 @@ class Embedded:
         tokenizer: Tokenizer,
         thinking: bool | None,
     ) -> None:
-        self.label, self.step = checkpoint.label, checkpoint.step
-        self._folder, self._stored, self._tokenizer, self._thinking = checkpoint.folder, stored, tokenizer, thinking
-        self._room = config.model.max_sequence_length
-        template = tokenizer.chat_template if isinstance(tokenizer, HuggingFaceTokenizer) else None
-        self._chat = template is not None
-        if thinking is not None and not self._chat:
-            raise ConfigError(f"--thinking {str(thinking).lower()} needs a chat template, and {self._folder} has none")
-        precision = config.model.precision.value
-        self.identity = {**identity_of(checkpoint), "precision": precision, "chat": self._chat, "thinking": thinking}
-
-    def check(self, prompts: Sequence[str], length: int) -> None:
-        """Raises ConfigError for a prompt that the tokenizer refuses, or that leaves no room for the answer."""
-        for prompt in prompts:
-            count = len(self._encode(prompt)[0])
-            if count + length > self._room:
-                raise ConfigError(
-                    f"{self._folder}: a prompt has {count} tokens, and with a length of {length} that exceeds the model's "
-                    f"{self._room} (max_sequence_length, max_position_embeddings): choose at most --lengths "
-                    f"{max(0, self._room - count)} (prompt: {prompt[:60]!r}...)"
-                )
-
-    def _encode(self, prompt: str) -> tuple[list[int], bool]:
-        """Token ids, and whether they already open the thinking."""
-        tokenizer = self._tokenizer
-        try:
-            if not isinstance(tokenizer, HuggingFaceTokenizer):
-                return tokenizer.encode(prompt), False
-            if not self._chat:
-                return tokenizer.encode_start(prompt), False
-            text = tokenizer.render([{"role": "user", "content": prompt}], enable_thinking=self._thinking)
-            return tokenizer.encode(text), text.rstrip().endswith(THINK)
-        except Exception as error:
-            # tokenizers, in Rust, raises Exception itself for a character that a vocabulary without an unknown token lacks
-            if type(error) is not Exception and not isinstance(error, ValueError | KeyError):
-                raise
-            raise ConfigError(
-                f"{self._folder}: its tokenizer refuses the prompt {prompt[:60]!r}... ({error})"
-            ) from error
-
-    def generate(self, prompts: Sequence[str], uids: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See `model.Model`; the data-parallel ranks share the prompts. Collective, the same on all ranks."""
-        groups = self._stored.groups
-        mine = slice(groups.dp_rank, None, groups.dp_size)
-        encoded = [self._encode(prompt) for prompt in prompts[mine]]
-        rollouts = self._stored.engine.generate(
-            [ids for ids, _ in encoded],
-            list(uids[mine]),
-            SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed),
+        super().__init__(
+            checkpoint.label,
+            checkpoint.step,
+            {**identity_of(checkpoint), "precision": config.model.precision.value},
+            engine=stored.engine,
+            groups=stored.groups,
+            tokenizer=tokenizer,
+            room=config.model.max_sequence_length,
+            thinking=thinking,
+            where=str(checkpoint.folder),
         )
-        own = [
-            self._response(rollouts.response(n), bool(rollouts.finished_N[n]), opened)
-            for n, (_, opened) in enumerate(encoded)
-        ]
-        shares = gather_objects(own, groups.dp)
-        return [shares[n % groups.dp_size][n // groups.dp_size] for n in range(len(prompts))]
-
-    def _response(self, ids: list[int], finished: bool, opened: bool) -> Response:
-        if ids and ids[-1] in self._tokenizer.eos_ids:
-            ids = ids[:-1]
-        text = response_text(self._tokenizer, ids)
-        parts = split(text, opened=opened)
-        thinking = tokens_before(ids, parts.start, self._tokenizer.decode) if parts.start else 0
-        return Response(text, parts.solution, thinking, len(ids) - thinking, not finished)
 
 
 def models(loader: Loader, found: Sequence[Checkpoint]) -> Iterator[Embedded]:

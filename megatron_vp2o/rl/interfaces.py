@@ -143,6 +143,18 @@ class RolloutEngine(Protocol):
         ...
 
 
+class HeldOutSuites(Protocol):
+    """Benchmarks that are evaluated during training, beside the task's held-out problems."""
+
+    def due(self, step: int, *, final: bool) -> bool:
+        """Whether they are evaluated after `step` training steps."""
+        ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """`suite/*` metrics of the learner's weights, equal on all ranks. Collective."""
+        ...
+
+
 Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
 """(log-probabilities and entropies [N, S], both with gradient; micro-batch) -> (loss, metrics), each a SUM over loss tokens.
 Metrics whose `policy/` key `tracking.schema` declares a maximum are maxima."""

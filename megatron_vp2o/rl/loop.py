@@ -18,7 +18,7 @@ from megatron_vp2o.config.status import PREEMPTED
 from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
 from megatron_vp2o.rl import stop
-from megatron_vp2o.rl.interfaces import Checkpointer, Sink
+from megatron_vp2o.rl.interfaces import Checkpointer, HeldOutSuites, Sink
 from megatron_vp2o.rl.types import StepStats
 
 
@@ -61,6 +61,8 @@ class TrainingLoop(ABC):
         self.progress = Progress()
         self.identities: dict[str, str] = {}
         """What a resumed run must find as it was, by a name of `_IDENTITIES`: the data, the KL reference."""
+        self.suites: HeldOutSuites | None = None
+        """Benchmarks that are evaluated, too; set before `run`."""
         self._saving_s: float | None = None
 
     @abstractmethod
@@ -106,8 +108,7 @@ class TrainingLoop(ABC):
                 metrics = self.step(progress.step, watch)
             progress.step += 1
             last = progress.step == total
-            if last or _due(progress.step, settings.evaluation.interval):
-                metrics.update(self._evaluate(watch, final=last))
+            metrics.update(self._evaluate(watch, final=last))
             stopping = any_rank(stop.asked(), self.groups.world)
             progress.elapsed_s += watch.seconds["step"] + watch.seconds.get("eval", 0.0)
             # The record is written before the checkpoint: after a kill in between, resuming repeats the step and its line.
@@ -150,8 +151,16 @@ class TrainingLoop(ABC):
             )
 
     def _evaluate(self, watch: Stopwatch, *, final: bool) -> dict[str, float]:
-        with watch("eval"), self.sink.phase("evaluating"):
-            return self.evaluate(final)
+        """What is due after this many steps: held-out problems, benchmarks."""
+        step = self.progress.step
+        found: dict[str, float] = {}
+        if step == 0 or final or _due(step, self.config.evaluation.interval):
+            with watch("eval"), self.sink.phase("evaluating"):
+                found |= self.evaluate(final)
+        if self.suites is not None and self.suites.due(step, final=final):
+            with watch("eval"), self.sink.phase("evaluating suites"):
+                found |= self.suites.evaluate(step)
+        return found
 
     def _save(self) -> None:
         start = time.perf_counter()

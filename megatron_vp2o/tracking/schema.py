@@ -23,6 +23,7 @@ STEP = "every training step"
 LEARNT = "training steps with a loss token"
 EVALUATION = "evaluations"
 END = "end of the run"
+SUITES = "evaluations of evaluation.suites"
 REGION = "training steps with a loss token of runs with a trust region"
 MISMATCH = "training steps of runs that measure or correct it"
 BUDGET = "training steps with a loss token of runs with a budget"
@@ -51,7 +52,7 @@ class Aggregate(Enum):
 @dataclass(frozen=True)
 class Metric:
     """One number of a line. A key with `{k}` stands for one key for each k of `evaluation.pass_at`, one with `{part}` for one
-    for each summand of the reward."""
+    for each summand of the reward, one with `{suite}` for one for each benchmark that is evaluated during training."""
 
     key: str
     unit: str  # "1" for what has none
@@ -60,8 +61,10 @@ class Metric:
     algorithms: frozenset[Algorithm] = ALL
     aggregate: Aggregate = Aggregate.mean
 
-    def keys(self, pass_at: Sequence[int], parts: Sequence[str] = ()) -> list[str]:
-        """The key, or its expansions for `pass_at` in ascending order or for `parts`."""
+    def keys(self, pass_at: Sequence[int], parts: Sequence[str] = (), suites: Sequence[str] = ()) -> list[str]:
+        """The key, or its expansions for `pass_at` in ascending order, for `parts` or for `suites`."""
+        if "{suite}" in self.key:
+            return [self.key.replace("{suite}", suite) for suite in suites]
         if "{part}" in self.key:
             return [self.key.replace("{part}", part) for part in parts]
         if "{k}" not in self.key:
@@ -417,6 +420,19 @@ SECTIONS: tuple[Section, ...] = (
     Section("Evaluation on validation problems", _evaluation("eval", EVALUATION)),
     Section("Evaluation on test problems", _evaluation("test", END)),
     Section(
+        "Benchmarks during training",
+        (
+            Metric(
+                "suite/{suite}/correct",
+                FRACTION,
+                "samples of this benchmark that are right, mean over problems",
+                SUITES,
+            ),
+            Metric("suite/{suite}/solution_tokens", TOKENS, "tokens of an answer after its thinking, mean", SUITES),
+            Metric("suite/{suite}/truncated", FRACTION, "answers that the length limit cut off", SUITES),
+        ),
+    ),
+    Section(
         "Time",
         (
             Metric("time/step_s", SECONDS, "the training step, without evaluation and checkpoint", STEP),
@@ -445,26 +461,30 @@ SECTIONS: tuple[Section, ...] = (
 _BY_KEY = {metric.key: metric for section in SECTIONS for metric in section.metrics}
 
 
-def schema_for(algorithm: Algorithm, pass_at: Sequence[int], parts: Sequence[str] = ()) -> tuple[str, ...]:
+def schema_for(
+    algorithm: Algorithm, pass_at: Sequence[int], parts: Sequence[str] = (), suites: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Keys of every line of a run's record, in order.
 
     Args:
         algorithm: the run's.
         pass_at: the k of its pass@k.
         parts: summands of its reward (`RewardConfig.parts`).
+        suites: names of the benchmarks that it evaluates.
     """
     return tuple(
         key
         for section in SECTIONS
         for metric in section.metrics
         if algorithm in metric.algorithms
-        for key in metric.keys(pass_at, parts)
+        for key in metric.keys(pass_at, parts, suites)
     )
 
 
 def find_metric(key: str) -> Metric | None:
     """What the registry says of a recorded key (`eval/pass@16` is found under `eval/pass@{k}`); None if unknown."""
     general = re.sub(r"^reward/part/.*", "reward/part/{part}", re.sub(r"@\d+$", "@{k}", key))
+    general = re.sub(r"^suite/[^/]+/", "suite/{suite}/", general)
     return _BY_KEY.get(key) or _BY_KEY.get(general)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -21,9 +21,10 @@ class RunSink:
         config: the run.
         plain: the same in plain types, for trackers that keep it.
         rank: this process's rank.
+        suites: names of the benchmarks that are evaluated during training.
     """
 
-    def __init__(self, config: TrainConfig, plain: Mapping[str, Any], rank: int) -> None:
+    def __init__(self, config: TrainConfig, plain: Mapping[str, Any], rank: int, suites: Sequence[str] = ()) -> None:
         self.config, self.plain, self.rank = config, plain, rank
         self.console = Console(
             steps=config.algorithm.steps,
@@ -32,7 +33,7 @@ class RunSink:
             enabled=rank == 0,
         )
         self._record = MetricsRecord(
-            config.run_dir, schema_for(config.algorithm.name, config.evaluation.pass_at, config.reward.parts())
+            config.run_dir, schema_for(config.algorithm.name, config.evaluation.pass_at, config.reward.parts(), suites)
         )
         self._trackers = Trackers([])
 
