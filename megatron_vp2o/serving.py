@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import EngineKind, RolloutConfig, ServerConfig, TrainConfig
+from megatron_vp2o.config.schema import EngineKind, RolloutConfig, RouterReplay, ServerConfig, TrainConfig
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.hf import start as hf_start
@@ -42,10 +42,11 @@ def rollout_engine(
     """
     engine = _engine(config, policy, snapshot, tokenizer, groups)
     rollout = config.rollout
+    routes = rollout.router_replay is RouterReplay.R3
     if rollout.replay is not None:
-        return StoredEngine(engine, groups, replay=Path(rollout.replay))
+        return StoredEngine(engine, groups, replay=Path(rollout.replay), routes=routes)
     kept = rollout.engine is not EngineKind.embedded if rollout.store is None else rollout.store
-    return StoredEngine(engine, groups, folder=Path(config.run_dir) / FOLDER) if kept else engine
+    return StoredEngine(engine, groups, folder=Path(config.run_dir) / FOLDER, routes=routes) if kept else engine
 
 
 def _engine(

@@ -27,6 +27,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     KLReference,
     MismatchCorrection,
     Resume,
+    RouterReplay,
     SupervisedConfig,
     TrainConfig,
     VP2OConfig,
@@ -165,6 +166,8 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups, suites: list[str]
     )
     hf_start.start(config, policy, tokenizer, groups)
     engine = MegatronEngine(config, policy, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    if config.rollout.router_replay is RouterReplay.R3:
+        engine.record_routes()
     actors = rollout_engine(config, policy, engine, tokenizer, groups)
     algorithm = config.algorithm
     bounded = isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off

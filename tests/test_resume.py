@@ -37,6 +37,7 @@ RECIPES = {
         "algorithm.kl_coef=0.1",
         "algorithm.kl_reference=initial",
         "rollout.refresh_interval=3",
+        "rollout.router_replay=R3",
     ],
 }
 EP = ["parallel.expert_parallel=2"]

@@ -287,6 +287,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.budget.temper=0.5",
             "algorithm.budget.ratio_length=sum",
             "algorithm.budget.max_age=1",
+            "rollout.router_replay=R3",
         ],
     ),
     "vp2o with other modes": (
@@ -300,6 +301,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.budget.mode=monitor",
             "algorithm.trust_region.mode=monitor",
             "algorithm.objective=grpo",
+            "rollout.router_replay=R2",
         ],
     ),
     "text": (
@@ -395,6 +397,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "parallel.pipeline_parallel=2",
             "parallel.expert_parallel=2",
             "parallel.sequence_parallel=true",
+            "rollout.router_replay=R3",
             "parallel.timeout_minutes=3",
             "parallel.startup_minutes=3",
         ],

@@ -14,6 +14,12 @@ class EngineKind(enum.Enum):
     vllm = "vllm"  # servers, over HTTP
 
 
+class RouterReplay(enum.Enum):
+    off = "off"
+    R2 = "R2"  # the trainer's own, of its scoring pass under the actor's weights
+    R3 = "R3"  # the engine's
+
+
 @dataclass
 class SamplingConfig:
     """How tokens are drawn."""
@@ -77,6 +83,9 @@ class RolloutConfig:
     it again; null: with servers only, because the embedded engine draws the same again."""
     replay: Optional[str] = None
     """Folder `rollouts` of a run whose batches are taken instead of generating any: the same updates again, for debugging."""
+    router_replay: RouterReplay = RouterReplay.off
+    """Send each token to the same experts in training as before: those that the engine chose when it generated (R3), or those that
+    the trainer chooses under the actor's weights, in one more forward pass over each batch (R2)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling during training."""
     max_batch_size: Annotated[int, COUNT] = 1024

@@ -43,6 +43,7 @@ from megatron_vp2o.config.reward import RewardConfig as RewardConfig
 from megatron_vp2o.config.reward import SandboxKind as SandboxKind
 from megatron_vp2o.config.rollout import EngineKind as EngineKind
 from megatron_vp2o.config.rollout import RolloutConfig as RolloutConfig
+from megatron_vp2o.config.rollout import RouterReplay as RouterReplay
 from megatron_vp2o.config.rollout import SamplingConfig as SamplingConfig
 from megatron_vp2o.config.rollout import ServerConfig as ServerConfig
 from megatron_vp2o.config.task import AddendsTaskConfig as AddendsTaskConfig

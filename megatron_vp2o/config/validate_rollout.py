@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_vp2o.config.rollout import EngineKind
+from megatron_vp2o.config.rollout import EngineKind, RouterReplay
 from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -22,6 +22,17 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             f"rollout.replay={rollout.replay} generates nothing, so that servers and rollout.store have nothing to do: choose "
             "rollout=in_process and rollout.store=null"
+        )
+    replay = rollout.router_replay
+    if replay is not RouterReplay.off and isinstance(config.algorithm, SupervisedConfig):
+        yield (
+            f"rollout.router_replay={replay.value} with algorithm=supervised: no rollouts are trained on, whose routes could be "
+            "replayed; choose rollout.router_replay=off"
+        )
+    if replay is RouterReplay.R3 and rollout.engine is EngineKind.vllm:
+        yield (
+            "rollout.router_replay=R3 with rollout.engine=vllm: servers are not asked for their routes yet; choose R2, which "
+            "replays the trainer's own, or rollout=in_process"
         )
     if rollout.engine is EngineKind.embedded:
         for setting in named:

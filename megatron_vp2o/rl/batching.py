@@ -55,6 +55,7 @@ def policy_batch(
         behaviour_logprobs_NS=rollouts.model_logprobs_NS[keep_N],
         advantages_N=advantages_N[keep_N],
         gate_row_N=None if rollouts.gates is None else rollouts.gates.row_N[keep_N],
+        routes_NSLK=None if rollouts.routes_NSLK is None else rollouts.routes_NSLK[keep_N],
     )
 
 

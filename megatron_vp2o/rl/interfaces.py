@@ -135,7 +135,14 @@ class RolloutEngine(Protocol):
         ...
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32."""
+        """Log-probabilities of the tokens recomputed with the actor's weights by a teacher-forced pass. [N, S], float32.
+
+        The pass replays the rollouts' routes, where they have some.
+        """
+        ...
+
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same by a pass that routes freely, and the routes that it took: packed as in `Rollouts.routes_NSLK`."""
         ...
 
     def close(self) -> None:

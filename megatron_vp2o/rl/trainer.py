@@ -9,12 +9,13 @@ Shape legend: P prompts of this data-parallel rank, G rollouts of one prompt, N 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import GRPOConfig, KLReference, TrainConfig
+from megatron_vp2o.config.schema import GRPOConfig, KLReference, RouterReplay, TrainConfig
 from megatron_vp2o.core.budget import RefreshReason
 from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
@@ -100,7 +101,7 @@ class RLTrainer(TrainingLoop):
                 rollouts = self._generate(problems, uids)
             with watch("reference"):
                 reference_NS = self._score_reference(rollouts)
-                recomputed, differences = self._compare(rollouts)
+                rollouts, recomputed, differences = self._recompute(rollouts)
             with watch("reward"):
                 verdicts = grading.verdicts(rollouts)
                 earned, metrics = self._earned(problems, rollouts, verdicts, reference_NS)
@@ -143,13 +144,24 @@ class RLTrainer(TrainingLoop):
         """Log-probabilities of the rollouts' tokens under the reference [N, S]; None in a run without one."""
         if self.settings.kl_reference is KLReference.anchor:
             return rollouts.model_logprobs_NS
-        return None if self.reference is None else self.reference.log_probs(rollouts, self.sampling.temperature)
+        if self.reference is None:
+            return None
+        # The reference goes its own ways: it is one model, whoever asks, and not one under the actors' routes.
+        return self.reference.log_probs(replace(rollouts, routes_NSLK=None), self.sampling.temperature)
 
-    def _compare(self, rollouts: Rollouts) -> tuple[Recomputed | None, dict[str, float]]:
-        """The engine's log-probabilities against the trainer's, with the weights that the engine had."""
+    def _recompute(self, rollouts: Rollouts) -> tuple[Rollouts, Recomputed | None, dict[str, float]]:
+        """What the trainer makes of the rollouts with the weights that generated them: the routes that it will replay (R2), and
+        its log-probabilities against the engine's."""
+        temperature = self.sampling.temperature
+        logprobs_NS: Tensor | None = None
+        if self.config.rollout.router_replay is RouterReplay.R2:
+            logprobs_NS, routes_NSLK = self.engine.log_probs_and_routes(rollouts, temperature)
+            rollouts = replace(rollouts, routes_NSLK=routes_NSLK)
         if self.mismatch is None:
-            return None, {}
-        return self.mismatch(rollouts, self.engine.log_probs(rollouts, self.sampling.temperature))
+            return rollouts, None, {}
+        if logprobs_NS is None:
+            logprobs_NS = self.engine.log_probs(rollouts, temperature)
+        return rollouts, *self.mismatch(rollouts, logprobs_NS)
 
     def _earned(
         self,

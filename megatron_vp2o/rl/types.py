@@ -1,6 +1,7 @@
 """What the parts of the training loop hand to each other: plain data. `interfaces.py` has who hands it on.
 
-Shape legend: N sequences on this data-parallel rank, S padded sequence length (prompt then response, right-padded).
+Shape legend: N sequences on this data-parallel rank, S padded sequence length (prompt then response, right-padded), L MoE layers of
+this pipeline stage, K experts of a token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from megatron_vp2o.core.routes import sentinel
 
 if TYPE_CHECKING:
     from megatron_vp2o.rl.interfaces import Tokenizer
@@ -106,6 +109,9 @@ class Rollouts:
     finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
     weight_version: int  # of the actor weights that generated them
     gates: LoggedGates | None = None  # where the engine was asked to log them
+    routes_NSLK: Tensor | None = None
+    """The experts of every token of each MoE layer of this pipeline stage, packed (`core.routes`); tokens that were never routed,
+    such as a sequence's last one, have none. Where the engine was asked for them, or the trainer recorded its own."""
 
     def response_mask_NS(self) -> Tensor:
         """True at response tokens (end-of-sequence included). Shape [N, S]."""
@@ -123,6 +129,7 @@ class Rollouts:
             self.finished_N[index_N],
             self.weight_version,
             None if self.gates is None else replace(self.gates, row_N=self.gates.row_N[index_N]),
+            None if self.routes_NSLK is None else self.routes_NSLK[index_N],
         )
 
     def response(self, n: int) -> list[int]:
@@ -151,19 +158,22 @@ class TrainBatch:
     selected_NS: Tensor | None = None  # bool; tokens that Clip-Cov or KL-Cov treats apart
     gate_row_N: Tensor | None = None  # int64; which sequence of `LoggedGates` each row is
     row_N: Tensor | None = None  # int64; which of all ranks' rollouts each row is
+    routes_NSLK: Tensor | None = None  # packed; experts to replay in every forward pass, see `Rollouts`
 
     def map(self, per_row: Callable[[Tensor], Tensor], per_token: Callable[[Tensor, float], Tensor]) -> TrainBatch:
         """The batch with every tensor replaced.
 
         Args:
             per_row: what becomes of a tensor [N].
-            per_token: what becomes of a tensor [N, S], given the value that padding has in it.
+            per_token: what becomes of a tensor [N, S, ...], given the value that padding has in it.
         """
         changed: dict[str, Tensor] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 padding = -1.0 if name == "segment_NS" else 0.0
-                changed[name] = per_token(value, padding) if value.dim() == 2 else per_row(value)
+                if name == "routes_NSLK":
+                    padding = sentinel(value.dtype)
+                changed[name] = per_token(value, padding) if value.dim() >= 2 else per_row(value)
         return replace(self, **changed)  # type: ignore[arg-type]  # tensor fields only
 
     def rows(self, index_N: Tensor) -> TrainBatch:

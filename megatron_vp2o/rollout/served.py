@@ -148,6 +148,10 @@ class ServedEngine:
         """By the snapshot. [N, S], float32."""
         return self.snapshot.log_probs(rollouts, temperature)
 
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """By the snapshot: see `RolloutEngine.log_probs_and_routes`."""
+        return self.snapshot.log_probs_and_routes(rollouts, temperature)
+
     def close(self) -> None:
         """End the servers that were started."""
         if self.pool is not None:

@@ -134,6 +134,8 @@ def to_arrays(rollouts: Rollouts) -> dict[str, Any]:
             "gate_row": rollouts.gates.row_N,
             "gate_stride": torch.tensor(rollouts.gates.stride),
         }
+    if rollouts.routes_NSLK is not None:
+        arrays["routes"] = rollouts.routes_NSLK
     return {name: tensor.numpy() for name, tensor in arrays.items()}
 
 
@@ -152,6 +154,7 @@ def to_rollouts(arrays: dict[str, Any], device: torch.device) -> Rollouts:
         t["finished"],
         int(t["version"]),
         gates,
+        t.get("routes"),
     )
 
 
@@ -163,12 +166,19 @@ class StoredEngine:
         groups: of the run; decisions are the same on all ranks.
         folder: where this run's batches go; None: nowhere.
         replay: folder of another run's batches to take instead of generating; None: generate.
+        routes: whether the engine's rollouts carry routes. What was stored without is generated again, or cannot be replayed.
     """
 
     def __init__(
-        self, engine: RolloutEngine, groups: Groups, *, folder: Path | None = None, replay: Path | None = None
+        self,
+        engine: RolloutEngine,
+        groups: Groups,
+        *,
+        folder: Path | None = None,
+        replay: Path | None = None,
+        routes: bool = False,
     ) -> None:
-        self.engine, self.groups = engine, groups
+        self.engine, self.groups, self.routes = engine, groups, routes
         self.store = None if folder is None else RolloutFile(file_of(folder, groups.rank), writable=True)
         self.replayed = None if replay is None else RolloutFile(file_of(replay, groups.rank), writable=False)
         if self.replayed is not None and not self.replayed.places:
@@ -191,7 +201,7 @@ class StoredEngine:
         if self.store is None:
             return self.engine.generate(prompts, uids, sampling, group_size)
         key = _digest([asked, self.version, self.engine.checksum()])
-        found = self.store.read(key)
+        found = self._routed(self.store.read(key))
         if not any_rank(found is None, self.groups.world):
             assert found is not None
             logger.info("rollouts of version %d are taken from %s", self.version, self.store.path)
@@ -199,6 +209,12 @@ class StoredEngine:
         rollouts = self.engine.generate(prompts, uids, sampling, group_size)
         self.store.append([key, asked], to_arrays(rollouts))
         return rollouts
+
+    def _routed(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What was stored as the engine's own rollouts would be, with routes or without; None where routes are missing."""
+        if found is None or (self.routes and "routes" not in found):
+            return None
+        return found if self.routes else {name: array for name, array in found.items() if name != "routes"}
 
     def _replay(self, asked: str, uids: Sequence[int]) -> Rollouts:
         assert self.replayed is not None
@@ -208,6 +224,12 @@ class StoredEngine:
                 f"rollout.replay: {self.replayed.path} has no rollouts of prompts {list(uids[:3])}... with these settings: replay "
                 "needs the task, algorithm.prompts_per_step, algorithm.group_size, rollout.sampling, seed, number of processes and "
                 "steps of the run that stored them"
+            )
+        found = self._routed(found)
+        if found is None:
+            raise RolloutError(
+                f"rollout.replay: the rollouts in {self.replayed.path} have no routes, which rollout.router_replay=R3 needs: "
+                "replay those of a run that had it, or choose rollout.router_replay=R2 or off"
             )
         rollouts = to_rollouts(found, self.groups.device)
         if rollouts.weight_version != self.version:
@@ -224,6 +246,9 @@ class StoredEngine:
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         return self.engine.log_probs(rollouts, temperature)
+
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        return self.engine.log_probs_and_routes(rollouts, temperature)
 
     @contextmanager
     def at_learner_weights(self) -> Iterator[None]:

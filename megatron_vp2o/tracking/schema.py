@@ -26,6 +26,7 @@ END = "end of the run"
 SUITES = "evaluations of evaluation.suites"
 REGION = "training steps with a loss token of runs with a trust region"
 MISMATCH = "training steps of runs that measure or correct it"
+REPLAY = "training steps with a loss token of runs with rollout.router_replay"
 BUDGET = "training steps with a loss token of runs with a budget"
 STEIN = "training steps with a token of runs with a Stein field, or that monitor one; means over layers"
 
@@ -260,6 +261,35 @@ SECTIONS: tuple[Section, ...] = (
                 "tokens whose weight a bound truncated or set to 0",
                 "training steps of runs with algorithm.mismatch.correction",
                 REINFORCEMENT,
+            ),
+        ),
+    ),
+    Section(
+        "Router replay",
+        (
+            Metric(
+                "replay/tokens",
+                FRACTION,
+                "tokens of the batch, prompts included, whose routes were replayed",
+                REPLAY,
+                REINFORCEMENT,
+                Aggregate.token_mean,
+            ),
+            Metric(
+                "replay/agreement",
+                FRACTION,
+                "replayed experts that the trainer's router would have chosen itself, mean over tokens and layers",
+                REPLAY,
+                REINFORCEMENT,
+                Aggregate.token_mean,
+            ),
+            Metric(
+                "replay/agreement_layer_min",
+                FRACTION,
+                "the same in the layer where it is least",
+                REPLAY,
+                REINFORCEMENT,
+                Aggregate.token_mean,
             ),
         ),
     ),

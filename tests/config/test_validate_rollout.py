@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_vp2o.config.schema import EngineKind, GRPOConfig, RolloutConfig, SupervisedConfig, TrainConfig
+from megatron_vp2o.config.schema import (
+    EngineKind,
+    GRPOConfig,
+    RolloutConfig,
+    RouterReplay,
+    SupervisedConfig,
+    TrainConfig,
+)
 from megatron_vp2o.config.validate import validate
 from megatron_vp2o.errors import ConfigError
 
@@ -57,6 +64,21 @@ def test_each_server_once_and_shared_folder(tmp_path: Path) -> None:
     config = served(tmp_path, urls=["http://gpu7:8000"])
     config.rollout.server.weights_dir = str(tmp_path)
     assert refused(config) == ""
+
+
+def test_routes_to_replay_must_come_from_somewhere(tmp_path: Path) -> None:
+    for replay in RouterReplay:
+        config = served(tmp_path, urls=["http://127.0.0.1:8000"], router_replay=replay)
+        refusal = (
+            "rollout.router_replay=R3 with rollout.engine=vllm: servers are not asked for their routes yet; choose R2"
+        )
+        assert refusal in refused(config) if replay is RouterReplay.R3 else refused(config) == ""
+        config.rollout = RolloutConfig(router_replay=replay)
+        assert refused(config) == ""
+        config.algorithm = SupervisedConfig()
+        assert (f"rollout.router_replay={replay.value} with algorithm=supervised" in refused(config)) == (
+            replay is not RouterReplay.off
+        )
 
 
 def test_what_servers_cannot_do(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def draw(chance: random.Random, ranks: int) -> Draw:
         specialization=specialization,
         problems=chance.randint(1, 4),
         seed=chance.randrange(10**6),
+        replay=chance.choice(["off", "R2", "R3"]),
+        recompute=chance.random() < 0.3,
     )
 
 
@@ -110,10 +112,12 @@ def test_a_step_does_not_depend_on_who_has_which_rows(ranks: int) -> None:
         0
     ]
     by_rank = run_distributed(JOB, ranks, [asdict(one) for one in draws], timeout=60 * NUMBER + 60)
-    moved = empty = 0
+    moved = empty = replayed = 0
     for index, one in enumerate(draws):
         moved += any(update["tokens"] for update in references[index]["updates"])
         for rank, results in enumerate(by_rank):
             compare(results[index], references[index], f"{one}, rank {rank}")
             empty += any(not update["rows"] for update in results[index]["updates"])
-    assert moved and empty  # else nothing was tried
+            assert not results[index].get("gone astray"), f"{one}, rank {rank}"
+            replayed += results[index].get("replayed", 0)
+    assert moved and empty and replayed  # else nothing was tried

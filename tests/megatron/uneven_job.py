@@ -43,6 +43,7 @@ from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
+from tests.megatron.replay_watch import ReplayWatch  # noqa: E402
 from tests.megatron.policy_job import small_config  # noqa: E402
 from tests.megatron.stein_job import whole_experts  # noqa: E402
 
@@ -65,6 +66,8 @@ class Draw:
         drift_share: share of the rows that the policy's drift is measured on.
         stein: settings of the transform.
         problems: of the evaluation.
+        replay: rollout.router_replay.
+        recompute: model.recompute.
     """
 
     layout: dict[str, Any]
@@ -80,6 +83,8 @@ class Draw:
     specialization: dict[str, Any] = field(default_factory=dict)
     problems: int = 3
     seed: int = 1
+    replay: str = "off"
+    recompute: bool = False
 
 
 def run(draws: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +116,7 @@ def config_of(draw: Draw) -> TrainConfig:
             ),
             budget=BudgetConfig(mode=ControlMode.monitor),
         ),
-        model=replace(small_config().model, moe_router_topk=3),
+        model=replace(small_config().model, moe_router_topk=3, recompute=draw.recompute),
         # A large epsilon: without it Adam makes a step of full size out of a gradient that is all rounding.
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5, adam_eps=1e-2),
         task=CountdownTaskConfig(train_size=20, validation_size=8, test_size=8),
@@ -133,6 +138,8 @@ def _steps(draw: Draw) -> dict[str, Any]:
     region = TrustRegion(policy, transform.prototypes, algorithm.trust_region, transform, drift=drift)
     engine = MegatronEngine(config, policy, eos_ids=(1,), pad_id=0)
     engine.log_gates(10**5)
+    if draw.replay == "R3":
+        engine.record_routes()
     meter = BudgetMeter(algorithm.budget, groups)
     objective = meter.watch(OnRollouts(policy_objective(algorithm)))
     engine.refresh(0)
@@ -141,6 +148,9 @@ def _steps(draw: Draw) -> dict[str, Any]:
     rollouts = engine.generate(
         [_prompt(p) for p in mine], mine, SamplingParams(1.0, 1.0, WIDTH, seed=draw.seed), algorithm.group_size
     )
+    if draw.replay == "R2":
+        rollouts.routes_NSLK = engine.log_probs_and_routes(rollouts, 1.0)[1]
+    watch = None if draw.replay == "off" else ReplayWatch(policy)
     row_N = torch.tensor([p * GROUP + g for p in mine for g in range(GROUP)], dtype=torch.int64)
     region.observe_rollouts(rollouts)
     batch = _batch(rollouts, row_N)
@@ -151,6 +161,9 @@ def _steps(draw: Draw) -> dict[str, Any]:
         result["updates"].append(_update(part, draw, policy, transform, region, objective))
         if step == 0:
             result["gradients"] = whole_experts(transform, groups, transform.gradients.of, owned=True)
+    if watch is not None:
+        watch.stop()
+        result["replayed"], result["gone astray"] = watch.compared, watch.wrong
     budget = meter.read()
     result |= {"drift": budget.drift, "ess": budget.ess}
     result["responses"] = {str(row): rollouts.response(n) for n, row in enumerate(row_N.tolist())}

@@ -37,11 +37,12 @@ def test_rows_of_rollouts_are_rollouts(seed: int) -> None:
 def whole_batch(rows: int, width: int) -> TrainBatch:
     """Every optional tensor is there, and holds its row's number."""
     row_N1 = torch.arange(rows)[:, None]
-    tensors = {
+    tensors: dict[str, torch.Tensor] = {
         field.name: (row_N1.expand(rows, width) if field.name.endswith("_NS") else row_N1[:, 0]).clone()
         for field in fields(TrainBatch)
         if field.name != "temperature"
     }
+    tensors["routes_NSLK"] = row_N1[:, :, None, None].expand(rows, width, 2, 3).to(torch.uint8)
     return TrainBatch(temperature=0.5, **tensors)
 
 
@@ -55,7 +56,9 @@ def test_rows_of_a_batch_keep_all_that_belongs_to_them(seed: int) -> None:
     for field in fields(TrainBatch):
         value = getattr(part, field.name)
         if field.name != "temperature":
-            assert (value[:, 0] if value.dim() == 2 else value).tolist() == chosen, field.name
+            flat = value if value.dim() == 1 else value.flatten(1)
+            assert (value if value.dim() == 1 else flat[:, 0]).tolist() == chosen, field.name
+            assert value.dim() == 1 or flat.eq(flat[:, :1]).all()
     bare = TrainBatch(batch.tokens_NS, batch.length_N, batch.loss_mask_NS).rows(torch.tensor(chosen))
     assert [name for name, value in vars(bare).items() if value is None] == [
         field.name for field in fields(TrainBatch)[4:]
@@ -67,13 +70,15 @@ def test_padding_belongs_to_no_document() -> None:
 
     def widen(value_NS: torch.Tensor, padding: float) -> torch.Tensor:
         seen.append(padding)
-        return torch.nn.functional.pad(value_NS, (0, 2), value=padding)
+        return torch.nn.functional.pad(value_NS, (0, 0) * (value_NS.dim() - 2) + (0, 2), value=padding)
 
     wide = whole_batch(3, 4).map(lambda value_N: value_N + 100, widen)
     assert wide.segment_NS is not None and wide.segment_NS[:, 4:].eq(-1).all()
     assert wide.tokens_NS[:, 4:].eq(0).all() and wide.tokens_NS.shape == (3, 6)
     assert wide.length_N.tolist() == [100, 101, 102]
-    assert sorted(seen) == [-1.0, *[0.0] * (len(seen) - 1)] and len(seen) > 5
+    # no document; nothing; no route
+    assert sorted(seen) == [-1.0, *[0.0] * (len(seen) - 2), 255.0] and len(seen) > 5
+    assert wide.routes_NSLK is not None and wide.routes_NSLK[:, 4:].eq(255).all()
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_vp2o.errors import RolloutError
-from megatron_vp2o.rl.types import LoggedGates, Rollouts
-from megatron_vp2o.rollout.store import RolloutFile, file_of, to_arrays, to_rollouts
+from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams
+from megatron_vp2o.rollout.store import RolloutFile, StoredEngine, file_of, to_arrays, to_rollouts
 from megatron_vp2o.tracking.record import read
 from tests.test_end_to_end import without_times
 
@@ -27,7 +29,18 @@ def draw(seed: int, gates: bool = False) -> Rollouts:
     logged = LoggedGates(torch.rand(2, 6, 3, 4, generator=generator), torch.arange(6), 2) if gates else None
     tokens_NS = torch.randint(0, 200_000, (6, 12), generator=generator)
     finished_N = torch.rand(6, generator=generator) < 0.5
-    return Rollouts(tokens_NS, prompt_len_N, total_len_N, logprobs_NS, 2 * logprobs_NS, finished_N, seed, logged)
+    routes_NSLK = torch.randint(0, 256, (6, 12, 2, 3), generator=generator).to(torch.uint8 if seed % 3 else torch.int16)
+    return Rollouts(
+        tokens_NS,
+        prompt_len_N,
+        total_len_N,
+        logprobs_NS,
+        2 * logprobs_NS,
+        finished_N,
+        seed,
+        logged,
+        routes_NSLK if gates else None,
+    )
 
 
 def equal(one: Rollouts, other: Rollouts) -> bool:
@@ -35,13 +48,15 @@ def equal(one: Rollouts, other: Rollouts) -> bool:
     same = (
         all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs) and one.weight_version == other.weight_version
     )
-    if one.gates is None or other.gates is None:
-        return same and one.gates is other.gates
+    if one.gates is None or other.gates is None or one.routes_NSLK is None or other.routes_NSLK is None:
+        return same and one.gates is other.gates and one.routes_NSLK is other.routes_NSLK
     return (
         same
         and torch.equal(one.gates.gates_LMJE, other.gates.gates_LMJE)
         and torch.equal(one.gates.row_N, other.gates.row_N)
         and one.gates.stride == other.gates.stride
+        and one.routes_NSLK.dtype == other.routes_NSLK.dtype
+        and torch.equal(one.routes_NSLK, other.routes_NSLK)
     )
 
 
@@ -101,8 +116,47 @@ RUN = [
     *("evaluation.final_split=false", "logging.tensorboard=false", "threads=1", "algorithm.prompts_per_step=4"),
     *("algorithm.group_size=2", "algorithm.filter_uniform_groups=false", "algorithm.entropy_coef=0.1"),
     *("rollout.sampling.max_new_tokens=8", "algorithm.budget.max_age=2", "algorithm.trust_region.delta=0.5"),
-    "checkpoint.interval=2",
+    *("checkpoint.interval=2", "rollout.router_replay=R3"),
 ]
+
+
+class Counting:
+    """An engine whose rollouts have routes, or not."""
+
+    version = 3
+
+    def __init__(self, routes: bool) -> None:
+        self.routes, self.calls = routes, 0
+
+    def checksum(self) -> int:
+        return 7
+
+    def generate(self, prompts: Any, uids: Any, sampling: Any, group_size: int = 1) -> Rollouts:
+        self.calls += 1
+        return draw(1, gates=self.routes)
+
+    def close(self) -> None:
+        pass
+
+
+def test_rollouts_without_routes_are_not_replayed_as_if_they_had_some(tmp_path: Path) -> None:
+    """A run that turns router_replay on, or off, between a kill and its resumption."""
+    groups: Any = SimpleNamespace(rank=0, world=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
+    asked = [[5, 6]], [0], SamplingParams(1.0, 1.0, 4, seed=0), 6
+    for first, then in ((False, True), (True, False), (True, True)):
+        folder = tmp_path / f"{first}{then}"
+        for routes, calls in ((first, 1), (then, int(then and not first))):
+            engine: Any = Counting(routes)
+            stored = StoredEngine(engine, groups, folder=folder, routes=routes)
+            for _ in range(2):
+                assert (stored.generate(*asked).routes_NSLK is not None) == routes
+            assert engine.calls == calls
+            stored.close()
+    plain = StoredEngine(Counting(False), groups, folder=tmp_path / "plain")  # type: ignore[arg-type]
+    plain.generate(*asked)
+    replayed = StoredEngine(Counting(True), groups, replay=tmp_path / "plain", routes=True)  # type: ignore[arg-type]
+    with pytest.raises(RolloutError, match=r"have no routes, which rollout\.router_replay=R3 needs"):
+        replayed.generate(*asked)
 
 
 def train(run_dir: Path, *more: str) -> str:

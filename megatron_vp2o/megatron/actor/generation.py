@@ -1,7 +1,7 @@
 """The embedded rollout engine: an actor with its own snapshot of the weights, decoding with a KV cache on the learner's ranks.
 
 Shape legend: P prompts of this data-parallel rank, N = P * group_size sequences, R sequences still in the batch, S padded
-sequence length, V vocabulary, Z ids that end a response.
+sequence length, V vocabulary, Z ids that end a response, L MoE layers of this pipeline stage, K experts of a token.
 
 Prompts that form a group share one prefill; finished sequences leave the batch; random numbers belong to a sequence and a
 position, so that neither the layout nor the batch order changes what is drawn.
@@ -10,7 +10,8 @@ position, so that neither the layout nor the batch order changes what is drawn.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
-from megatron_vp2o.megatron.learner.scoring import score
+from megatron_vp2o.megatron.learner.scoring import score, score_and_record
 from megatron_vp2o.megatron.model.attention import KVCache
 from megatron_vp2o.megatron.model.build import build_model, named_weight_tensors, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
+from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.platform.compat import leave_inference_mode
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import any_rank, max_scalars
@@ -66,6 +69,7 @@ class MegatronEngine:
         self._lockstep = shared and self.groups.dp_size > 1
         self._layers = moe_layers(self.actor)
         self._logged_contexts = 0
+        self._records_routes = False
         self._take: HandOver | None = None
         # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.
         self._ask_every = 8 if self.groups.device.type == "cuda" else 1
@@ -73,6 +77,15 @@ class MegatronEngine:
     def log_gates(self, contexts: int) -> None:
         """From now on rollouts carry the actor's gates, at up to about this many contexts of this rank."""
         self._logged_contexts = contexts
+
+    def record_routes(self) -> None:
+        """From now on rollouts carry the experts of every token that the actor routed."""
+        self._records_routes = True
+
+    @cached_property
+    def _replay(self) -> ModelReplay:
+        """Records and replays the actor's routes. Made when it is first needed: without it nothing of the actor is changed."""
+        return ModelReplay(self._layers)
 
     def refresh(self, version: int) -> None:
         """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
@@ -139,12 +152,13 @@ class MegatronEngine:
 
     @contextmanager
     def at_learner_weights(self) -> Iterator[None]:
-        """Generate with the learner's weights inside, without a copy of either; gates are not logged there.
+        """Generate with the learner's weights inside, without a copy of either; gates and routes are not kept there.
 
         The actor's tensors stand for the learner's meanwhile, and get their own values back after it.
         """
         self.policy.gather_parameters()
         contexts, self._logged_contexts = self._logged_contexts, 0
+        records, self._records_routes = self._records_routes, False
         kept = [tensor.data for tensor in self._tensors()]
         experts, theirs = _grouped_experts(self.actor), _grouped_experts(self.policy.model)
         stacks = [module._stacked for module in experts]
@@ -161,7 +175,7 @@ class MegatronEngine:
                 mine.data = own
             for module, stack in zip(experts, stacks, strict=True):
                 module._stacked = stack
-            self._logged_contexts = contexts
+            self._logged_contexts, self._records_routes = contexts, records
 
     def _tensors(self) -> list[Tensor]:
         return weight_tensors(self.actor)
@@ -218,13 +232,22 @@ class MegatronEngine:
         if not parts:
             empty = torch.zeros(0, dtype=torch.int64)
             none = torch.zeros(0, width)
-            return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version)
-        tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N = (
+            routes_NSLK = self._no_routes(0, width).cpu() if self._records_routes else None
+            return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version, routes_NSLK=routes_NSLK)
+        tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, routes_NSLK = (
             torch.cat(part).cpu() for part in zip(*parts, strict=True)
         )
         gates = LoggedGates(torch.cat(logged, dim=1), torch.arange(len(length_N)), stride) if stride else None
         return Rollouts(
-            tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, self.version, gates
+            tokens_NS,
+            prompt_len_N,
+            length_N,
+            logprobs_NS,
+            model_logprobs_NS,
+            finished_N,
+            self.version,
+            gates,
+            routes_NSLK if self._records_routes else None,
         )
 
     def _batches(self, prompts: int, group_size: int) -> list[tuple[slice, range]]:
@@ -268,15 +291,19 @@ class MegatronEngine:
         cache = KVCache(len(prompts), width)
         # Everything but each prompt's last token: that one is the first to be decoded from, at its own position.
         # Rows shorter than the longest leave keys of padding behind, which decoding overwrites before it can see them.
+        routes_PSLK = self._no_routes(len(prompts), width)
         prefill = self._widest(length_P) - 1
         if prefill > 0:
             position_PS = torch.arange(prefill, device=device).expand(len(prompts), -1)
             cache.start(position_PS, prefill, prefill=True)
-            self._forward(prompt_PS[:, :prefill].to(device), position_PS, cache)
+            with self._recording():
+                self._forward(prompt_PS[:, :prefill].to(device), position_PS, cache)
+            if self._records_routes:
+                routes_PSLK[:, :prefill] = self._replay.take().unflatten(0, (prefill, -1)).transpose(0, 1)
         expand_N = torch.arange(len(prompts)).repeat_interleave(len(members))
         cache.select(expand_N.to(device))
 
-        tokens_NS = prompt_PS[expand_N].to(device)
+        tokens_NS, routes_NSLK = prompt_PS[expand_N].to(device), routes_PSLK[expand_N.to(device)]
         logprobs_NS = torch.zeros(tokens_NS.shape, device=device)
         model_logprobs_NS = torch.zeros_like(logprobs_NS) if 0 < sampling.top_p < 1 else logprobs_NS
         length_N = length_P[expand_N].to(device)
@@ -295,8 +322,10 @@ class MegatronEngine:
             at_R = prompt_len_N[row_R] + step
             cache.start((at_R - 1)[:, None], prefill + 1 + step, prefill=False)
             log = bool(stride) and step % stride == 0
-            with self._gates(log) as logs:
+            with self._gates(log) as logs, self._recording():
                 logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
+            if self._records_routes:
+                routes_NSLK[row_R, at_R - 1] = self._replay.take()
             for gates_NJE, seen in zip(gates_LNJE, logs, strict=False):  # no logs at steps in between
                 gates_NJE[row_R, step // stride] = seen[0].float()
             token_R, logprob_R, model_logprob_R = self._sample(logits_RV, u_NS[row_R, step], sampling)
@@ -319,7 +348,22 @@ class MegatronEngine:
                     cache.select(kept_R)
         if not dummy:
             self._hand_over(first, row_R, tokens_NS, prompt_len_N, length_N)
-        return (tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N), gates_LNJE
+        # What stands at a last token or beyond comes of padding, or of how long its neighbours were.
+        unrouted_NS = torch.arange(width, device=device) >= length_N[:, None] - 1
+        routes_NSLK[unrouted_NS] = sentinel(routes_NSLK.dtype)
+        columns = tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, routes_NSLK
+        return columns, gates_LNJE
+
+    def _no_routes(self, rows: int, width: int) -> Tensor:
+        """Room for the routes of all positions, [rows, width, L, K] packed, none of them there yet; empty if none are recorded."""
+        config = self.actor.config
+        layers, topk = (len(self._layers), config.moe_router_topk) if self._records_routes else (0, 0)
+        dtype = packed_dtype(config.num_moe_experts)
+        return torch.full((rows, width, layers, topk), sentinel(dtype), dtype=dtype, device=self.groups.device)
+
+    def _recording(self) -> AbstractContextManager[None]:
+        """Keeps the routes of the forward passes inside, if they are wanted."""
+        return self._replay.recording() if self._records_routes else nullcontext()
 
     @contextmanager
     def _gates(self, log: bool) -> Iterator[list[list[Tensor]]]:
@@ -377,12 +421,31 @@ class MegatronEngine:
         return out[:, -1]
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        """Log-probabilities of the response tokens by a teacher-forced pass of the actor. [N, S]; 0 outside responses."""
-        mask_NS = rollouts.response_mask_NS()
-        batch = TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, temperature=temperature)
-        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
+        """Log-probabilities of the response tokens by a teacher-forced pass of the actor. [N, S]; 0 outside responses.
+
+        It replays the routes of the rollouts, where they have some.
+        """
+        batch = _scored(rollouts, temperature)
+        batch.routes_NSLK = rollouts.routes_NSLK
+        replay = self._replay if batch.routes_NSLK is not None else None
+        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1, replay)
         leave_inference_mode()
-        return logprob_NS * mask_NS
+        return logprob_NS * batch.loss_mask_NS
+
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `rl.interfaces.RolloutEngine.log_probs_and_routes`."""
+        batch = _scored(rollouts, temperature)
+        logprob_NS, routes_NSLK = score_and_record(
+            self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, self._replay
+        )
+        leave_inference_mode()
+        return logprob_NS * batch.loss_mask_NS, routes_NSLK
+
+
+def _scored(rollouts: Rollouts, temperature: float) -> TrainBatch:
+    """What a teacher-forced pass takes of rollouts; the mask is that of their responses."""
+    mask_NS = rollouts.response_mask_NS()
+    return TrainBatch(rollouts.tokens_NS, rollouts.total_len_N, mask_NS, temperature=temperature)
 
 
 def _grouped_experts(model: torch.nn.Module) -> list[GroupedSequentialMLP]:

@@ -260,7 +260,7 @@ class TrustRegion:
             for index, layer in enumerate(self.prototypes.layers):
                 inputs_CD = layer.contexts()
                 parts = deviation(
-                    _gates(layer, inputs_CD, {}),
+                    _gates(layer, inputs_CD, {}),  # over the experts that were replayed, where some were
                     prototypes_LED[index],
                     self._anchor_gates(index, layer, inputs_CD),
                     self._anchor["prototypes"][index],
@@ -294,14 +294,21 @@ def _router_tensors(layer: VP2OMoELayer) -> dict[str, Tensor]:
 
 
 def _gates(layer: VP2OMoELayer, inputs_CD: Tensor, router: dict[str, Tensor]) -> Tensor:
-    """Dense normalised gates of a layer's router, [C, E], with other tensors in the place of its own if given."""
-    module = layer.router
+    """Dense normalised gates of a layer's router, [C, E], with other tensors in the place of its own if given.
+
+    Where routes were replayed at the contexts, the gates are of these experts.
+    """
+    module, routes_CK = layer.router, layer.context_routes()
     if not len(inputs_CD):  # a rank without rows in this minibatch; Megatron's router cannot route nothing
         return inputs_CD.new_zeros(0, module.weight.shape[0], dtype=torch.float32)
     training = module.training
     module.eval()  # no auxiliary losses, no jitter, no counting
+    if layer.replay is not None:
+        layer.replay.replay(routes_CK)
     try:
         probs, _ = torch.func.functional_call(module, router, (inputs_CD[:, None],))
     finally:
         module.train(training)
+        if layer.replay is not None:
+            layer.replay.replay(None)
     return renormalised(probs.reshape(len(inputs_CD), -1).float())

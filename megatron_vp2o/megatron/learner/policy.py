@@ -22,6 +22,7 @@ from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tenso
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
+from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
@@ -94,6 +95,7 @@ class MegatronPolicy:
         )
         self.clip_grad, self.peak_lr = settings.clip_grad, settings.lr
         self._layers = moe_layers(self.ddp)
+        self._replay: ModelReplay | None = None
         self._specialised = self._specialise(config)
         aux_loss = (
             config.model.moe_aux_loss_coeff > 0
@@ -153,18 +155,34 @@ class MegatronPolicy:
             metrics = {"loss": total, **metrics, "tokens": tokens}
             return total, tokens.int(), {key: value.detach() for key, value in metrics.items()}
 
+        replay = self._replay_of(batch)
         if self.watcher is not None:
             self.watcher.begin_step(len(parts))
-        reported = run_schedule(
-            self.ddp,
-            parts,
-            self.groups,
-            self.valid_vocab,
-            loss,
-            forward_only=False,
-            before_forward=None if self.watcher is None else self.watcher.before_forward,
-        )
+        if replay is not None:
+            replay.begin_step()
+
+        def before_forward(part: TrainBatch) -> None:
+            for watcher in (replay, self.watcher):
+                if watcher is not None:
+                    watcher.before_forward(part)
+
+        try:
+            reported = run_schedule(
+                self.ddp,
+                parts,
+                self.groups,
+                self.valid_vocab,
+                loss,
+                forward_only=False,
+                before_forward=before_forward,
+            )
+        finally:
+            if replay is not None:
+                replay.stop()
         metrics = self._reduce(reported)
+        if replay is not None:
+            layers = int(self.model.config.num_layers)
+            metrics.update(replay.metrics(layers, float(batch.length_N.sum()), self.groups))
         metrics.update(
             router_losses(
                 [layer.router for layer in self._layers],
@@ -174,6 +192,15 @@ class MegatronPolicy:
             )
         )
         return metrics
+
+    def _replay_of(self, batch: TrainBatch) -> ModelReplay | None:
+        """What replays the batch's routes, made when a batch first has some; None where it has none."""
+        if batch.routes_NSLK is None:
+            return None
+        if self._replay is None:
+            shared = self.groups.tp if self.model.config.sequence_parallel else None
+            self._replay = ModelReplay(self._layers, shared)
+        return self._replay
 
     def _begin_step(self, batch: TrainBatch) -> None:
         """Tell the layers of how many tokens the whole step is: their losses are means over them."""
@@ -261,9 +288,13 @@ class MegatronPolicy:
         return weights_checksum(weight_tensors(self.model))
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
-        """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU."""
+        """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU.
+
+        A batch's routes are replayed, as in training.
+        """
         self.ddp.eval()
+        replay = self._replay_of(batch)
         try:
-            return score(self.ddp, batch, micro_batch_size, self.groups, self.valid_vocab, self.length_multiple)
+            return score(self.ddp, batch, micro_batch_size, self.groups, self.valid_vocab, self.length_multiple, replay)
         finally:
             self.ddp.train()

@@ -7,6 +7,7 @@ Shape legend: N sequences of this rank, S padded length of one micro-batch, V th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
+from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups, max_scalars
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
@@ -42,8 +45,12 @@ def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -
 
 
 def _fit(values_NS: Tensor, width: int, fill: float) -> Tensor:
+    """Cut or padded to `width` positions; further dimensions stay."""
     missing = width - values_NS.shape[1]
-    return torch.nn.functional.pad(values_NS, (0, missing), value=fill) if missing > 0 else values_NS[:, :width]
+    if missing <= 0:
+        return values_NS[:, :width]
+    padding = (0, 0) * (values_NS.dim() - 2) + (0, missing)
+    return torch.nn.functional.pad(values_NS, padding, value=fill)
 
 
 def _take(batch: TrainBatch, index: Tensor, width: int) -> TrainBatch:
@@ -52,7 +59,11 @@ def _take(batch: TrainBatch, index: Tensor, width: int) -> TrainBatch:
 
 def _dummy(batch: TrainBatch, width: int) -> TrainBatch:
     """One row of nothing but padding, of document 0 where there are documents: a row of no document would attend to nothing."""
-    return batch.map(lambda value_N: value_N.new_zeros(1), lambda value_NS, _: value_NS.new_zeros(1, width))
+    dummy = batch.map(
+        lambda value_N: value_N.new_zeros(1),
+        lambda value_NS, padding: value_NS.new_full((1, width, *value_NS.shape[2:]), padding),
+    )
+    return dummy if dummy.segment_NS is None else replace(dummy, segment_NS=torch.zeros_like(dummy.segment_NS))
 
 
 def _to(batch: TrainBatch, device: torch.device) -> TrainBatch:
@@ -135,14 +146,73 @@ def run_schedule(
     )
 
 
-@torch.no_grad()
 def score(
-    model: Any, batch: TrainBatch, micro_batch_size: int, groups: Groups, valid_vocab: int, multiple: int
+    model: Any,
+    batch: TrainBatch,
+    micro_batch_size: int,
+    groups: Groups,
+    valid_vocab: int,
+    multiple: int,
+    replay: ModelReplay | None = None,
 ) -> Tensor:
-    """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length."""
+    """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length.
+
+    Args:
+        replay: of the model, where the batch has routes that are to be replayed.
+    """
     parts = micro_batches(batch, micro_batch_size, groups, multiple)
+    replayed = replay if batch.routes_NSLK is not None else None
+    try:
+        return _score_parts(model, batch, parts, groups, valid_vocab, replayed)
+    finally:
+        if replayed is not None:
+            replayed.stop()
+
+
+def score_and_record(
+    model: Any,
+    batch: TrainBatch,
+    micro_batch_size: int,
+    groups: Groups,
+    valid_vocab: int,
+    replay: ModelReplay,
+) -> tuple[Tensor, Tensor]:
+    """`score` of a model without sequence parallelism, and the routes that it took: packed, [N, S, L, K] on the CPU.
+
+    The last token of a row predicts nothing and has no route, as in an engine's.
+    """
+    parts = micro_batches(batch, micro_batch_size, groups, 1)
+    with replay.recording():
+        logprob_NS = _score_parts(model, batch, parts, groups, valid_vocab, None)
+    rows, width = batch.tokens_NS.shape
+    dtype = packed_dtype(replay.experts)
+    routes_NSLK = torch.full((rows, width, len(replay.layers), replay.topk), sentinel(dtype), dtype=dtype)
+    for part, index in parts:
+        many, wide = part.tokens_NS.shape
+        routes_SNLK = replay.take().cpu().view(wide, many, len(replay.layers), replay.topk)
+        most = min(wide, width)
+        routes_NSLK[index, :most] = routes_SNLK[:most, : len(index)].transpose(0, 1)
+    routed_NS = torch.arange(width) < batch.length_N[:, None] - 1
+    return logprob_NS, torch.where(routed_NS[:, :, None, None], routes_NSLK, sentinel(dtype)).to(dtype)
+
+
+@torch.no_grad()
+def _score_parts(
+    model: Any,
+    batch: TrainBatch,
+    parts: list[tuple[TrainBatch, Tensor]],
+    groups: Groups,
+    valid_vocab: int,
+    replay: ModelReplay | None,
+) -> Tensor:
     results = run_schedule(
-        model, [part for part, _ in parts], groups, valid_vocab, lambda logprob, _, __: logprob, forward_only=True
+        model,
+        [part for part, _ in parts],
+        groups,
+        valid_vocab,
+        lambda logprob, _, __: logprob,
+        forward_only=True,
+        before_forward=None if replay is None else replay.before_forward,
     )
     out_NS = torch.zeros(batch.tokens_NS.shape)
     for (part, rows), logprob in zip(parts, results, strict=False):

@@ -8,7 +8,7 @@ Shape legend: T tokens of a micro-batch on this rank, E experts, K top-k, D hidd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -74,6 +74,19 @@ class _Routed:
     valid_T: Tensor | None
 
 
+class Replayed(Protocol):
+    """The routes that a layer replays: `megatron.model.replay.LayerReplay`."""
+
+    @property
+    def coming_TK(self) -> Tensor | None:
+        """Those of the coming forward pass, negative where a token chooses; None where all do."""
+        ...
+
+    def replay(self, routes_TK: Tensor | None) -> None:
+        """Set them."""
+        ...
+
+
 class VP2OMoELayer(MoELayer):
     """Stands in the layer spec where MoELayer does; `adopt` makes one of a layer that is built already."""
 
@@ -90,6 +103,9 @@ class VP2OMoELayer(MoELayer):
     context_index: Tensor | None = None
     """Flat positions of the coming micro-batch whose router inputs are to be kept, [C]."""
     _contexts: list[Tensor] | None = None
+    _context_routes: list[Tensor] | None = None
+    replay: Replayed | None = None
+    """Which routes are replayed; None where all choose theirs."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -153,9 +169,22 @@ class VP2OMoELayer(MoELayer):
             return self.router.weight.new_zeros(0, self.router.weight.shape[1])
         return torch.cat(self._contexts)
 
+    def context_routes(self) -> Tensor | None:
+        """Routes replayed at the contexts, [C, K], negative where a token chose; None where nothing was replayed."""
+        return None if self._context_routes is None else torch.cat(self._context_routes)
+
     def drop_contexts(self) -> None:
         """Forget them."""
-        self._contexts = None
+        self._contexts = self._context_routes = None
+
+    def replay_with(self, replay: Replayed) -> None:
+        """Ask `replay`, a megatron-core RouterReplay, which experts tokens go to, from now on.
+
+        Raises:
+            ConfigError: if the router is not Megatron's TopKRouter.
+        """
+        self._need_router("router replay")
+        self.replay = self.router.router_replay = replay
 
     def _need_router(self, feature: str) -> None:
         if not isinstance(self.router, ObservedRouter):
@@ -180,6 +209,8 @@ class VP2OMoELayer(MoELayer):
             # The first time a micro-batch passes; recomputation may come when another one's positions are set.
             index_C, self.context_index = self.context_index, None
             self._contexts = [*(self._contexts or []), hidden_states.detach().flatten(0, -2)[index_C]]
+            if self.replay is not None and self.replay.coming_TK is not None:
+                self._context_routes = [*(self._context_routes or []), self.replay.coming_TK[index_C]]
         if not self._observing():
             probs, routing_map = super().route(hidden_states, padding_mask)
             if self.gate_log is not None:
