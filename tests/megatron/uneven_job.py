@@ -43,8 +43,8 @@ from megatron_vp2o.rl.evaluate import evaluate  # noqa: E402
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective  # noqa: E402
 from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  # noqa: E402
 from megatron_vp2o.tasks import make_task  # noqa: E402
-from tests.megatron.replay_watch import ReplayWatch  # noqa: E402
 from tests.megatron.policy_job import small_config  # noqa: E402
+from tests.megatron.replay_watch import ReplayWatch  # noqa: E402
 from tests.megatron.stein_job import whole_experts  # noqa: E402
 
 GROUP, WIDTH = 4, 8
