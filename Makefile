@@ -128,7 +128,8 @@ vllm-env: ## Make the environment of vLLM servers for CPUs (Python 3.11; minutes
 test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it
 	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py --durations=0 $(TESTARGS)
 
-soak: install-dev ## After `make run`: 40 faults, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
+soak: install-dev ## After `make run`: 40 faults, 100 of servers, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
+	VP2O_ROLLOUT_FAULTS=100 $(PY) -m pytest tests/rollout/test_soak.py -s $(TESTARGS)
 	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \
 		tests/megatron/test_uneven_ranks.py tests/test_many_ranks.py --durations=0 $(TESTARGS)
 

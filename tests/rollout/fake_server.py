@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+FIXED = "VP2O_FAKE_FIXED" in os.environ
+"""Samples depend on weights, prompt and place in the group only."""
 GENERATING = (
     "die_generating",
     "slow",
@@ -42,6 +44,7 @@ class State:
         self.tensors: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
             self.tensors |= load_file(file)
+        self.remember()
         self.label, self.paused = "default", False
         self.fault: dict[str, Any] = {}
         self.random = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
@@ -61,10 +64,13 @@ class State:
                 self.fault = {}
             return kind
 
-    def log_probs(self, token: int, temperature: float) -> Any:
+    def remember(self) -> None:
+        """The table of logits, once for each set of weights."""
         rows = [self.tensors[name] for name in sorted(self.tensors) if name.startswith("rows")]
-        logits = np.concatenate(rows)[token].astype(np.float64) + self.tensors["bias"]
-        logits = logits / (temperature or 1.0)
+        self.logits = np.concatenate(rows).astype(np.float64) + self.tensors["bias"]
+
+    def log_probs(self, token: int, temperature: float) -> Any:
+        logits = self.logits[token] / (temperature or 1.0)
         return logits - np.logaddexp.reduce(logits)
 
     # updates
@@ -101,6 +107,7 @@ class State:
         if not self.whole:
             raise ValueError("nobody said what all of it comes to")
         self.tensors |= self.staged
+        self.remember()
         self.label = label
 
     # generation
@@ -131,10 +138,11 @@ class State:
         tokens: list[int] = []
         content: list[dict[str, Any]] = []
         last = prompt[-1]
+        drawn = np.random.default_rng([*prompt, index]) if FIXED else self.random
         while len(tokens) < settings["max_tokens"]:
             logp = self.log_probs(last, settings["temperature"])
             with self.lock:
-                u = self.random.random()
+                u = drawn.random()
             last = int(logp.argmax() if settings["temperature"] == 0 else np.exp(logp).cumsum().searchsorted(u))
             last = min(last, len(logp) - 1)
             tokens.append(last)

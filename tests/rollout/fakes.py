@@ -33,19 +33,24 @@ def table(model: int) -> dict[str, Tensor]:
 
 
 class FakeHarness:
-    """A pool whose servers it starts, or that are started already (`urls`)."""
+    """A pool whose servers it starts. With `fixed` a prompt always gets the same samples of the same weights."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 1e-5
 
     def __init__(
-        self, folder: Path, servers: int = 1, settings: dict[str, Any] | None = None, board: Board | None = None
+        self,
+        folder: Path,
+        servers: int = 1,
+        settings: dict[str, Any] | None = None,
+        board: Board | None = None,
+        fixed: bool = False,
     ) -> None:
         def command(model: Path, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(model), str(port)]
 
-        processes = [
-            ServerProcess(command, {}, free_port(), folder / f"server{number}.log") for number in range(servers)
-        ]
+        environment = {"VP2O_FAKE_FIXED": "1"} if fixed else {}
+        logs = [folder / f"server{number}.log" for number in range(servers)]
+        processes = [ServerProcess(command, environment, free_port(), log) for log in logs]
         self.processes = processes
         self.engine = make_pool([Member(process.url, process) for process in processes], folder, settings, board=board)
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,42 +258,6 @@ def test_a_killed_guard_takes_the_server_with_it(tmp_path: Path) -> None:
         wait_for(lambda: not alive(server) and not process.running)
     finally:
         process.stop()
-
-
-def test_random_faults_leave_every_prompt_accounted_for(tmp_path: Path) -> None:
-    """Kills at random moments, by hand from outside, while batches and syncs go on."""
-    import random
-
-    rng = random.Random(int(os.environ.get("VP2O_ROLLOUT_SEED", "0")))
-    harness = FakeHarness(tmp_path, servers=2)
-    stop = threading.Event()
-    kills = 0
-
-    def kill_now_and_then() -> None:
-        nonlocal kills
-        while not stop.wait(rng.uniform(0.3, 1.2)):
-            guard = rng.choice(harness.processes)._guard
-            found = descendants(guard.pid) if guard is not None else []
-            for pid in found[:1]:
-                os.kill(pid, signal.SIGKILL)
-                kills += 1
-
-    killer = threading.Thread(target=kill_now_and_then)
-    try:
-        harness.engine.update_weights(harness.weights(0), 0, harness.probe(0))
-        killer.start()
-        wanted = int(os.environ.get("VP2O_ROLLOUT_FAULTS", "4"))
-        version = 0
-        while kills < wanted:
-            version += 1
-            harness.engine.update_weights(harness.weights(version % 2), version, harness.probe(version % 2))
-            for _ in range(2):
-                check_all(harness)
-        assert sum(member.samples for member in harness.engine.members) == version * 2 * len(MANY) * 4
-    finally:
-        stop.set()
-        killer.join()
-        harness.engine.close()
 
 
 def unwatch(harness: FakeHarness) -> None:
