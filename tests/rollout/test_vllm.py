@@ -6,6 +6,7 @@ trained through servers, beside the embedded engine.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.errors import SyncError
+from megatron_vp2o.rollout.api import GENERATE, Server
 from megatron_vp2o.rollout.contract import PROMPTS, SAMPLING, ClosingContract, EngineContract, check_form
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
 from megatron_vp2o.rollout.members import Member
@@ -140,18 +142,35 @@ class TestVLLM(EngineContract):
     """The contract, by the module's server."""
 
 
-@pytest.mark.parametrize("victim", [1, 2])
-def test_a_process_is_killed_while_it_generates(harness: VLLMHarness, victim: int) -> None:
-    """The server's front (1) or its engine (2): it is restarted with the present weights, and lost prompts run again."""
-    harness.engine.update_weights(harness.weights(0), 1, harness.probe(0))
-    harness.engine.update_weights(harness.weights(1), 2, harness.probe(1))
-    restarts, guard = harness.engine.restarts, harness.process._guard
+@pytest.mark.parametrize("victim", ["front", "engine"])
+@pytest.mark.parametrize("moment", ["generating", "syncing"])
+def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPatch, victim: str, moment: str) -> None:
+    """kill -9 with requests in flight, or between two files of a sync: the server is restarted with the present weights, and lost
+    prompts run again."""
+    pool = harness.engine
+    pool.update_weights(harness.weights(0), 1, harness.probe(0))
+    restarts, guard = pool.restarts, harness.process._guard
     assert guard is not None
     processes = descendants(guard.pid)
     assert len(processes) >= 2
-    os.kill(processes[0] if victim == 1 else processes[-1], signal.SIGKILL)
+    post, killed = Server._post, []
+
+    async def kill_meanwhile(server: Server, path: str, *arguments: Any) -> Any:
+        asked = asyncio.ensure_future(post(server, path, *arguments))
+        if not killed and path == (GENERATE if moment == "generating" else "/update_weights"):
+            await asyncio.sleep(0.02)
+            killed.append(asked.done())
+            os.kill(processes[0] if victim == "front" else processes[-1], signal.SIGKILL)
+        return await asked
+
+    if moment == "syncing":
+        monkeypatch.setattr(Server, "_post", kill_meanwhile)
+    pool.update_weights(harness.weights(1), 2, harness.probe(1))
+    if moment == "generating":
+        monkeypatch.setattr(Server, "_post", kill_meanwhile)
     harness.check(1)
-    assert harness.engine.restarts == restarts + 1
+    assert len(killed) == 1 and (moment == "syncing" or killed == [False]), "it was killed with the request in flight"
+    assert pool.restarts == restarts + 1
     assert not any(alive(pid) for pid in processes)
 
 
@@ -216,6 +235,41 @@ def test_a_killed_trainer_leaves_no_server(tmp_path: Path) -> None:
         run.kill()
         run.wait()
     wait_for(lambda: not any(alive(pid) for pid in left))
+
+
+def test_a_run_outlives_its_servers(tmp_path: Path) -> None:
+    """rollout.launch=true: front and engine of its server are killed in turn, at any moment; all steps of the run are there,
+    and all rollouts came from weights that the trainer knows."""
+    run_dir, killed = tmp_path / "run", 0
+    arguments = train_arguments("countdown_tiny_grpo", run_dir, "init_from=null", "algorithm.steps=12")
+    with (tmp_path / "output.txt").open("wb") as output:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "megatron_vp2o.train", *arguments, *SERVED], cwd=ROOT, stdout=output, stderr=output
+        )
+    try:
+        for steps, victim in ((2, "api_server"), (6, "EngineCore")):
+            wait_for(lambda n=steps: len(_steps(run_dir)) >= n or run.poll() is not None, 400)  # type: ignore[misc]
+            assert run.poll() is None, (tmp_path / "output.txt").read_text()[-3000:]
+            mine = [
+                pid
+                for pid in descendants(run.pid)
+                if victim in _command_line(pid) and "guard.py" not in _command_line(pid)
+            ]
+            os.kill(mine[0], signal.SIGKILL)
+            killed += 1
+        assert run.wait(600) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    finally:
+        run.kill()
+        run.wait()
+    assert killed == 2 and _steps(run_dir)[-1] == 12
+    assert (run_dir / "server0.log").read_text(errors="replace").count("--- start ") == 3
+    assert max(measured(run_dir, "policy/logprob_mismatch")) <= 1e-4
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 SERVED = ["rollout=vllm", "rollout.launch=true", f"rollout.server.python={PYTHON}"]
