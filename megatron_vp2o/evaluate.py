@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tensor-parallel", type=int, default=1)
     made.add_argument("--pipeline-parallel", type=int, default=1)
     made.add_argument("--expert-parallel", type=int, default=1)
+    made.add_argument(
+        "--serve",
+        metavar="PYTHON",
+        help="Hugging Face folders: start a vLLM server for each, with this interpreter, and end it afterwards",
+    )
     made.add_argument("--completions", action="store_true", help="endpoints: plain completions instead of chat")
     made.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="endpoints: of one answer (default: %(default)s)"
@@ -100,6 +105,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature {options.temperature}: from 0 (greedy) to 1000")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p {options.top_p}: above 0, at most 1")
+    if options.serve is not None and not Path(options.serve).is_file():
+        raise ConfigError(
+            f"--serve {options.serve}: there is no such interpreter; make vllm-env makes .venv-vllm/bin/python"
+        )
     for name in ("limit", "samples", "batch", "workers", "concurrency", "timeout"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -122,8 +131,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     wanted = [named(text) for text in options.models]
     parts = {one: parts_of(asked, lengths if one.length is None else (one.length,)) for one in wanted}
     out = Path(options.out)
-    remote = [one for one in wanted if one.place.startswith(("http://", "https://"))]
+    remote = [one for one in wanted if options.serve or one.place.startswith(("http://", "https://"))]
     stored = [one for one in wanted if one not in remote]
+    for one in remote:
+        if not one.place.startswith(("http://", "https://")) and not (Path(one.place) / "config.json").is_file():
+            raise ConfigError(
+                f"--serve: {one.place} is no Hugging Face folder (it has no config.json): convert it first"
+            )
     with Grading(options.workers) as grading:
         if os.environ.get("RANK", "0") == "0":
             for questions in asked:
@@ -137,7 +151,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _evaluate_remote(
     options: argparse.Namespace, wanted: Sequence[Any], parts: Any, settings: Any, out: Path, grading: Any
 ) -> None:
+    from contextlib import ExitStack
+
     from megatron_vp2o.evaluation.endpoint import Endpoint
+    from megatron_vp2o.evaluation.launched import Launched, server_of
     from megatron_vp2o.evaluation.run import evaluate, samples_of
 
     count = None
@@ -146,25 +163,33 @@ def _evaluate_remote(
 
         tokenizer = load_tokenizer(options.tokenizer)
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-    models = []
-    for one in wanted:
-        url, _, name = one.place.partition("#")
-        options_of = (
-            {"chat_template_kwargs": {"enable_thinking": options.thinking == "true"}} if options.thinking else {}
-        )
-        endpoint = Endpoint(
-            one.label,
-            url,
-            name,
-            step=options.step,
-            chat=not options.completions,
-            timeout_s=options.timeout,
-            concurrency=options.concurrency,
-            count=count,
-            options=options_of,
-        )
-        models.append((endpoint, parts[one]))
-    evaluate(models, sum(samples_of(part, settings) for _, part in models), settings, out, grading)
+    thinking = {"chat_template_kwargs": {"enable_thinking": options.thinking == "true"}} if options.thinking else {}
+    shared: dict[str, Any] = {
+        "step": options.step,
+        "chat": not options.completions,
+        "timeout_s": options.timeout,
+        "concurrency": options.concurrency,
+        "count": count,
+        "options": thinking,
+    }
+    with ExitStack() as started:
+
+        def models() -> Iterator[tuple[Endpoint, Any]]:
+            for one in wanted:
+                url, _, name = one.place.partition("#")
+                if url.startswith(("http://", "https://")):
+                    yield Endpoint(one.label, url, name, **shared), parts[one]
+                    continue
+                import torch
+
+                folder, log = Path(one.place), out / f"server-{one.label}.log"
+                process = server_of(options.serve, folder, one.label, log, cpu=not torch.cuda.is_available())
+                served = Launched(one.label, f"{process.url}/v1", one.label, process=process, folder=folder, **shared)
+                started.callback(served.close)
+                yield served, parts[one]
+                served.close()  # before the next model's server starts
+
+        evaluate(models(), sum(samples_of(parts[one], settings) for one in wanted), settings, out, grading)
 
 
 def _evaluate_stored(

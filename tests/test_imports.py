@@ -55,6 +55,7 @@ BELOW: dict[str, set[str]] = {
     },  # starts runs by their command line, as a person would
     "diagnostics": {"core", "errors"},  # for any loop: without Megatron and without the project's settings
     "evaluation": {
+        "rollout.launch",
         "megatron",
         "hf",
         "parallel",

@@ -1,0 +1,124 @@
+"""Evaluation through a server that is started, watched and ended: a fake one in a real process, and vLLM where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vp2o.evaluate import main
+from megatron_vp2o.evaluation.endpoint import EndpointError
+from megatron_vp2o.evaluation.launched import Launched
+from megatron_vp2o.evaluation.model import Sampling
+from megatron_vp2o.rollout.launch import ServerProcess, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("VP2O_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+SAMPLING = Sampling(0.6, 0.95, 16, 0)
+CODE = """
+import os, sys
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from tests.evaluation.server import Behaviour, Handler
+port, lives = int(sys.argv[1]), Path(sys.argv[2])
+left = int(lives.read_text())
+if left < 0:
+    sys.exit("no GPU here")
+it = Handler.behaviour = Behaviour()
+def answer(body):
+    if left and len(it.requests) >= 3:
+        lives.write_text(str(left - 1))
+        os._exit(9)
+    return body["prompt"][::-1]
+it.answer = answer
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[Launched]:
+    """A server that ends at the third request of each of its first lives; how many those are is in the file `lives`."""
+    process = ServerProcess(
+        lambda model, port: [sys.executable, "-c", CODE, str(port), str(model / "lives")],
+        {"PYTHONPATH": str(ROOT)},
+        free_port(),
+        tmp_path / "log",
+    )
+    made = Launched(
+        "x",
+        f"{process.url}/v1",
+        "served",
+        chat=False,
+        pause_s=0.01,
+        concurrency=2,
+        process=process,
+        folder=tmp_path,
+        startup_s=60.0,
+    )
+    yield made
+    made.close()
+    assert not process.running
+
+
+def test_a_server_that_dies_is_started_again_and_the_batch_is_whole(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "lives").write_text("2")
+    launched.check([], 16)
+    prompts = [f"prompt {number}" for number in range(8)]
+    assert [answer.text for answer in launched.generate(prompts, range(8), SAMPLING)] == [
+        text[::-1] for text in prompts
+    ]
+    assert launched.restarts == 2 and launched.identity["kind"] == "vllm"
+
+
+def test_one_that_always_dies_ends_the_evaluation(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "lives").write_text("9")
+    launched.check([], 16)
+    with pytest.raises(EndpointError, match=r"ended 4 times; .*log ends with"):
+        launched.generate([f"prompt {number}" for number in range(8)], range(8), SAMPLING)
+
+
+def test_one_that_cannot_start_says_why(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "lives").write_text("-1")
+    with pytest.raises(EndpointError, match=r"ended while it started; .*no GPU here"):
+        launched.check([], 16)
+
+
+def test_an_error_of_a_server_that_lives_is_not_answered_with_a_restart(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "lives").write_text("0")
+    launched.check([], 16)
+    launched.name = "another"
+    with pytest.raises(EndpointError, match="answered with the model 'served'"):
+        launched.generate(["prompt"], [0], SAMPLING)
+    assert launched.restarts == 0
+
+
+def test_bad_command_lines(tmp_path: Path, capsys: Any) -> None:
+    arguments = [str(tmp_path), "--suite", "aime24", "--data", "own", "--lengths", "16", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--serve", str(tmp_path / "python")]) == 2
+    assert "there is no such interpreter; make vllm-env makes" in capsys.readouterr().err
+    assert main([*arguments, "--serve", sys.executable]) == 2
+    assert "is no Hugging Face folder (it has no config.json): convert it first" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM at {PYTHON}: make test-vllm makes its environment")
+def test_a_folder_is_evaluated_through_vllm(tmp_path: Path) -> None:
+    from megatron_vp2o.rollout.weight_files import write_weights
+    from tools.bench.rollouts import Model
+
+    model = Model()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.weights()}
+    write_weights(tmp_path / "hf", model.weights(), shapes, describe=model.describe, bucket_bytes=2**26)
+    out = tmp_path / "out"
+    settings = ["--suite", "aime24,aime25", "--data", "own", "--lengths", "16", "--samples", "2", "--limit", "3"]
+    status = main([f"mine={tmp_path / 'hf'}", "--serve", str(PYTHON), "--completions", "--out", str(out), *settings])
+    assert status == 0, (out / "server-mine.log").read_text()[-2000:]
+    rows = [json.loads(line) for file in out.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    answers = [row for row in rows if "problem" in row and "sample" in row]
+    assert len(answers) == 2 * 3 * 2 and any(row["text"] for row in answers)
