@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from megatron_vp2o.diagnostics import observe, read_rollouts, rollout_metrics
 from megatron_vp2o.diagnostics.rollouts import metrics_by_step
 from megatron_vp2o.report.svg import Axis, Chart, Series
+from tools.tiny_qwen3_moe import tiny_config
 
 CHARACTERS = "0123456789+=\n"
 SEED, STEPS, EVERY, ROWS, SAMPLES = 1, 400, 20, 64, 16
@@ -43,22 +44,8 @@ def batch(generator: torch.Generator) -> Tensor:
 
 def build(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(SEED)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=len(CHARACTERS),
-            hidden_size=64,
-            intermediate_size=128,
-            moe_intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_experts=8,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            max_position_embeddings=32,
-        )
-    ).to(dtype)
+    config = tiny_config(len(CHARACTERS), moe_intermediate_size=48, max_position_embeddings=32)
+    return Qwen3MoeForCausalLM(config).to(dtype)
 
 
 @torch.no_grad()

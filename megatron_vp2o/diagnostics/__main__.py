@@ -156,7 +156,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def _check_ids(tokens: torch.Tensor, model: Any, folder: Path) -> None:
     if not tokens.numel():
-        raise DataError("the texts have no token")
+        raise DataError(f"{folder}: its tokenizer gives the texts no token: are the tokenizer's files there?")
     rows, largest = model.get_input_embeddings().weight.shape[0], int(tokens.max())
     if largest >= rows:
         raise ConfigError(

@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.plugins.verl_model import save
+    from tests.hf.word_model import save
 
     folder = tmp_path_factory.mktemp("model")
     save(str(folder))

@@ -33,23 +33,21 @@ class Model:
     """Random weights in the names of checkpoints."""
 
     def __init__(self) -> None:
-        from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        from transformers import AutoModelForCausalLM
+
+        from tools.tiny_qwen3_moe import tiny_config
 
         torch.manual_seed(0)
-        config = Qwen3MoeConfig(
-            vocab_size=CharTokenizer.vocab_size,
+        config = tiny_config(
+            CharTokenizer.vocab_size,
             hidden_size=128,
             intermediate_size=256,
             moe_intermediate_size=64,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=32,
             num_experts=16,
             num_experts_per_tok=4,
-            norm_topk_prob=True,
             max_position_embeddings=256,
-            tie_word_embeddings=False,
             pad_token_id=CharTokenizer.pad_id,
             eos_token_id=CharTokenizer.eos_id,
         )
