@@ -15,6 +15,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from tests.wheel import build_wheel, install_wheel
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,26 +27,12 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of what git would track, without a network."""
-    source = tmp_path_factory.mktemp("source")
-    names = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "megatron_vp2o", "conf", "recipes"]
-    assert run("cp", "-r", *names, str(source)).returncode == 0
-    out = tmp_path_factory.mktemp("dist")
-    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
-    built = run(sys.executable, "-m", "pip", *build, cwd=source)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = out.glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the wheel's content as an installation would."""
-    site = tmp_path_factory.mktemp("site")
-    options = ["-q", "--no-deps", "--no-index", "--target", str(site)]
-    done = run(sys.executable, "-m", "pip", "install", *options, str(wheel))
-    assert done.returncode == 0, done.stderr
-    return site
+    return install_wheel(wheel, tmp_path_factory.mktemp("site"))
 
 
 @pytest.mark.smoke

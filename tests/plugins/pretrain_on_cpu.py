@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megatron_vp2o
 from megatron_vp2o.megatron.platform import cpu
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     for name in sorted(end):
         digest.update(end[name].numpy().tobytes())
     torch.save({"start": kept["start"], "end": end}, f"{os.environ['PRETRAIN_RESULT']}.{rank}.pt")
-    result = {"losses": kept["losses"], "weights": digest.hexdigest()}
+    result = {"losses": kept["losses"], "weights": digest.hexdigest(), "package": megatron_vp2o.__file__}
     Path(f"{os.environ['PRETRAIN_RESULT']}.{rank}").write_text(json.dumps(result))
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.killed import run_until
+from tests.wheel import build_wheel, environment_with
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 EXAMPLE = ROOT / "examples" / "pretrain_vp2o.py"
 
 
@@ -39,8 +43,8 @@ ARGUMENTS = shlex.split(
 ON = ["--vp2o", "stein.enabled=true", "stein.neighbours=2", "stein.repulsion_scale=relative"]
 
 
-def pretrain(folder: Path, ranks: int, iterations: int, *further: str) -> tuple[str, list[dict[str, Any]]]:
-    """Returns what was printed, and each rank's losses and checksum of weights."""
+def host(folder: Path, ranks: int, iterations: int, *further: str) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -52,6 +56,12 @@ def pretrain(folder: Path, ranks: int, iterations: int, *further: str) -> tuple[
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "tests.plugins.pretrain_on_cpu", str(EXAMPLE), *ARGUMENTS]
     command += [f"--expert-model-parallel-size={ranks}", f"--train-iters={iterations}", *further]
+    return command, environment
+
+
+def pretrain(folder: Path, ranks: int, iterations: int, *further: str) -> tuple[str, list[dict[str, Any]]]:
+    """Returns what was printed, and each rank's losses and checksum of weights."""
+    command, environment = host(folder, ranks, iterations, *further)
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
     )
@@ -80,6 +90,20 @@ def test_two_ranks_train_save_and_resume_with_diagnostics_in_tensorboard(tmp_pat
     _, resumed = pretrain(tmp_path, 2, 4, "--load", str(tmp_path / "ck"), "--ckpt-step", "2", *ON)
     assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in straight]
     assert len(resumed[0]["losses"]) == 2
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_its_state(tmp_path: Path) -> None:
+    """SIGKILL at iteration 5 of 6, with checkpoints of 2 and 4. That the state matters is shown in test_hosts.py."""
+    _, straight = pretrain(tmp_path, 2, 6, *ON)
+    saving = ["--save", str(tmp_path / "ck"), "--load", str(tmp_path / "ck"), "--save-interval", "2", *ON]
+    command, environment = host(tmp_path, 2, 6, *saving)
+    run_until("iteration        5/", command, cwd=tmp_path, env=environment)
+    assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
+    _, resumed = pretrain(tmp_path, 2, 6, *saving)
+    assert len(resumed[0]["losses"]) == 2
+    assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in straight]
 
 
 @pytest.mark.distributed
@@ -115,3 +139,33 @@ def test_switched_off_it_is_the_host_to_the_bit_and_loads_a_checkpoint_without_s
     load = ["--load", str(tmp_path / "ck"), "--dist-ckpt-strictness", "log_all"]
     output, _ = pretrain(tmp_path, 1, 5, *load, *ON)
     assert "has no state of the Stein transform" in output
+
+
+@pytest.mark.slow
+def test_a_wheel_beside_the_host_works_and_a_broken_one_ends_the_run(tmp_path: Path) -> None:
+    """In an environment that has the wheel and nothing of the checkout."""
+    python = environment_with(build_wheel(tmp_path / "build"), tmp_path / "environment")
+    for source in (HERE / "pretrain_on_cpu.py", EXAMPLE):
+        shutil.copy(source, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"PRETRAIN_RESULT": str(tmp_path / "result"), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(python), *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "pretrain_on_cpu.py"]
+    done = run(*torchrun, EXAMPLE.name, *ARGUMENTS, "--train-iters=2", *ON)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "is active in Megatron-LM's pretrain(): Stein transform" in done.stdout
+    result = json.loads((tmp_path / "result.0").read_text())
+    assert len(result["losses"]) == 2
+    assert result["package"].startswith(str(tmp_path / "environment"))
+    names = "import megatron_vp2o.plugins.slime as s; print(s.before_train_step.__name__, s.policy_loss.__name__)"
+    assert run("-c", names).stdout.split() == ["before_train_step", "policy_loss"]
+    (broken,) = (tmp_path / "environment").rglob("megatron_vp2o/plugins/hook.py")
+    broken.write_text("raise RuntimeError('broken on purpose')\n")
+    done = run(*torchrun, EXAMPLE.name, *ARGUMENTS, "--train-iters=2", *ON)
+    assert done.returncode != 0 and "RuntimeError: broken on purpose" in done.stderr
+    assert "iteration" not in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -10,14 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+
+from tests.killed import run_until
+from tests.wheel import build_wheel, install_wheel
 
 pytestmark = [
     pytest.mark.verl,
@@ -36,11 +36,7 @@ STEPS = 8
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project's wheel, built and installed beside verl in a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)], check=True)
-    wheel = next(folder.glob("megatron_vp2o-*.whl"))
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
-    return folder / "site"
+    return install_wheel(build_wheel(folder), folder / "site")
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +194,7 @@ def test_a_killed_run_goes_on_with_its_state(
 ) -> None:
     """SIGKILL at step 6, with a checkpoint of step 4: started again, verl ends with the weights of the run that was left alone."""
     command = [*saving(model, tmp_path / "ck", ranks), "trainer.resume_mode=auto"]
-    killed = kill_at(6, command, site, tmp_path)
+    killed = run_until("step:6 -", command, cwd=tmp_path, env=environment(site))
     assert "step:8 -" not in killed
     cold = tmp_path / "cold"
     shutil.copytree(tmp_path / "ck", cold)
@@ -222,33 +218,6 @@ def test_a_killed_run_goes_on_with_its_state(
     assert status == 0, output[-4000:]
     assert "has no state of the Stein transform" in output
     assert saved_weights(cold / f"global_step_{STEPS}") != expected
-
-
-def kill_at(step: int, command: list[str], site: Path, cwd: Path) -> str:
-    """Start, and end all its processes with SIGKILL once it has logged the step. Returns what it printed."""
-    process = psutil.Popen(
-        command, cwd=cwd, env=environment(site), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-    def kill() -> None:
-        for one in [*process.children(recursive=True), process]:  # torchrun puts its workers into sessions of their own
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-
-    late = threading.Timer(300, kill)
-    late.start()
-    printed = []
-    try:
-        for line in process.stdout:
-            printed.append(line)
-            if f"step:{step} -" in line:
-                break
-    finally:
-        late.cancel()
-        kill()
-        process.wait()
-    assert f"step:{step} -" in printed[-1], "".join(printed)[-4000:]
-    return "".join(printed)
 
 
 def stein_state(folder: Path) -> Any:
