@@ -93,7 +93,12 @@ def _model(options: argparse.Namespace) -> object:
                 max_length=options.length,
             )
             _check_ids(batch["input_ids"], model, options.folder)
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            try:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            except UserError:
+                raise
+            except _UNUSABLE as error:
+                raise ConfigError(f"{options.folder}: the model cannot run ({_first_line(error)})") from error
         report = seen.take()
     return report.by_layer if options.by_layer else report.metrics
 
@@ -115,6 +120,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         ConfigError: for what is not there or cannot be read, naming the folder.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -126,16 +132,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         what = "model"
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except (*_UNUSABLE, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ConfigError(f"{folder}: transformers cannot read the {what} ({_first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -151,6 +148,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+_UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+"""What transformers and torch raise for a configuration that makes no sense."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 

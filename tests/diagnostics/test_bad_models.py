@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,3 +109,29 @@ def test_texts_and_numbers_that_cannot_be_used(good: Path, tmp_path: Path, capsy
         assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err, said.err
     assert main(["model", str(good), "--texts", texts]) == 0
     assert json.loads(capsys.readouterr().out)["moe/router_entropy"] > 0
+
+
+def test_odd_configurations_end_in_one_line_or_work(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as VP2O_DIAGNOSTICS_FUZZ says; the seed of one that fails is in the message."""
+    folder, outcomes = tmp_path / "model", {0: 0, 2: 0}
+    shutil.copytree(good, folder)
+    settings = json.loads((good / "config.json").read_text())
+    for seed in range(int(os.environ.get("VP2O_DIAGNOSTICS_FUZZ", "400")) // 20):
+        draw = random.Random(seed)
+        odd = [None, True, "", "x", -1, 0, 1, 3, 0.5, 64, [], [1], {}, {"a": 1}]
+        changed = {name: draw.choice(odd) for name in draw.sample(sorted(settings), draw.choice([1, 1, 2]))}
+        (folder / "config.json").write_text(json.dumps(settings | changed))
+        try:
+            status = main(["model", str(folder), "--texts", str(good / "texts.txt")])
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {changed}") from error
+        said = capsys.readouterr()
+        outcomes[status] += 1
+        if status == 0:
+            json.loads(said.out)
+        else:
+            errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1 and said.out == "", (seed, changed, said.err)
+    assert min(outcomes.values()) > 2
