@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import small_run
-from tests.resume_draws import last_checkpoint, record
+from tests.resume_draws import last_checkpoint, movement, record
 from tests.resume_job import Run, outputs
 from tests.resume_job import run_in_one_process as do
 
@@ -71,6 +71,10 @@ def test_an_ended_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, algorit
         assert last_checkpoint(other) == last_checkpoint(whole)
     norms = [line["optimizer/grad_norm"] for line in expected[1:]]
     assert all(norm > 1e-3 for norm in norms)  # it did train
+    assert movement(whole)["moved"] > 1e-6
+    if algorithm == "grpo":  # with actors of other weights than the learner's: the router would have chosen others
+        assert all(0.5 < line["replay/tokens"] < 1 for line in expected[1:])
+        assert min(line["replay/agreement"] for line in expected[1:]) < 1
 
 
 @pytest.mark.slow

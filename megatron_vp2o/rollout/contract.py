@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.routes import FREE, unpack_routes
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.protocol import Engine, Probe
@@ -158,6 +159,22 @@ def check_form(
             assert bool((inside <= 0).all()) and bool((inside > -100).all()) and bool((inside != 0).any())
             outside = torch.cat([logprob_NS[n, :length], logprob_NS[n, total:]])
             assert bool((outside == 0).all())
+    if rollouts.routes_NSLK is not None:
+        _check_routes(rollouts)
+
+
+def _check_routes(rollouts: Rollouts) -> None:
+    """Every token but a sequence's last one has a route in all layers or in none, and no expert of it comes twice."""
+    assert rollouts.routes_NSLK is not None
+    assert rollouts.routes_NSLK.shape[:2] == rollouts.tokens_NS.shape
+    routes_NSLK = unpack_routes(rollouts.routes_NSLK)
+    inside_NS = torch.arange(rollouts.tokens_NS.shape[1]) < rollouts.total_len_N[:, None] - 1
+    assert bool((routes_NSLK[~inside_NS] == FREE).all())
+    routed_NSL = (routes_NSLK != FREE).all(dim=3)
+    assert torch.equal(routed_NSL, (routes_NSLK != FREE).any(dim=3))
+    assert torch.equal(routed_NSL.all(dim=2), routed_NSL.any(dim=2)) and bool(routed_NSL.any())
+    sorted_NSLK = routes_NSLK.sort(dim=3).values
+    assert not bool((sorted_NSLK[..., 1:] == sorted_NSLK[..., :-1])[routed_NSL].any())
 
 
 def _difference(harness: Harness, rollouts: Rollouts, model: int, temperature: float) -> float:

@@ -96,6 +96,7 @@ class Engine(Protocol):
         """`group_size` sequences for each prompt; sequence g of prompt p is row p * group_size + g.
 
         Every row was sampled with the weights of `version`, and none is missing or there twice, whatever went wrong meanwhile.
+        An engine that knows which experts its tokens went to says so in `routes_NSLK`.
 
         Args:
             prompts: token ids, at least one each; may be no prompt at all.

@@ -42,6 +42,7 @@ class EmbeddedHarness:
         groups = world.start(config.parallel, config.seed)
         self.policy = MegatronPolicy(config, groups, vocab_size=VOCABULARY, optimizer_steps=10)
         self.engine = MegatronEngine(config, self.policy, eos_ids=[self.end], pad_id=0)
+        self.engine.record_routes()
         generator = torch.Generator().manual_seed(7)
         named = named_weight_tensors(self.policy.model)
         self.sets = [

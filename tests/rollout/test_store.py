@@ -177,6 +177,9 @@ def test_a_replay_and_a_resumed_run_update_bit_for_bit(tmp_path: Path) -> None:
     stored = tmp_path / "stored"
     train(stored, "algorithm.steps=3", "rollout.store=true", "checkpoint.save_at_end=false")
     lines = without_times(stored)
+    assert all(0.8 < float(line["replay/tokens"] or 0) < 1 for line in lines[1:])
+    kept = RolloutFile(file_of(stored / "rollouts", 0), writable=False)
+    assert all({"routes", "gates"} <= (kept.read(key) or {}).keys() for key in kept.places)
     assert len(read(stored)["step"]) == 4
     frames = RolloutFile(file_of(stored / "rollouts", 0), writable=False).places
     assert len(frames) == 6  # two keys a batch
