@@ -132,6 +132,10 @@ class FakeEngine:
         self.log.append(f"{self.name} log_probs of {len(rollouts.total_len_N)}")
         return rollouts.model_logprobs_NS + self.mismatch * rollouts.response_mask_NS()
 
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """Each token's one expert, of one layer, is its id."""
+        return self.log_probs(rollouts, temperature), rollouts.tokens_NS[:, :, None, None].to(torch.uint8)
+
 
 @dataclass
 class FakePolicy:

@@ -16,6 +16,7 @@ from megatron_vp2o.config.schema import (
     KLReference,
     RewardConfig,
     RolloutConfig,
+    RouterReplay,
     SamplingConfig,
     TrainConfig,
 )
@@ -79,6 +80,7 @@ class Made:
         reward: RewardConfig | None = None,
         kl_reference: KLReference = KLReference.none,
         reference: bool = False,
+        replay: RouterReplay = RouterReplay.off,
         **settings: Any,
     ) -> None:
         settings = {"prompts_per_step": PROMPTS, "group_size": GROUP, "steps": 9, "micro_batch_size": 5, **settings}
@@ -86,7 +88,9 @@ class Made:
         config = TrainConfig(
             algorithm=algorithm,
             reward=reward or RewardConfig(),
-            rollout=RolloutConfig(sampling=SamplingConfig(temperature=0.8, top_p=0.9, max_new_tokens=8)),
+            rollout=RolloutConfig(
+                sampling=SamplingConfig(temperature=0.8, top_p=0.9, max_new_tokens=8), router_replay=replay
+            ),
             seed=7,
         )
         self.log: list[str] = []
@@ -156,6 +160,27 @@ def test_the_reference_scores_the_rollouts_unless_it_is_their_own_actor(groups: 
             torch.testing.assert_close(
                 change_NS, torch.full_like(change_NS, 0.5 if kind is KLReference.initial else 0.0)
             )
+
+
+def test_the_trainers_own_routes_are_replayed_but_not_by_the_reference(groups: Groups) -> None:
+    for replay in RouterReplay:
+        made = Made(groups, kl_reference=KLReference.initial, reference=True, replay=replay)
+        seen = []
+        reference: Any = made.trainer.reference
+        plain = reference.log_probs
+
+        def watched(rollouts: Any, temperature: float, plain: Any = plain, seen: list[Any] = seen) -> Any:
+            seen.append(rollouts.routes_NSLK)
+            return plain(rollouts, temperature)
+
+        reference.log_probs = watched
+        made.step()
+        (batch,) = made.policy.batches
+        assert seen == [None]
+        if replay is RouterReplay.R2:  # the engine of this test gives none itself, as R3 asks it to
+            assert batch.routes_NSLK is not None and torch.equal(batch.routes_NSLK[:, :, 0, 0], batch.tokens_NS)
+        else:
+            assert batch.routes_NSLK is None
 
 
 def test_the_engine_is_asked_for_the_steps_prompts(groups: Groups) -> None:

@@ -42,6 +42,10 @@ class TableSnapshot:
         scored_NS[:, 1:] = logp[rollouts.tokens_NS[:, :-1], rollouts.tokens_NS[:, 1:]]
         return scored_NS * rollouts.response_mask_NS()
 
+    def log_probs_and_routes(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """A table has no layers."""
+        return self.log_probs(rollouts, temperature), torch.zeros(*rollouts.tokens_NS.shape, 0, 0, dtype=torch.uint8)
+
     def checksum(self) -> int:
         return self.version
 

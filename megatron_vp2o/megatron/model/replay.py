@@ -88,7 +88,6 @@ class LayerReplay(RouterReplay):
         self.coming_TK = routes_TK
         self.router_replay_action = None if routes_TK is None else RouterReplayAction.REPLAY_FORWARD
         if routes_TK is None:
-            self.target_topk_idx = None
             self._to_come_again.clear()
 
 
