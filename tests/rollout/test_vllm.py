@@ -238,13 +238,19 @@ def test_a_killed_trainer_leaves_no_server(tmp_path: Path) -> None:
 
 
 def test_a_run_outlives_its_servers(tmp_path: Path) -> None:
-    """rollout.launch=true: front and engine of its server are killed in turn, at any moment; all steps of the run are there,
+    """rollout.launch=true: two ranks, and front and engine of their server are killed in turn, at any moment; all steps are there,
     and all rollouts came from weights that the trainer knows."""
     run_dir, killed = tmp_path / "run", 0
     arguments = train_arguments("countdown_tiny_grpo", run_dir, "init_from=null", "algorithm.steps=12")
     with (tmp_path / "output.txt").open("wb") as output:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         run = subprocess.Popen(
-            [sys.executable, "-m", "megatron_vp2o.train", *arguments, *SERVED], cwd=ROOT, stdout=output, stderr=output
+            [*torchrun, "-m", "megatron_vp2o.train", *arguments, *SERVED],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         for steps, victim in ((2, "api_server"), (6, "EngineCore")):
@@ -259,7 +265,8 @@ def test_a_run_outlives_its_servers(tmp_path: Path) -> None:
             killed += 1
         assert run.wait(600) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     finally:
-        run.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     assert killed == 2 and _steps(run_dir)[-1] == 12
     assert (run_dir / "server0.log").read_text(errors="replace").count("--- start ") == 3
