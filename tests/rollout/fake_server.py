@@ -193,7 +193,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         state = self.state
-        known = {"/health": "", "/weight_info": {"weight_version": state.label}, "/served": state.served}
+        known = {
+            "/health": "",
+            "/weight_info": {"weight_version": state.label},
+            "/served": state.served,
+            "/fault": state.fault,
+        }
         self.reply(known.get(self.path, "?"), 200 if self.path in known else 404)
 
     def do_POST(self) -> None:
