@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import httpx
 
@@ -49,7 +50,8 @@ class Batch:
         ]
         everyone = asyncio.gather(*workers)
         try:
-            await asyncio.wait({self.over, everyone}, timeout=timeout, return_when="FIRST_COMPLETED")
+            either: set[asyncio.Future[Any]] = {self.over, everyone}
+            await asyncio.wait(either, timeout=timeout, return_when="FIRST_COMPLETED")
             if self.over.done():
                 self.over.result()
             elif everyone.done():

@@ -19,6 +19,7 @@ from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.board import meet
 from megatron_vp2o.rollout.contract import SAMPLING
 from megatron_vp2o.rollout.members import Member
+from megatron_vp2o.rollout.pool import ServerPool
 from megatron_vp2o.rollout.served import ServedEngine
 from tests.rollout.fakes import VOCABULARY, FakeHarness, make_pool, table
 
@@ -58,6 +59,20 @@ class TableSnapshot:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class Late:
+    """A pool that asks only when the first rank has had its rollouts for long."""
+
+    def __init__(self, pool: ServerPool) -> None:
+        self.pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
+
+    def generate(self, *arguments: Any) -> Rollouts:
+        time.sleep(3)
+        return self.pool.generate(*arguments)
 
 
 PATIENT = {"request_timeout_s": 10.0, "startup_s": 90.0, "batch_timeout_s": 150.0}
@@ -129,8 +144,7 @@ def run(folder: str) -> dict[str, Any]:
     generate()
     snapshot.version = 4  # as a resumed run's checkpoint has it: the servers get it before they are asked
     if pool is not None and groups.dp_rank:
-        asks = pool.generate
-        pool.generate = lambda *args: (time.sleep(3), asks(*args))[1]  # the first rank has its rollouts long before
+        engine.pool = Late(pool)  # type: ignore[assignment]
     generate()
     engine.close()
     assert isinstance(SAMPLING, SamplingParams)

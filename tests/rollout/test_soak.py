@@ -67,7 +67,8 @@ class Ranks:
     def samples(self) -> int:
         return sum(member.samples for pool in self.pools for member in pool.members)
 
-    def kill(self, server: int) -> None:
+    def kill(self, server: int, seconds: float = 0.0) -> None:
+        time.sleep(seconds)
         guard = self.harness.processes[server]._guard
         for pid in descendants(guard.pid)[:1] if guard is not None else []:
             with contextlib.suppress(ProcessLookupError):
@@ -119,7 +120,7 @@ def test_faults_change_nothing_of_what_is_generated(ranks: Ranks) -> None:
             if kind in LOADING:
                 ranks.harness.arm(server, kind)
             elif kind == "kill_in_a_sync":
-                ranks.threads.submit(lambda s=server, t=after / 40: (time.sleep(t), ranks.kill(s)))  # type: ignore[misc]
+                ranks.threads.submit(ranks.kill, server, after / 40)
             ranks.update(version)
             if kind in GENERATING:
                 ranks.harness.arm(server, kind, after=after, always=lasting)

@@ -153,7 +153,8 @@ def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPat
     assert guard is not None
     processes = descendants(guard.pid)
     assert len(processes) >= 2
-    post, killed = Server._post, []
+    post = Server._post
+    killed: list[bool] = []
 
     async def kill_meanwhile(server: Server, path: str, *arguments: Any) -> Any:
         asked = asyncio.ensure_future(post(server, path, *arguments))
