@@ -40,6 +40,11 @@ def dense(folder: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
 def without_pad(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
@@ -71,7 +76,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "transformers cannot read the model"),
     "weights of another model": (change("config.json", hidden_size=32), "transformers cannot read the model"),
     "no tokenizer": (
-        lambda f: [path.unlink() for path in f.glob("*token*")],
+        without_tokenizer,
         "its tokenizer gives the texts no token",  # transformers makes an empty one
     ),
     "no token for padding": (without_pad, "the tokenizer has neither a padding token nor one for the end"),

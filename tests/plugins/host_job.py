@@ -197,7 +197,7 @@ def hosts(layout: dict[str, Any], folder: str) -> dict[str, Any]:
     path = Path(folder) / "iter_0000004"
 
     def save(rollout: int) -> None:
-        if rollout == 1:
+        if rollout == 1 and layout:  # saving takes as long as all else of a rank: in one layout
             if groups.rank == 0:
                 path.mkdir(parents=True)
             torch.distributed.barrier()
@@ -211,7 +211,8 @@ def hosts(layout: dict[str, Any], folder: str) -> dict[str, Any]:
     found["own steps"] = transform.steps
     found["logged"] = kept
 
-    found |= resumed(layout, groups, folder, weights(slime))
+    if layout:
+        found |= resumed(layout, groups, folder, weights(slime))
     pretrain = fresh(layout, groups)
     pretrain_plugin._write = lambda metrics: None  # the writers are megatron.training's
     pretrain_plugin.post_wrap_hook(["stein.enabled=true", "stein.neighbours=2", "stein.repulsion_scale=relative"])(
