@@ -211,6 +211,9 @@ class GRPOConfig(AlgorithmConfig):
     """Prompts in a rollout batch, over all ranks."""
     group_size: Annotated[int, Range(1, 10**6)] = 8
     """G, rollouts of one prompt."""
+    micro_batch_tokens: Annotated[Optional[int], Range(2, 2**24)] = None
+    """Pack rows, without attention across them, into micro-batches of at most this many tokens, dealt to ranks by cost; a longer
+    row gets one of its own. null: micro-batches of micro_batch_size padded rows, each rank its own."""
     minibatches: Annotated[int, Range(1, 10**6)] = 1
     """Optimizer steps per pass over a rollout batch."""
     epochs: Annotated[int, Range(1, 10**4)] = 1

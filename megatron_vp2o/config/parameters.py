@@ -104,6 +104,14 @@ def count_on_rank(model: ModelConfig, parallel: ParallelConfig, vocab_size: int)
     return RankCount(dense, layers * experts * expert)
 
 
+def attention_cost(model: ModelConfig) -> float:
+    """Work of one query meeting one key, over the work of one token in a layer's products: a causal row of n tokens takes as
+    much as n + attention_cost n^2."""
+    weights = sum(_attention(model)) + sum(_shared(model)) + _router(model)
+    weights += model.moe_router_topk * _expert(model, model.moe_ffn_hidden_size)
+    return model.num_attention_heads * model.kv_channels / weights
+
+
 def _attention(model: ModelConfig) -> tuple[int, int]:
     """What tensor parallelism splits, and what it does not."""
     heads, groups = model.num_attention_heads, model.num_query_groups

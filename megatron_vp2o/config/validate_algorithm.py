@@ -12,12 +12,15 @@ from megatron_vp2o.config.schema import (
     AnswerRepulsion,
     ControlMode,
     DataSource,
+    Dispatcher,
     GRPOConfig,
     KLEstimator,
     KLReference,
+    LoadBalancing,
     MismatchCorrection,
     MismatchLevel,
     PolicyLoss,
+    SoftmaxType,
     SupervisedConfig,
     TrainConfig,
     VP2OConfig,
@@ -34,6 +37,7 @@ def optimizer_steps(algorithm: AlgorithmConfig) -> int:
 def algorithm_problems(config: TrainConfig) -> Iterator[str]:
     """One line for each."""
     yield from _stein(config)
+    yield from _packing(config)
     algorithm = config.algorithm
     own_name = type(algorithm)().name
     if algorithm.name is not own_name:
@@ -194,4 +198,34 @@ def _data(config: TrainConfig, algorithm: SupervisedConfig) -> Iterator[str]:
         yield (
             f"algorithm.data.pack=true with model.window_size={config.model.window_size}: "
             "Megatron's sliding window sees over the borders of documents; use algorithm.data.pack=false"
+        )
+
+
+def _packing(config: TrainConfig) -> Iterator[str]:
+    """What rows packed into one sequence cannot go together with."""
+    algorithm, model, stages = config.algorithm, config.model, config.parallel.pipeline_parallel
+    if not isinstance(algorithm, GRPOConfig) or algorithm.micro_batch_tokens is None:
+        return
+    packed = f"algorithm.micro_batch_tokens={algorithm.micro_batch_tokens}"
+    if model.window_size is not None:
+        yield (
+            f"{packed} packs rows, and attention with model.window_size={model.window_size} has no path for packed rows: "
+            "set algorithm.micro_batch_tokens=null"
+        )
+    if model.softmax_type is not SoftmaxType.vanilla:
+        yield (
+            f"{packed} packs rows, and attention with model.softmax_type={model.softmax_type.name} has no path for packed rows: "
+            "set algorithm.micro_batch_tokens=null"
+        )
+    if model.moe_token_dispatcher_type is Dispatcher.allgather:
+        yield (
+            f"{packed} gives every rank its own number of tokens, and model.moe_token_dispatcher_type=allgather needs the same "
+            "on all: use alltoall, or algorithm.micro_batch_tokens=null"
+        )
+    by_row = model.moe_aux_loss_coeff > 0 and model.moe_router_load_balancing_type is LoadBalancing.seq_aux_loss
+    if by_row and model.recompute and stages > 1:
+        yield (
+            f"{packed} with model.moe_router_load_balancing_type=seq_aux_loss, model.recompute=true and "
+            f"parallel.pipeline_parallel={stages}: a layer that is computed again no longer knows which row its tokens are of. "
+            "Choose aux_loss or global_aux_loss, or turn one of the others off"
         )

@@ -157,6 +157,7 @@ class TrainBatch:
     weight_NS: Tensor | None = None  # of each token's surrogate, for an engine that disagrees with the trainer
     selected_NS: Tensor | None = None  # bool; tokens that Clip-Cov or KL-Cov treats apart
     gate_row_N: Tensor | None = None  # int64; which sequence of `LoggedGates` each row is
+    gate_rank_N: Tensor | None = None  # int64; the data-parallel rank with those, where rows have changed their rank
     row_N: Tensor | None = None  # int64; which of all ranks' rollouts each row is
     routes_NSLK: Tensor | None = None  # packed; experts to replay in every forward pass, see `Rollouts`
 

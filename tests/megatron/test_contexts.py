@@ -17,6 +17,7 @@ from tests.megatron.stein_job import VOCAB, small_config, world
 from megatron_vp2o.megatron.control.contexts import ContextSampler  # isort: skip  (after the CPU is enabled)
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.megatron.model.moe_layer import moe_layers  # isort: skip
+from megatron_vp2o.megatron.model.packed import PackedRows, pack_rows  # isort: skip
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
 from megatron_vp2o.rl.types import TrainBatch  # isort: skip
 
@@ -109,6 +110,28 @@ def test_a_bound_holds_over_all_micro_batches_and_keeps_some_of_each(seed: int) 
             assert len({b - a for a, b in pairwise(places)}) <= 1 and places[0] == 0
 
 
+@pytest.mark.parametrize(("seed", "ranks"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 5)])
+def test_packed_rows_have_the_same_contexts(seed: int, ranks: int) -> None:
+    batch, _ = batch_of(seed, 7)
+    alone = sampler([Layer()], 10**6, stride := 1 + seed % 2)
+    alone.begin_step(1)
+    alone.before_forward(batch)
+    packed = pack_rows(batch.length_N.tolist(), WIDTH, ranks, torch.device("cpu"))
+    keys, tokens = [], []
+    for rank in range(ranks):
+        layer, group = Layer(), SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        made = sampler([layer], 10**6, stride, group)
+        made.begin_step(1)
+        made.before_forward(batch, packed)
+        keys += keys_of(made)
+        assert layer.context_index is not None
+        tokens += packed.pack(batch.tokens_NS).chunk(ranks)[rank][layer.context_index].tolist()
+    assert sorted(keys) == sorted(keys_of(alone)) and keys
+    first_N = batch.loss_mask_NS.int().argmax(1)
+    places = [(106 - row, int(first_N[106 - row]) - 1 + before) for row, before in keys]
+    assert tokens == [int(batch.tokens_NS[n, s]) for n, s in places]  # the token that the prediction was made from
+
+
 def test_sequences_that_nobody_logged_are_unknown() -> None:
     batch, shapes = batch_of(0, 4, logged=False)
     made = sampler([Layer()], 10**6)
@@ -164,9 +187,9 @@ def test_layers_keep_their_routers_inputs_at_the_contexts(policy: MegatronPolicy
     inputs: dict[int, list[Tensor]] = {i: [] for i in range(len(layers))}
 
     class Watching(ContextSampler):
-        def before_forward(self, part: TrainBatch) -> None:
+        def before_forward(self, part: TrainBatch, packed: PackedRows | None = None) -> None:
             parts.append(part)
-            super().before_forward(part)
+            super().before_forward(part, packed)
 
     made = Watching(layers, per_rank, None)
     hooks = [

@@ -1,4 +1,5 @@
-"""However prompts and rows are dealt to ranks (one may have none of them), a step is that of a single process.
+"""However prompts and rows are dealt to ranks (one may have none of them), padded or packed, a step is that of a single
+process with padded rows.
 
 VP2O_UNEVEN is the number of draws for each world (`VP2O_UNEVEN=40 pytest tests/megatron/test_uneven_ranks.py`), VP2O_UNEVEN_SEED
 their seed. The default seed draws rows to train on, and ranks without any, under tensor, expert, expert-tensor and pipeline
@@ -72,6 +73,7 @@ def draw(chance: random.Random, ranks: int) -> Draw:
         problems=chance.randint(1, 4),
         seed=chance.randrange(10**6),
         recompute=chance.random() < 0.3,
+        micro_batch_tokens=chance.choice([None, 2, 12, 25, 300]),  # from a row at a time to all in one
     )
 
 
@@ -108,9 +110,8 @@ def compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None
 def test_a_step_does_not_depend_on_who_has_which_rows(ranks: int) -> None:
     chance = random.Random(SEED * 10 + ranks)
     draws = [replace(draw(chance, ranks), replay=("R3", "R2", "off")[number % 3]) for number in range(NUMBER)]
-    references = run_distributed(JOB, 1, [asdict(replace(one, layout={})) for one in draws], timeout=30 * NUMBER + 60)[
-        0
-    ]
+    alone = [asdict(replace(one, layout={}, micro_batch_tokens=None)) for one in draws]
+    references = run_distributed(JOB, 1, alone, timeout=30 * NUMBER + 60)[0]
     by_rank = run_distributed(JOB, ranks, [asdict(one) for one in draws], timeout=60 * NUMBER + 60)
     moved = empty = replayed = 0
     for index, one in enumerate(draws):

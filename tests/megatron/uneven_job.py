@@ -68,6 +68,7 @@ class Draw:
         problems: of the evaluation.
         replay: rollout.router_replay.
         recompute: model.recompute.
+        micro_batch_tokens: rows are packed into micro-batches of so many; None: padded.
     """
 
     layout: dict[str, Any]
@@ -85,6 +86,7 @@ class Draw:
     seed: int = 1
     replay: str = "off"
     recompute: bool = False
+    micro_batch_tokens: int | None = None
 
 
 def run(draws: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,6 +105,7 @@ def config_of(draw: Draw) -> TrainConfig:
         algorithm=VP2OConfig(
             group_size=GROUP,
             micro_batch_size=draw.micro_batch_size,
+            micro_batch_tokens=draw.micro_batch_tokens,
             entropy_coef=0.01,
             stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **draw.stein}),
             specialization=SpecializationConfig(**draw.specialization),

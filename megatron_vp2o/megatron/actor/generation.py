@@ -22,6 +22,7 @@ from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.errors import RolloutError, SyncError
+from megatron_vp2o.megatron.learner.micro_batches import token_budget
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score, score_and_record
 from megatron_vp2o.megatron.model.attention import KVCache
@@ -52,6 +53,7 @@ class MegatronEngine:
         self.eos_ids_Z = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=self.groups.device)
         self.max_batch_size = config.rollout.max_batch_size
         self.micro_batch_size = config.algorithm.micro_batch_size
+        self.token_budget = token_budget(config)
         self.actor = build_model(
             config.model,
             config.parallel,
@@ -211,13 +213,15 @@ class MegatronEngine:
             raise RolloutError("the embedded engine is closed: make a new one")
         if self._unusable and not self._borrowed:
             raise SyncError(f"the embedded engine has no usable weights, because {self._unusable}")
-        longest = int(max_scalars({"n": max((len(p) for p in prompts), default=1)}, self.groups.dp)["n"])
+        most_rows = {"longest": max((len(p) for p in prompts), default=1), "drawn": len(prompts) * group_size}
+        agreed = max_scalars(most_rows, self.groups.dp)
+        longest, drawn = int(agreed["longest"]), int(agreed["drawn"]) * sampling.max_new_tokens
         batches = self._batches(len(prompts), group_size)
         if self._lockstep:
             most = int(max_scalars({"n": len(batches)}, self.groups.dp)["n"])
             batches += [(slice(0, 0), range(1))] * (most - len(batches))
         width = longest + sampling.max_new_tokens
-        drawn = len(prompts) * group_size * sampling.max_new_tokens
+        # The same on all ranks: packing may give a rank's rows to another one.
         stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
         parts: list[Any] = []
         logged: list[Any] = []
@@ -233,7 +237,10 @@ class MegatronEngine:
             empty = torch.zeros(0, dtype=torch.int64)
             none = torch.zeros(0, width)
             routes_NSLK = self._no_routes(0, width).cpu() if self._records_routes else None
-            return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version, routes_NSLK=routes_NSLK)
+            contexts = -(-sampling.max_new_tokens // stride) if stride else 0
+            none_LMJE = torch.zeros(len(self._layers), 0, contexts, self.actor.config.num_moe_experts)
+            gates = LoggedGates(none_LMJE.to(self.groups.device), empty, stride) if stride else None
+            return Rollouts(none.long(), empty, empty, none, none, empty.bool(), self.version, gates, routes_NSLK)
         tokens_NS, prompt_len_N, length_N, logprobs_NS, model_logprobs_NS, finished_N, routes_NSLK = (
             torch.cat(part).cpu() for part in zip(*parts, strict=True)
         )
@@ -428,7 +435,9 @@ class MegatronEngine:
         batch = _scored(rollouts, temperature)
         batch.routes_NSLK = rollouts.routes_NSLK
         replay = self._replay if batch.routes_NSLK is not None else None
-        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1, replay)
+        logprob_NS = score(
+            self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1, replay, self.token_budget
+        )
         leave_inference_mode()
         return logprob_NS * batch.loss_mask_NS
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
+from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.rl.types import TrainBatch
 
 
@@ -33,34 +34,47 @@ class ContextSampler:
         self.stride = 1
         """The actor logged its gates at every `stride`-th response token; contexts are chosen among these."""
         self._keys: list[Tensor] = []
+        self._ranks: list[Tensor] = []
         self._share = per_rank
 
     def begin_step(self, micro_batches: int) -> None:
         """Forget the last step's contexts."""
         self.drop()
-        self._keys = []
+        self._keys, self._ranks = [], []
         self._share = max(1, self.per_rank // micro_batches)
 
-    def before_forward(self, part: TrainBatch) -> None:
+    def before_forward(self, part: TrainBatch, packed: PackedRows | None = None) -> None:
         """Tell the layers which positions of a micro-batch to keep: evenly spread over its contexts."""
         context_NS = part.loss_mask_NS.roll(-1, dims=1)
         # how many response tokens came before the one that is predicted here
         before_NS = torch.arange(context_NS.shape[1], device=context_NS.device) - context_NS.int().argmax(1)[:, None]
-        context_SN, before_SN = (context_NS & (before_NS % self.stride == 0)).t(), before_NS.t()
-        group = self.sequence_parallel
-        if group is not None:  # this rank has a contiguous share of the positions
-            context_SN = context_SN.chunk(group.size(), dim=0)[group.rank()]
-            before_SN = before_SN.chunk(group.size(), dim=0)[group.rank()]
-        index_C = context_SN.flatten().nonzero().squeeze(1)
+        row_N1 = torch.arange(len(context_NS), device=context_NS.device)[:, None]
+
+        def of_tokens(values_NS: Tensor) -> Tensor:
+            """In the order in which hidden states lie; those of this rank."""
+            values_SN = values_NS.t() if packed is None else packed.pack(values_NS)[:, None]
+            group = self.sequence_parallel
+            if group is not None:  # this rank has a contiguous share of the positions
+                values_SN = values_SN.chunk(group.size(), dim=0)[group.rank()]
+            return values_SN.flatten()
+
+        index_C = of_tokens(context_NS & (before_NS % self.stride == 0)).nonzero().squeeze(1)
         kept_C = index_C[:: max(1, -(-len(index_C) // self._share))]
+        row_C, before_C = of_tokens(row_N1.expand_as(before_NS))[kept_C], of_tokens(before_NS)[kept_C]
         rows_N = part.gate_row_N if part.gate_row_N is not None else torch.full_like(part.length_N, -1)
-        self._keys.append(torch.stack([rows_N[kept_C % len(rows_N)], before_SN.flatten()[kept_C]], dim=1))
+        self._keys.append(torch.stack([rows_N[row_C], before_C], dim=1))
+        if part.gate_rank_N is not None:
+            self._ranks.append(part.gate_rank_N[row_C])
         for layer in self.layers:
             layer.context_index = kept_C
 
     def keys(self) -> Tensor | None:
         """[C, 2] of the step's contexts: number of the logged sequence (-1: unknown), response tokens before the context."""
         return torch.cat(self._keys) if self._keys else None
+
+    def ranks(self) -> Tensor | None:
+        """[C], the data-parallel rank that has each context's logged sequence; None where it is this one for all."""
+        return torch.cat(self._ranks) if self._ranks else None
 
     def drop(self) -> None:
         """Free the inputs that the layers have kept."""

@@ -29,6 +29,8 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
 from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
+from megatron_vp2o.parallel.groups import gather_rows
+from megatron_vp2o.parallel.row_exchange import RowExchange
 from megatron_vp2o.rl.interfaces import PolicyDrift, Restorable
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats, TrainBatch
 
@@ -66,6 +68,7 @@ class TrustRegion:
         self._others = (prototypes, *others)
         self._saved: tuple[StepState, list[Any]] = policy.save_state(), [part.save_state() for part in self._others]
         self._logged: LoggedGates | None = None
+        self._fetched_LCE: Tensor | None = None  # of the step's contexts, where other ranks logged them
         sequence_parallel = self.groups.tp if policy.model.config.sequence_parallel else None
         self.contexts = ContextSampler(prototypes.layers, settings.contexts_per_rank, sequence_parallel)
         policy.watcher = self.contexts
@@ -141,6 +144,7 @@ class TrustRegion:
         """Before the forward pass: remember what the passes and the transform change, in case the step does not happen."""
         if self.drift is not None:
             self.drift.observe(batch)
+        self._fetched_LCE = None
         self._saved = self.policy.save_state(), [part.save_state() for part in self._others]
 
     def _restore(self) -> None:
@@ -256,6 +260,7 @@ class TrustRegion:
         layers = int(self.policy.model.config.num_layers)
         sums_L4 = torch.zeros(layers, 4, dtype=torch.float64, device=self.groups.device)
         if self.prototypes.layers:
+            self._fetch_gates()
             prototypes_LED = self.prototypes.update()
             for index, layer in enumerate(self.prototypes.layers):
                 inputs_CD = layer.contexts()
@@ -278,8 +283,24 @@ class TrustRegion:
         keys_C2 = self.contexts.keys()
         if self._logged is None or keys_C2 is None:
             return _gates(layer, inputs_CD, self._router_of_anchor(layer))
+        if self._fetched_LCE is not None:
+            return renormalised(self._fetched_LCE[index])
         row_C, before_C = keys_C2.unbind(1)
         return renormalised(self._logged.gates_LMJE[index, row_C, before_C // self._logged.stride])
+
+    def _fetch_gates(self) -> None:
+        """The actors' gates at this step's contexts, from the ranks that logged them, where rows have changed their rank.
+        Collective over data-parallel ranks, once a step."""
+        rank_C, keys_C2 = self.contexts.ranks(), self.contexts.keys()
+        if self._fetched_LCE is not None or self._logged is None or rank_C is None or keys_C2 is None:
+            return
+        group = self.groups.dp
+        counts = torch.bincount(rank_C.cpu(), minlength=group.size())
+        arriving = gather_rows(counts[None].to(self.groups.device), group)[:, group.rank()].tolist()
+        exchange = RowExchange(rank_C.cpu(), arriving, group, self.groups.device)
+        row_A, before_A = exchange.send(keys_C2).unbind(1)  # what the other ranks ask of this one
+        found_LAE = self._logged.gates_LMJE[:, row_A, before_A // self._logged.stride]
+        self._fetched_LCE = exchange.back(found_LAE.transpose(0, 1)).transpose(0, 1).to(self.groups.device)
 
     def _router_of_anchor(self, layer: VP2OMoELayer) -> dict[str, Tensor]:
         assert self._anchor is not None

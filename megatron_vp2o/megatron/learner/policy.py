@@ -16,12 +16,14 @@ from torch import Tensor
 
 from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
-from megatron_vp2o.megatron.learner.scoring import micro_batches, run_schedule, score
+from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, micro_batches, token_budget
+from megatron_vp2o.megatron.learner.scoring import run_schedule, score
 from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
+from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
 from megatron_vp2o.parallel.checksum import weights_checksum
@@ -36,8 +38,8 @@ class MicroBatchWatcher(Protocol):
 
     def begin_step(self, micro_batches: int) -> None: ...
 
-    def before_forward(self, part: TrainBatch) -> None:
-        """`part` is about to go through the model."""
+    def before_forward(self, part: TrainBatch, packed: PackedRows | None) -> None:
+        """`part` is about to go through the model, its rows padded or packed."""
         ...
 
 
@@ -60,6 +62,7 @@ class MegatronPolicy:
             config.model, config.parallel, groups, vocab_size=self.padded_vocab, seed=config.seed
         )
         self.length_multiple = config.parallel.tensor_parallel  # sequence parallelism cuts sequences in this many parts
+        self.token_budget = token_budget(config)
         parallel, settings = config.parallel, config.optimizer
         self.ddp = DistributedDataParallel(
             self.model.config,
@@ -103,6 +106,7 @@ class MegatronPolicy:
         )
         on = {LOAD_BALANCING: aux_loss, Z_LOSS: config.model.moe_z_loss_coeff > 0}
         self._router_losses = [name for name, present in on.items() if present]
+        self._balances_rows = aux_loss and config.model.moe_router_load_balancing_type is LoadBalancing.seq_aux_loss
         self.watcher: MicroBatchWatcher | None = None
         """Sees every micro-batch of training before its forward pass."""
         self.scheduler = OptimizerParamScheduler(
@@ -147,7 +151,7 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         if self._specialised or self._router_losses:
             self._begin_step(batch)
-        parts = [part for part, _ in micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)]
+        parts = self._micro_batches(batch, micro_batch_size)
 
         def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total, metrics = objective(logprob_NS, entropy_NS, part)
@@ -161,10 +165,11 @@ class MegatronPolicy:
         if replay is not None:
             replay.begin_step()
 
-        def before_forward(part: TrainBatch) -> None:
+        def before_forward(part: TrainBatch, packed: PackedRows | None) -> None:
+            self._tell_rows(packed)
             for watcher in (replay, self.watcher):
                 if watcher is not None:
-                    watcher.before_forward(part)
+                    watcher.before_forward(part, packed)
 
         try:
             reported = run_schedule(
@@ -201,6 +206,24 @@ class MegatronPolicy:
             shared = self.groups.tp if self.model.config.sequence_parallel else None
             self._replay = ModelReplay(self._layers, shared)
         return self._replay
+
+    def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> list[MicroBatch]:
+        if self.token_budget is None:
+            return micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)
+        return PackedBatches(batch, self.token_budget, self.groups, self.length_multiple).parts
+
+    def _tell_rows(self, packed: PackedRows | None) -> None:
+        """Tell the routers which row each token of the coming micro-batch is of, where a loss is taken row by row."""
+        if not self._balances_rows:
+            return
+        rows = None
+        if packed is not None:
+            row_T = packed.row_of_tokens()
+            if self.model.config.sequence_parallel:
+                row_T = row_T.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+            rows = row_T, packed.rows
+        for layer in self._layers:
+            layer.router.token_rows = rows
 
     def _begin_step(self, batch: TrainBatch) -> None:
         """Tell the layers of how many tokens the whole step is: their losses are means over them."""
@@ -295,6 +318,15 @@ class MegatronPolicy:
         self.ddp.eval()
         replay = self._replay_of(batch)
         try:
-            return score(self.ddp, batch, micro_batch_size, self.groups, self.valid_vocab, self.length_multiple, replay)
+            return score(
+                self.ddp,
+                batch,
+                micro_batch_size,
+                self.groups,
+                self.valid_vocab,
+                self.length_multiple,
+                replay,
+                self.token_budget,
+            )
         finally:
             self.ddp.train()

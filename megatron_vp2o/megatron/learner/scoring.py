@@ -1,13 +1,13 @@
 """One forward pass of a batch through a (pipelined, tensor-parallel) model, in micro-batches: the part that training and
 scoring share.
 
-Shape legend: N sequences of this rank, S padded length of one micro-batch, V this rank's part of the vocabulary.
+Shape legend: N sequences of this rank, S padded length of one micro-batch, B x L what the model sees of it (N x S, or 1 x T where
+rows are packed), V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,53 +17,14 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
 from megatron_vp2o.core.routes import packed_dtype, sentinel
+from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, TokenBudget, micro_batches
 from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
+from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
-from megatron_vp2o.parallel.groups import Groups, max_scalars
+from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
 from megatron_vp2o.rl.types import TrainBatch
-
-
-def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -> list[tuple[TrainBatch, Tensor]]:
-    """Cut a batch into micro-batches of similar lengths, each trimmed to its longest row, with the rows they hold.
-
-    Every rank gets the same number (collectives must pair up); a rank that has too few rows adds dummy ones, all padding, so
-    that they count nowhere.
-    """
-    rows = len(batch.length_N)
-    count = max(1, int(max_scalars({"count": -(-rows // size)}, groups.dp)["count"]))
-    order = torch.argsort(batch.length_N, descending=True, stable=True)
-    parts = []
-    for index in order.split(size) if rows else ():
-        longest = int(batch.length_N[index].max())
-        width = -(-longest // multiple) * multiple
-        parts.append((_take(batch, index, width), index))
-    while len(parts) < count:
-        parts.append((_dummy(batch, multiple), order[:0]))
-    return parts
-
-
-def _fit(values_NS: Tensor, width: int, fill: float) -> Tensor:
-    """Cut or padded to `width` positions; further dimensions stay."""
-    missing = width - values_NS.shape[1]
-    if missing <= 0:
-        return values_NS[:, :width]
-    padding = (0, 0) * (values_NS.dim() - 2) + (0, missing)
-    return torch.nn.functional.pad(values_NS, padding, value=fill)
-
-
-def _take(batch: TrainBatch, index: Tensor, width: int) -> TrainBatch:
-    return batch.map(lambda value_N: value_N[index], lambda value_NS, padding: _fit(value_NS[index], width, padding))
-
-
-def _dummy(batch: TrainBatch, width: int) -> TrainBatch:
-    """One row of nothing but padding, of document 0 where there are documents: a row of no document would attend to nothing."""
-    dummy = batch.map(
-        lambda value_N: value_N.new_zeros(1),
-        lambda value_NS, padding: value_NS.new_full((1, width, *value_NS.shape[2:]), padding),
-    )
-    return dummy if dummy.segment_NS is None else replace(dummy, segment_NS=torch.zeros_like(dummy.segment_NS))
 
 
 def _to(batch: TrainBatch, device: torch.device) -> TrainBatch:
@@ -80,55 +41,70 @@ def _attention_mask(segment_NS: Tensor) -> Tensor:
     return ~(same & causal)[:, None]
 
 
+def _model_inputs(batch: TrainBatch, packed: PackedRows | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, positions, and which tokens are padding, each [B, L]."""
+    if packed is not None:
+        return packed.pack(batch.tokens_NS)[None], packed.position_T[None], packed.padding_T[None]
+    position_S = torch.arange(batch.tokens_NS.shape[1], device=batch.tokens_NS.device)
+    return batch.tokens_NS, position_S.expand_as(batch.tokens_NS), position_S >= batch.length_N[:, None]
+
+
+def _of_rows(values_1T: Tensor, packed: PackedRows) -> Tensor:
+    """[N, S]. A row's first token was not predicted: before it stands another row's last one."""
+    return packed.unpack(torch.where(packed.position_T > 0, values_1T[0], 0.0))
+
+
 def run_schedule(
     model: Any,
-    parts: list[TrainBatch],
+    parts: list[MicroBatch],
     groups: Groups,
     valid_vocab: int,
     loss: Callable[[Tensor, Tensor, TrainBatch], Any],
     *,
     forward_only: bool,
-    before_forward: Callable[[TrainBatch], None] | None = None,
+    before_forward: Callable[[TrainBatch, PackedRows | None], None] | None = None,
 ) -> list[Any]:
     """Drive Megatron's pipeline schedule over micro-batches; `loss` sees [N, S] log-probabilities and entropies.
 
     Returns what `loss` reported per micro-batch on the last pipeline stage, an empty list on the others.
     """
 
-    def forward_step(parts_left: Iterator[TrainBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = _to(next(parts_left), groups.device)
-        width = batch.tokens_NS.shape[1]
-        position_S = torch.arange(width, device=groups.device)
-        padding_NS = position_S >= batch.length_N[:, None]
+    def forward_step(parts_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        part = next(parts_left)
+        batch, packed = _to(part.batch, groups.device), part.layout(groups.device)
+        tokens_BL, position_BL, padding_BL = _model_inputs(batch, packed)
         if not groups.is_first_stage and unwrapped(model).config.sequence_parallel:
             # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
-            padding_NS = scatter_to_sequence_parallel_region(padding_NS.t().contiguous()).t().contiguous()
+            padding_BL = scatter_to_sequence_parallel_region(padding_BL.t().contiguous()).t().contiguous()
         if before_forward is not None:
-            before_forward(batch)
-        deferred = output_layer is not None and output_layer.defer_for(batch.tokens_NS.numel())
+            before_forward(batch, packed)
+        deferred = output_layer is not None and output_layer.defer_for(tokens_BL.numel())
         output = model(
-            batch.tokens_NS,
-            position_S.expand_as(batch.tokens_NS),
-            None if batch.segment_NS is None else _attention_mask(batch.segment_NS),
-            padding_mask=padding_NS,
+            tokens_BL,
+            position_BL,
+            None if packed is not None or batch.segment_NS is None else _attention_mask(batch.segment_NS),
+            padding_mask=padding_BL,
+            packed_seq_params=packed,
         )
         if output_layer is not None:
             output_layer.deferred = False  # who else calls the model wants logits
 
-        def finish(output_NSX: Tensor, non_loss_data: bool = False) -> Any:
-            targets_NS = batch.tokens_NS[:, 1:]
+        def finish(output_BLX: Tensor, non_loss_data: bool = False) -> Any:
+            targets_BL = tokens_BL[:, 1:]
             settings: dict[str, Any] = {
                 "temperature": batch.temperature,
                 "valid_vocab": valid_vocab,
                 "group": groups.tp,
             }
             if deferred and output_layer is not None:  # hidden states
-                logprob, entropy = output_layer.log_probs(output_NSX[:, :-1], targets_NS, **settings)
+                found = output_layer.log_probs(output_BLX[:, :-1], targets_BL, **settings)
             else:
-                logprob, entropy = log_probs_and_entropy(output_NSX[:, :-1], targets_NS, **settings)
+                found = log_probs_and_entropy(output_BLX[:, :-1], targets_BL, **settings)
             # position s speaks of the token AT s, which was predicted at s - 1
-            pad = torch.nn.functional.pad
-            return loss(pad(logprob, (1, 0)), pad(entropy, (1, 0)), batch)
+            logprob_BL, entropy_BL = (torch.nn.functional.pad(value_BL, (1, 0)) for value_BL in found)
+            if packed is None:
+                return loss(logprob_BL, entropy_BL, batch)
+            return loss(_of_rows(logprob_BL, packed), _of_rows(entropy_BL, packed), batch)
 
         return output, finish
 
@@ -139,8 +115,8 @@ def run_schedule(
         data_iterator=iter(parts),
         model=[model],
         num_microbatches=len(parts),
-        seq_length=max(part.tokens_NS.shape[1] for part in parts),
-        micro_batch_size=max(len(part.length_N) for part in parts),
+        seq_length=max(part.batch.tokens_NS.shape[1] for part in parts),
+        micro_batch_size=max(len(part.batch.length_N) for part in parts),
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -154,16 +130,22 @@ def score(
     valid_vocab: int,
     multiple: int,
     replay: ModelReplay | None = None,
+    budget: TokenBudget | None = None,
 ) -> Tensor:
     """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length.
 
     Args:
+        micro_batch_size: rows of a micro-batch where there is no `budget`.
         replay: of the model, where the batch has routes that are to be replayed.
+        budget: pack rows, those of all data-parallel ranks dealt to them anew.
     """
-    parts = micro_batches(batch, micro_batch_size, groups, multiple)
+    moved = None if budget is None else PackedBatches(batch, budget, groups, multiple)
+    parts = micro_batches(batch, micro_batch_size, groups, multiple) if moved is None else moved.parts
     replayed = replay if batch.routes_NSLK is not None else None
     try:
-        return _score_parts(model, batch, parts, groups, valid_vocab, replayed)
+        if moved is None:
+            return _score_parts(model, batch, parts, groups, valid_vocab, replayed)
+        return moved.back(_score_parts(model, moved.batch, parts, groups, valid_vocab, replayed))
     finally:
         if replayed is not None:
             replayed.stop()
@@ -187,8 +169,8 @@ def score_and_record(
     rows, width = batch.tokens_NS.shape
     dtype = packed_dtype(replay.experts)
     routes_NSLK = torch.full((rows, width, len(replay.layers), replay.topk), sentinel(dtype), dtype=dtype)
-    for part, index in parts:
-        many, wide = part.tokens_NS.shape
+    for part in parts:
+        (many, wide), index = part.batch.tokens_NS.shape, part.index_N
         routes_SNLK = replay.take().cpu().view(wide, many, len(replay.layers), replay.topk)
         most = min(wide, width)
         routes_NSLK[index, :most] = routes_SNLK[:most, : len(index)].transpose(0, 1)
@@ -200,14 +182,14 @@ def score_and_record(
 def _score_parts(
     model: Any,
     batch: TrainBatch,
-    parts: list[tuple[TrainBatch, Tensor]],
+    parts: list[MicroBatch],
     groups: Groups,
     valid_vocab: int,
     replay: ModelReplay | None,
 ) -> Tensor:
     results = run_schedule(
         model,
-        [part for part, _ in parts],
+        parts,
         groups,
         valid_vocab,
         lambda logprob, _, __: logprob,
@@ -215,9 +197,9 @@ def _score_parts(
         before_forward=None if replay is None else replay.before_forward,
     )
     out_NS = torch.zeros(batch.tokens_NS.shape)
-    for (part, rows), logprob in zip(parts, results, strict=False):
-        width = min(logprob.shape[1], out_NS.shape[1])
-        inside = torch.arange(width) < part.length_N[: len(rows), None]
+    for part, logprob in zip(parts, results, strict=False):
+        rows, width = part.index_N, min(logprob.shape[1], out_NS.shape[1])
+        inside = torch.arange(width) < part.batch.length_N[: len(rows), None]
         out_NS[rows, :width] = torch.where(inside, logprob[: len(rows), :width].float().cpu(), 0.0)
     if groups.pp.size() > 1:
         out_NS = out_NS.to(groups.device)

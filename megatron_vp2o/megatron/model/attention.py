@@ -19,6 +19,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vp2o.megatron.model.packed import PackedRows
+
 
 class FusedCoreAttention(MegatronModule):
     """Scaled-dot-product attention through `torch.nn.functional.scaled_dot_product_attention`.
@@ -53,18 +55,24 @@ class FusedCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Returns [s, b, n * d]. Raises ValueError for a bias or packed_seq_params: packing is done by mask here."""
+        """Returns [s, b, n * d]. Raises ValueError for a bias, and for packed_seq_params that are no `PackedRows`."""
+        dropout = self.dropout if self.training else 0.0
+        grouped = query_sbnd.shape[2] != key_tbgd.shape[2]
+        if isinstance(packed_seq_params, PackedRows):
+            return packed_seq_params.attend(
+                query_sbnd, key_tbgd, value_tbgd, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=grouped
+            )
         if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("FusedCoreAttention takes neither attention_bias nor packed_seq_params; pass a mask.")
+            raise ValueError("FusedCoreAttention takes no attention_bias, and of packed_seq_params PackedRows only.")
         out_bnsd = F.scaled_dot_product_attention(
             query_sbnd.permute(1, 2, 0, 3),
             key_tbgd.permute(1, 2, 0, 3),
             value_tbgd.permute(1, 2, 0, 3),
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=attention_mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             scale=self.softmax_scale,
-            enable_gqa=query_sbnd.shape[2] != key_tbgd.shape[2],
+            enable_gqa=grouped,
         )
         return out_bnsd.permute(2, 0, 1, 3).flatten(2)
 
@@ -176,9 +184,10 @@ class CachedSelfAttention(SelfAttention):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """[s, b, h] -> ([s, b, h], bias), as in the base class."""
-        cache = kwargs.get("inference_context")
+        cache, packed = kwargs.get("inference_context"), kwargs.get("packed_seq_params")
         ours = isinstance(self.core_attention, FusedCoreAttention) and not self.checkpoint_core_attention
-        if not isinstance(cache, KVCache) and not (ours and cache is None and kwargs.get("packed_seq_params") is None):
+        known = packed is None or isinstance(packed, PackedRows)
+        if not isinstance(cache, KVCache) and not (ours and cache is None and known):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         freqs = kwargs["rotary_pos_emb"]
@@ -193,10 +202,13 @@ class CachedSelfAttention(SelfAttention):
                 mask = cache.within(window[0])
             out = _attend(query_BNSd, keys, values, mask, getattr(self.core_attention, "softmax_offset", None))
         else:
-            half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
-            cos, sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+            if packed is None:
+                half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
+                cos, sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+            else:
+                cos, sin = packed.rotary(freqs_T11d, query.dtype)
             query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
-            out = self.core_attention(query, key, value, attention_mask)
+            out = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
         return self.linear_proj(out)
 
 

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from megatron_vp2o.core.routes import pack_routes, same_experts, unpack_routes
+from megatron_vp2o.core.routes import pack_routes, same_experts, sentinel, unpack_routes
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
+from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.rl.types import TrainBatch
 
 
@@ -124,7 +125,7 @@ class ModelReplay:
         """The routes of the oldest forward pass that was recorded and not taken, [T, L, K] packed."""
         return pack_routes(torch.stack([part.recorded.popleft() for part in self.parts], dim=1), self.experts)
 
-    def before_forward(self, part: TrainBatch) -> None:
+    def before_forward(self, part: TrainBatch, packed: PackedRows | None = None) -> None:
         """Replay what a micro-batch brings along in the forward pass that follows, and in its recomputation.
 
         Raises:
@@ -137,7 +138,10 @@ class ModelReplay:
                 f"the rollouts have routes of {packed_NSLK.shape[2]} layers with {packed_NSLK.shape[3]} experts a token, and this "
                 f"rank has {len(self.layers)} layers with {self.topk}: replay rollouts of this model, generated under this layout"
             )
-        packed_SNLK = packed_NSLK.transpose(0, 1)
+        if packed is None:
+            packed_SNLK = packed_NSLK.transpose(0, 1)
+        else:
+            packed_SNLK = packed.pack(packed_NSLK, sentinel(packed_NSLK.dtype))[:, None]
         group = self.sequence_parallel
         if group is not None:  # this rank has a contiguous share of the positions
             packed_SNLK = packed_SNLK.chunk(group.size(), dim=0)[group.rank()]

@@ -47,6 +47,8 @@ class ObservedRouter(TopKRouter):
     logits_TE: Tensor | None = None
     step_tokens: StepTokens | None = None
     """Set by the policy before each step; None leaves the losses to Megatron, as in a loop that is not ours."""
+    token_rows: tuple[Tensor, int] | None = None
+    """Of the coming micro-batch where rows are packed: each token's row, [T], and how many rows there are."""
     losses: dict[str, Tensor] | None = None
     """This rank's shares of the step's mean losses so far, before their coefficients; float64 scalars."""
 
@@ -97,13 +99,21 @@ class ObservedRouter(TopKRouter):
             return super()._apply_seq_aux_loss(
                 probs, scores_for_aux_loss, routing_map, seq_length, bsz, with_padding_mask
             )
-        counts_BE = _summed(routing_map.view(seq_length, bsz, -1).sum(0), self.tp_cp_group)
+        counts_BE = _summed(self._by_row(routing_map, seq_length, bsz), self.tp_cp_group)
         tokens_B = counts_BE.sum(-1) / self.topk
-        scores_BE = scores_for_aux_loss.view(seq_length, bsz, -1).sum(0)
+        scores_BE = self._by_row(scores_for_aux_loss, seq_length, bsz)
         product = ((scores_BE * counts_BE).sum(-1) / tokens_B.square().clamp(min=1)).sum()
         return self._attach(
             probs, LOAD_BALANCING, coefficient, product * self.num_experts / (self.topk * max(step.sequences, 1))
         )
+
+    def _by_row(self, values: Tensor, seq_length: int, bsz: int) -> Tensor:
+        """Sums over each row's tokens, [B, E]."""
+        if self.token_rows is None:
+            return values.view(seq_length, bsz, -1).sum(0)
+        row_T, rows = self.token_rows  # padding counts as one more row
+        values_TE = values.reshape(len(row_T), -1).float()
+        return values_TE.new_zeros(rows + 1, values_TE.shape[1]).index_add(0, row_T, values_TE)[:rows]
 
     def _apply_global_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
