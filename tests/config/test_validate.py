@@ -17,10 +17,12 @@ from megatron_vp2o.config.schema import (
     Implementation,
     KLEstimator,
     KLReference,
+    LoadBalancing,
     PolicyLoss,
     Resume,
     RouterScore,
     ShortestPathTaskConfig,
+    SoftmaxType,
     SupervisedConfig,
     TrainConfig,
 )
@@ -111,6 +113,35 @@ RULES = [
         2,
         ["allgather", "pipeline_parallel=2", "alltoall"],
         {"model.moe_token_dispatcher_type": Dispatcher.alltoall},
+    ),
+    (
+        {"algorithm.micro_batch_tokens": 4096, "model.window_size": 128},
+        1,
+        ["micro_batch_tokens=4096", "window_size=128", "no path for packed rows", "micro_batch_tokens=null"],
+        {"model.window_size": None},
+    ),
+    (
+        {"algorithm.micro_batch_tokens": 4096, "model.softmax_type": SoftmaxType.learnable},
+        1,
+        ["micro_batch_tokens=4096", "softmax_type=learnable", "micro_batch_tokens=null"],
+        {"algorithm.micro_batch_tokens": None},
+    ),
+    (
+        {"algorithm.micro_batch_tokens": 4096, "model.moe_token_dispatcher_type": Dispatcher.allgather},
+        1,
+        ["micro_batch_tokens=4096", "allgather", "use alltoall"],
+        {"model.moe_token_dispatcher_type": Dispatcher.alltoall},
+    ),
+    (
+        {
+            "algorithm.micro_batch_tokens": 4096,
+            "model.moe_router_load_balancing_type": LoadBalancing.seq_aux_loss,
+            "model.recompute": True,
+            "parallel.pipeline_parallel": 2,
+        },
+        2,
+        ["micro_batch_tokens=4096", "seq_aux_loss", "recompute=true", "pipeline_parallel=2"],
+        {"model.recompute": False},
     ),
     (
         {"parallel.context_parallel": 2},

@@ -5,6 +5,7 @@ Shape legend: N rows of this data-parallel rank, S padded length.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -166,6 +167,7 @@ def _moved(batch: TrainBatch, packed: PackedBatches, groups: Groups) -> int:
         return assembled
 
     before, after = contents(batch), contents(packed.batch)
-    assert sorted(sum(gather_objects(before, groups.dp), [])) == sorted(sum(gather_objects(after, groups.dp), []))
+    everywhere = [gather_objects(rows, groups.dp) for rows in (before, after)]
+    assert sorted(itertools.chain(*everywhere[0])) == sorted(itertools.chain(*everywhere[1]))
     assert packed.back(packed.batch.tokens_NS)[:, : batch.tokens_NS.shape[1]].shape == batch.tokens_NS.shape
     return sum(row not in before for row in after)

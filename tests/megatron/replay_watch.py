@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
+from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.rl.types import TrainBatch
 
 
@@ -26,6 +27,7 @@ class ReplayWatch:
         self.policy, self.inner = policy, policy.watcher
         policy.watcher = self
         self.part: TrainBatch | None = None
+        self.packed: PackedRows | None = None
         self.compared = self.wrong = self.free = 0
         config = policy.model.config
         self.group = policy.groups.tp if config.sequence_parallel else None
@@ -39,10 +41,10 @@ class ReplayWatch:
         if self.inner is not None:
             self.inner.begin_step(micro_batches)
 
-    def before_forward(self, part: TrainBatch) -> None:
-        self.part = part
+    def before_forward(self, part: TrainBatch, packed: PackedRows | None) -> None:
+        self.part, self.packed = part, packed
         if self.inner is not None:
-            self.inner.before_forward(part)
+            self.inner.before_forward(part, packed)
 
     def see(self, layer: int, router: Any, map_TE: Tensor) -> None:
         """One forward pass of a router. Recomputation may come when another micro-batch is here, under pipeline parallelism."""
@@ -50,8 +52,12 @@ class ReplayWatch:
         if not router.training or (again and self.policy.groups.pp.size() > 1):
             return
         assert self.part is not None and self.part.routes_NSLK is not None
-        routes_SNK = self.part.routes_NSLK[:, :, layer].long().transpose(0, 1)
-        valid_SN = torch.arange(len(routes_SNK))[:, None] < self.part.length_N
+        routes_NSK = self.part.routes_NSLK[:, :, layer].long()
+        valid_NS = torch.arange(routes_NSK.shape[1]) < self.part.length_N[:, None]
+        if self.packed is None:
+            routes_SNK, valid_SN = routes_NSK.transpose(0, 1), valid_NS.t()
+        else:
+            routes_SNK, valid_SN = self.packed.pack(routes_NSK, 255)[:, None], self.packed.pack(valid_NS)[:, None]
         if self.group is not None:
             routes_SNK, valid_SN = (
                 whole.chunk(self.group.size(), dim=0)[self.group.rank()] for whole in (routes_SNK, valid_SN)

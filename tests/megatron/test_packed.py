@@ -65,10 +65,8 @@ def test_packed_rows_give_what_padded_ones_do(ranks: int) -> None:
             assert found["log_prob"] < 2e-6, where
             assert max(value for name, value in found["metric"].items() if name != OVERLAP) < 2e-5, where
             assert found["tokens"] > 0, where
-            # as many micro-batches on every rank, whatever it has
-            assert [one for one, _ in found["parts"]] == [one for one, _ in by_rank[0][cases.index(one)]["parts"]], (
-                where
-            )
+            first = by_rank[0][cases.index(one)]  # as many micro-batches on every rank, whatever it has
+            assert [count for count, _ in found["parts"]] == [count for count, _ in first["parts"]], where
             moved += found["moved"]
     assert moved > 0 or ranks == 1
 
@@ -81,7 +79,7 @@ def test_slots_keep_the_budget_and_balance(seed: int) -> None:
     at_least = int(chance.integers(1, 4))
     slots = row_slots(length_R, budget=budget, ranks=ranks, quadratic=0.01, at_least=at_least)
     assert len(slots.rank_R) == len(slots.slot_R) == len(length_R) and slots.count >= at_least
-    assert ((0 <= slots.rank_R) & (slots.rank_R < ranks) & (0 <= slots.slot_R) & (slots.slot_R < slots.count)).all()
+    assert ((slots.rank_R >= 0) & (slots.rank_R < ranks) & (slots.slot_R >= 0) & (slots.slot_R < slots.count)).all()
     tokens, rows = np.zeros((ranks, slots.count)), np.zeros((ranks, slots.count))
     np.add.at(tokens, (slots.rank_R, slots.slot_R), length_R)
     np.add.at(rows, (slots.rank_R, slots.slot_R), 1)
