@@ -220,7 +220,14 @@ def _changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         yield layout(name, 2 * getattr(parallel, name))
     if not model.recompute:
         yield "model.recompute=true", dataclasses.replace(config, model=dataclasses.replace(model, recompute=True))
-    if algorithm.micro_batch_size > 1:
+    budget = getattr(algorithm, "micro_batch_tokens", None)
+    if budget is not None and budget > config.model.max_sequence_length:
+        half = max(budget // 2, config.model.max_sequence_length)
+        yield (
+            f"algorithm.micro_batch_tokens={half}",
+            dataclasses.replace(config, algorithm=dataclasses.replace(algorithm, micro_batch_tokens=half)),
+        )
+    elif budget is None and algorithm.micro_batch_size > 1:
         half = algorithm.micro_batch_size // 2
         yield (
             f"algorithm.micro_batch_size={half}",

@@ -102,7 +102,7 @@ def most_logits(config: TrainConfig, vocab_size: int) -> int:
 
 def _training(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
     model, parallel, element = config.model, config.parallel, element_bytes(config)
-    tokens = work.micro_rows * work.longest
+    tokens = work.micro_tokens
     own = tokens // parallel.tensor_parallel  # sequence parallelism
     layers = model.num_layers // parallel.pipeline_parallel
     in_flight = min(parallel.pipeline_parallel, work.micro_batches)

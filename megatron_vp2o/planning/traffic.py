@@ -37,7 +37,7 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     tensor, stages = parallel.tensor_parallel, parallel.pipeline_parallel
     experts, split = parallel.expert_parallel, parallel.expert_tensor_parallel
     layers = model.num_layers // stages
-    tokens = work.micro_batches * work.micro_rows * work.tokens
+    tokens = work.passed
     rank = count_on_rank(model, parallel, vocab_size)
     dense_ranks, expert_ranks = gpus // (tensor * stages), expert_replicas(parallel, gpus)
     # Experts' ranks are neighbours, then come their replicas.
@@ -54,7 +54,8 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     hidden = tokens * model.hidden_size * element * (tensor - 1) / tensor
     attention = layers * (2 * passes + 1) * hidden
     # The output layer gathers its input, once more in the backward pass unless chunks of logits keep it, and scatters.
-    chunked = work.micro_rows * work.tokens * (vocab_size // tensor) > most_logits(config, vocab_size)
+    in_one = work.micro_rows * work.tokens if work.packed is None else work.packed
+    chunked = in_one * (vocab_size // tensor) > most_logits(config, vocab_size)
     output = (2 if chunked else 3) * hidden
     ends = output + (2 * hidden if stages == 1 else 0)  # and the embedding's output
     found["tensor parallelism"] = Stream(int(attention + ends), tensor)

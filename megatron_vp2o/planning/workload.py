@@ -29,11 +29,12 @@ class Workload:
         longest: of a row.
         updates: optimizer steps.
         micro_batches: forward and backward passes, in all updates together.
-        micro_rows: sequences in one of them.
+        micro_rows: sequences in one of them, on average where they are packed.
         scored: further forward passes over all rows, without gradient.
         decoded: rows that are generated; 0 without rollouts.
         decoded_at_once: of these, at most.
         evaluated: whether the engine generates at all, if only for evaluation.
+        packed: tokens of the fullest micro-batch where rows are packed; None where they are padded.
     """
 
     rows: int
@@ -46,6 +47,17 @@ class Workload:
     decoded: int
     decoded_at_once: int
     evaluated: bool
+    packed: int | None = None
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the fullest micro-batch, padding included."""
+        return self.micro_rows * self.longest if self.packed is None else self.packed
+
+    @property
+    def passed(self) -> float:
+        """Tokens that go through training in a step, on average over lengths."""
+        return self.micro_batches * self.micro_rows * self.tokens if self.packed is None else self.rows * self.tokens
 
 
 def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
@@ -74,19 +86,27 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
     rollouts = algorithm.prompts_per_step // ranks * algorithm.group_size
     updates = algorithm.minibatches * algorithm.epochs
     rows = rollouts // algorithm.minibatches  # of one update
-    micro = min(algorithm.micro_batch_size, rows)
     mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
+    packed = None
+    micro = min(algorithm.micro_batch_size, rows)
+    micro_batches = -(-rows // micro)
+    if (budget := algorithm.micro_batch_tokens) is not None:
+        # As many rows of mean length as have room. A row beyond the budget has a micro-batch of its own.
+        micro = max(1, min(rows, int(budget // mean)))
+        micro_batches = -(-rows // micro)
+        packed = _round(max(limit, min(budget, rows * limit)), multiple)
     return Workload(
         rows=rollouts * algorithm.epochs,
         tokens=mean,
         longest=_round(limit, multiple),
         updates=updates,
-        micro_batches=updates * -(-rows // micro),
+        micro_batches=updates * micro_batches,
         micro_rows=micro,
         scored=float(algorithm.kl_reference is KLReference.initial),
         decoded=rollouts,
         decoded_at_once=min(config.rollout.max_batch_size, rollouts),
         evaluated=True,
+        packed=packed,
     )
 
 
