@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_record(warm_up, reinforced):
     ("ranks", "layout"),
     [
         (2, ["parallel.expert_parallel=2"]),
-        (4, ["parallel.tensor_parallel=2", "parallel.expert_parallel=2"]),
+        (4, ["parallel.tensor_parallel=2", "parallel.expert_parallel=2", "algorithm.micro_batch_tokens=80"]),
         (2, ["parallel.pipeline_parallel=2"]),
     ],
 )
@@ -132,6 +132,20 @@ def test_layouts_draw_the_same_samples_and_learn_the_same(warm_up, reinforced, r
     for key in ("rollout/response_length", "reward/mean", "policy/entropy", "policy/loss", "optimizer/grad_norm"):
         assert measured(run_dir, key) == pytest.approx(measured(reinforced, key), rel=1e-3, abs=1e-5), key
     assert max(measured(run_dir, "policy/logprob_mismatch")) <= 1e-5
+
+
+def test_packed_rows_leave_the_record_of_padded_ones(warm_up, reinforced):
+    run_dir = warm_up.parent / "packed"
+    train("countdown_tiny_grpo", run_dir, *REINFORCE, f"init_from={warm_up}", "algorithm.micro_batch_tokens=70")
+    ours, theirs = without_times(run_dir), without_times(reinforced)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for mine, reference in zip(ours, theirs, strict=True):
+        for key in reference:
+            expected = reference[key] if reference[key] is None else pytest.approx(reference[key], rel=1e-3, abs=1e-5)
+            assert mine[key] == expected, key
+    moved = measured(run_dir, "optimizer/grad_norm")
+    assert len(moved) == 3 and min(moved) > 0 and measured(run_dir, "optimizer/skipped")[-1] == 0
+    assert len({line["eval/response_length"] for line in ours if line.get("eval/response_length")}) > 1
 
 
 def test_stale_actors_minibatches_nucleus_and_reference(warm_up, tmp_path):

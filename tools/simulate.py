@@ -43,11 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         from megatron_vp2o.planning import simulate  # imports Megatron, which takes seconds
 
+        rows = work.micro_rows if work.packed is None else max(1, work.packed // width)
         ids = min(CHARACTERS, config.model.vocab_size or CHARACTERS)
-        traces = {
-            rank: simulate.trace(config, rank, gpus, width=width, rows=work.micro_rows, vocab_size=ids)
-            for rank in ranks
-        }
+        traces = {rank: simulate.trace(config, rank, gpus, width=width, rows=rows, vocab_size=ids) for rank in ranks}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,17 @@ def test_what_a_rank_of_the_33b_recipe_does() -> None:
     assert (pretraining.rows, pretraining.tokens, pretraining.decoded, pretraining.evaluated) == (32, 4096, 0, False)
 
 
+def test_packed_rows_fill_micro_batches_up_to_their_tokens() -> None:
+    short = Assumptions(response_share=0.125)  # rows of 32 + 1024 tokens on average, at most of 32 + 8192
+    padded = workload(compose(LARGE), 64, short)
+    packed = workload(compose(LARGE, ["algorithm.micro_batch_tokens=16384"]), 64, short)
+    assert (padded.micro_batches, padded.micro_tokens, padded.passed) == (32, 8224, 32 * 1056)
+    assert (packed.micro_batches, packed.micro_rows, packed.micro_tokens, packed.passed) == (4, 8, 16384, 32 * 1056)
+    # a row beyond the budget has a micro-batch of its own
+    small = workload(compose(LARGE, ["algorithm.micro_batch_tokens=2048"]), 64, short)
+    assert (small.micro_rows, small.micro_tokens, small.micro_batches) == (1, 8224, 32)
+
+
 def test_constants_are_those_of_the_program() -> None:
     from megatron_vp2o.planning import memory as planned
     from megatron_vp2o.session import LOGGED_PER_CONTEXT
