@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_vp2o.parallel.row_slots import row_slots
+from megatron_vp2o.data.row_slots import row_slots
 from tests.distributed import run_distributed
 
 JOB = "tests.megatron.packed_job:run"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_vp2o.config.parameters import attention_cost
 from megatron_vp2o.config.schema import GRPOConfig, TrainConfig
+from megatron_vp2o.data.row_slots import row_slots
 from megatron_vp2o.megatron.model.packed import PackedRows, pack_rows
 from megatron_vp2o.parallel.groups import Groups, any_rank, gather_rows, max_scalars
 from megatron_vp2o.parallel.row_exchange import RowExchange
-from megatron_vp2o.parallel.row_slots import row_slots
 from megatron_vp2o.rl.types import TrainBatch
 
 
