@@ -50,7 +50,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data test-lm-eval smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,12 @@ eval: python ## The paper's evaluation: RUN='grpo=runs/a vp2o=runs/b' [SUITE=pap
 	@$(PY) tools/nltk_data.py
 	$(PY) -m megatron_vp2o.evaluate $(RUN) --suite '$(SUITE)' --lengths '$(LENGTHS)' --steps '$(STEPS)' --data '$(DATA)' \
 		--out '$(EVALOUT)' $(EVALARGS)
+
+test-lm-eval: python ## Our evaluation beside lm-eval's on the same model and rows (own environment: .venv-lm-eval)
+	@$(BASE) tools/install.py --venv .venv-lm-eval --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)' --extras dev,rows,rewards
+	@.venv-lm-eval/bin/python tools/nltk_data.py
+	@.venv-lm-eval/bin/python -m pip install -q 'lm_eval[hf]==0.4.13'
+	.venv-lm-eval/bin/python -m pytest tests/evaluation/test_lm_eval.py --durations=0 $(TESTARGS)
 
 eval-data: python ## Fetch the benchmarks' rows, pinned: [BENCHMARKS=paper DATA=data/eval] (needs the network; GPQA's authors ask not to publish it)
 	@$(INSTALL) --extras rows

@@ -9,10 +9,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from megatron_vp2o.config.reward import ChoiceConfig, CodeConfig, RewardConfig
+from megatron_vp2o.errors import UserError
 from megatron_vp2o.rewards.grade import Grade, RowError
 from megatron_vp2o.rewards.graders import make_grader
 from megatron_vp2o.rewards.graders.base import Grader
@@ -26,6 +28,32 @@ CODE_S = 300.0
 
 _STATED = re.compile(r"(?i)\banswer(?:\s+is)?\s*[:=]?\s*(?:\\\(|\$|\*\*)*\s*(\d{1,4})(?![\d.,/^]*\d)(?!\s*[-+*/^=])")
 _DRESS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|bf)\b|[{}$\s]|\\[,;!() ]|\\ ")
+
+
+Results = list[Grade]
+GradeMany = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Results]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A function that grades many answers, and what it needs: a worker process makes these graders before its first answer, so
+    that what is missing here ends the evaluation instead of making every answer wrong."""
+
+    function: GradeMany
+    graders: tuple[str, ...]
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Results:
+        return self.function(prompts, responses, rows)
+
+    def prepare(self) -> None:
+        """Raises RewardError: a library, data or a sandbox is missing."""
+        for name in self.graders:
+            _grader(name).prepare()
+
+
+def needs(*graders: str) -> Callable[[GradeMany], Prepared]:
+    """Marks a function as one that needs these graders of `rewards`."""
+    return lambda function: Prepared(function, graders)
 
 
 def _correct(correct: bool, reason: str = "") -> Grade:
@@ -45,7 +73,7 @@ def _each(
         random.seed(0)  # some checkers draw: the same answer gets the same grade, whatever is graded before it
         try:
             grades.append(grade(response, row))
-        except (RowError, MemoryError):
+        except (UserError, RowError, MemoryError):  # something is missing here, and the answer cannot help it
             raise
         except Exception as error:
             grades.append(_correct(False, f"{type(error).__name__} in the grader"))
@@ -73,6 +101,7 @@ def stated_integer(text: str) -> int | None:
     return int(stated[-1]) if stated else None
 
 
+@needs("math")
 def integer(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """AIME: integers are compared as such; math-verify decides where no integer is stated."""
 
@@ -86,11 +115,13 @@ def integer(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Map
     return _each(grade, responses, rows)
 
 
+@needs("math")
 def mathematics(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """math-verify."""
     return _each(lambda response, row: _of(_grader("math").grade("", response, row)), responses, rows)
 
 
+@needs("choice")
 def choice(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """The letter that the response decides for."""
 
@@ -104,11 +135,13 @@ def choice(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapp
     return _each(grade, responses, rows)
 
 
+@needs("code")
 def code(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """All tests pass, in the sandbox."""
     return _each(lambda response, row: _of(_grader("code").grade("", response, row)), responses, rows)
 
 
+@needs("instructions")
 def instructions(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """IFEval and IFBench. Every instruction of the prompt counts: unknown ones, those whose checker lacks data, and those of an
     empty answer as not followed."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vp2o.errors import RewardError
 from megatron_vp2o.evaluation import graders
 from megatron_vp2o.evaluation.benchmarks import BENCHMARKS
 from megatron_vp2o.evaluation.data import load
+from megatron_vp2o.evaluation.grading import Grading
 from megatron_vp2o.evaluation.tokens import split, tokens_before
+from megatron_vp2o.rewards.graders import instructions
 
 AIME = [
     (r"So we get \boxed{73}.", True),
@@ -208,3 +214,41 @@ def test_own_rows_are_json_and_plain_ascii() -> None:
     for benchmark in BENCHMARKS.values():
         for question in load(benchmark, "own", 3).questions:
             assert question.prompt.isascii() and json.loads(json.dumps(question.row)) == question.row
+
+
+@pytest.fixture
+def without_sentences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """NLTK's data are missing."""
+    graders._instructions.cache_clear()
+    graders._grader.cache_clear()
+    monkeypatch.setattr(instructions, "NEEDED", {"tokenizers/none_such": "sentences"})
+    yield
+    graders._instructions.cache_clear()
+    graders._grader.cache_clear()
+
+
+def test_what_a_grader_lacks_is_no_wrong_answer(without_sentences: None) -> None:
+    """A library without its data ends the evaluation; before, every answer counted as wrong."""
+    questions = load(BENCHMARKS["ifeval"], "own", 0).questions
+    with pytest.raises(RewardError, match="none_such"):
+        graders.instructions.prepare()
+    with pytest.raises(RewardError, match="none_such"):
+        graders.instructions([questions[0].prompt], ["An answer."], [questions[0].row])
+
+
+def test_a_worker_that_lacks_something_ends_the_evaluation(
+    without_sentences: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import nltk.data\n\ndef find(*_, **__):\n    raise LookupError\n\nnltk.data.find = find\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    questions = load(BENCHMARKS["ifeval"], "own", 0).questions
+    with Grading(1) as grading, pytest.raises(RewardError, match="punkt_tab"):
+        grading.grade(BENCHMARKS["ifeval"], questions[:1], ["An answer."])
+
+
+def test_every_grader_says_what_it_needs() -> None:
+    for name in graders.BATCH:
+        function = getattr(graders, name)
+        assert isinstance(function, graders.Prepared) and function.graders

@@ -70,11 +70,13 @@ def test_each_bad_answer_costs_itself_only() -> None:
 
 
 def kill_again_and_again(pool: WorkerPool, stop: threading.Event, killed: list[int]) -> None:
+    """One worker after another, but none whose answer has lost a worker before: the second loss says that the answer is bad."""
     while not stop.wait(0.15):
-        for pid in pool.worker_pids[:1]:
-            if pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+        for worker in list(pool._workers)[:1]:
+            fresh = all(task.lost == 0 for task in list(worker.tasks))
+            if worker.pid is not None and worker.pid not in killed and fresh:
+                os.kill(worker.pid, signal.SIGKILL)
+                killed.append(worker.pid)
 
 
 def test_workers_that_are_killed_in_mid_batch_lose_nothing() -> None:

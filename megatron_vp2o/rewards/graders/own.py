@@ -20,6 +20,9 @@ class Own(BatchGrader):
 
     def prepare(self) -> None:
         self._function = load_function(self._path)
+        prepare = getattr(self._function, "prepare", None)
+        if callable(prepare):  # what it needs and is missing ends the run before anything is graded
+            prepare()
 
     def grade_all(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
