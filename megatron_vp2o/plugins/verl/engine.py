@@ -155,7 +155,8 @@ def _log_as_scalars() -> None:
 
 
 def _derived(kind: type) -> list[Any]:
-    return [found for child in kind.__subclasses__() for found in (child, *_derived(child))]
+    children: list[type] = kind.__subclasses__()
+    return [*children, *(further for child in children for further in _derived(child))]
 
 
 def _with_scalars(inner: Callable[..., Any]) -> Callable[..., Any]:
