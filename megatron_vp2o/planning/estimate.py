@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vp2o.config.parameters import ParameterCount, RankCount, count_on_rank, count_parameters
 from megatron_vp2o.config.schema import (
+    GRPOConfig,
     Implementation,
     ParallelConfig,
     Resume,
@@ -220,8 +221,8 @@ def _changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         yield layout(name, 2 * getattr(parallel, name))
     if not model.recompute:
         yield "model.recompute=true", dataclasses.replace(config, model=dataclasses.replace(model, recompute=True))
-    budget = getattr(algorithm, "micro_batch_tokens", None)
-    if budget is not None and budget > config.model.max_sequence_length:
+    budget = algorithm.micro_batch_tokens if isinstance(algorithm, GRPOConfig) else None
+    if isinstance(algorithm, GRPOConfig) and budget is not None and budget > config.model.max_sequence_length:
         half = max(budget // 2, config.model.max_sequence_length)
         yield (
             f"algorithm.micro_batch_tokens={half}",

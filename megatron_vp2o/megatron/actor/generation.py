@@ -213,8 +213,8 @@ class MegatronEngine:
             raise RolloutError("the embedded engine is closed: make a new one")
         if self._unusable and not self._borrowed:
             raise SyncError(f"the embedded engine has no usable weights, because {self._unusable}")
-        most_rows = {"longest": max((len(p) for p in prompts), default=1), "drawn": len(prompts) * group_size}
-        agreed = max_scalars(most_rows, self.groups.dp)
+        longest_here = max((len(p) for p in prompts), default=1)
+        agreed = max_scalars({"longest": longest_here, "drawn": len(prompts) * group_size}, self.groups.dp)
         longest, drawn = int(agreed["longest"]), int(agreed["drawn"]) * sampling.max_new_tokens
         batches = self._batches(len(prompts), group_size)
         if self._lockstep:
