@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from megatron_vp2o.report.health import mismatch_bound
 from megatron_vp2o.report.svg import Axis, Chart, Series
 from megatron_vp2o.tracking import format as fmt
+from megatron_vp2o.tracking.metric import COUNT, FRACTION, NONE
 from megatron_vp2o.tracking.runs import ACCURACY, Run
-from megatron_vp2o.tracking.schema import COUNT, FRACTION, NONE, SECTIONS, find_metric
+from megatron_vp2o.tracking.schema import SECTIONS, find_metric
 
 # Okabe and Ito's palette: told apart with every common colour vision, dark enough on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b3548f", "#8a6d00", "#3f9fd8", "#555555")

@@ -138,7 +138,7 @@ class MetricsRecord:
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._keys, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"unknown metric {unknown[0]!r}{hint}: add it to megatron_vp2o/tracking/schema.py")
+            raise ValueError(f"unknown metric {unknown[0]!r}{hint}: add it to megatron_vp2o/tracking/sections.py")
 
     def _encode(self, metrics: Mapping[str, Any]) -> bytes:
         row = {key: _plain(key, metrics.get(key)) for key in self._keys}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from megatron_vp2o.config.schema import Algorithm
-from megatron_vp2o.tracking.schema import ALL, SECTIONS, Section
+from megatron_vp2o.tracking.metric import ALL, Section
+from megatron_vp2o.tracking.sections import SECTIONS
 
 INTRODUCTION = """\
 # Metrics
 
-Made from `megatron_vp2o/tracking/schema.py` by `python -m megatron_vp2o.tracking.reference > docs/metrics.md`; edit
+Made from `megatron_vp2o/tracking/sections.py` by `python -m megatron_vp2o.tracking.reference > docs/metrics.md`; edit
 there.
 
 `metrics.jsonl` in the run folder is the record of a run. TensorBoard and wandb get copies; the report is drawn from the
