@@ -100,13 +100,13 @@ def learn(folder: Path, pairs: list[tuple[str, str]]) -> None:
     for prompt, answer in pairs:
         start = tokenizer.encode(chat(tokenizer, prompt), add_special_tokens=False)
         rows.append((start, [*tokenizer.encode(answer, add_special_tokens=False), end]))
-    width = max(len(start) + len(answer) for start, answer in rows)
+    width = max(len(start) + len(learnt) for start, learnt in rows)
     tokens, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
-    for n, (start, answer) in enumerate(rows):
-        tokens[n, : len(start) + len(answer)] = torch.tensor([*start, *answer])
-        labels[n, len(start) : len(start) + len(answer)] = torch.tensor(answer)
+    for n, (start, learnt) in enumerate(rows):
+        tokens[n, : len(start) + len(learnt)] = torch.tensor([*start, *learnt])
+        labels[n, len(start) : len(start) + len(learnt)] = torch.tensor(learnt)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=0.0)
-    mask = torch.arange(width) < torch.tensor([[len(start) + len(answer)] for start, answer in rows])
+    mask = torch.arange(width) < torch.tensor([[len(start) + len(learnt)] for start, learnt in rows])
     for _ in range(300):
         loss = network(input_ids=tokens, attention_mask=mask.long(), labels=labels).loss
         optimizer.zero_grad()
@@ -124,8 +124,8 @@ def theirs(folder: Path, rows: dict[str, list[dict[str, Any]]], work: Path) -> d
     """What lm-eval generates for these rows, and what its own task files say of it."""
     from lm_eval.tasks import TaskManager
 
-    for name, found in rows.items():
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, own in rows.items():
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
         (work / f"ours_{name}.yaml").write_text(
             f"include: {THEIRS[name]}\ntask: ours_{name}\ntag: null\ndataset_path: json\n"
             f"dataset_kwargs:\n  data_files:\n    test: {work / name}.jsonl\n"
@@ -145,7 +145,7 @@ def theirs(folder: Path, rows: dict[str, list[dict[str, Any]]], work: Path) -> d
         bootstrap_iters=0,
         log_samples=True,
     )
-    found = {}
+    found: dict[str, list[tuple[str, bool]]] = {}
     for name in rows:
         by_row: dict[int, tuple[str, bool]] = {}
         for sample in results["samples"][f"ours_{name}"]:

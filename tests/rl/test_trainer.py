@@ -165,7 +165,7 @@ def test_the_reference_scores_the_rollouts_unless_it_is_their_own_actor(groups: 
 def test_the_trainers_own_routes_are_replayed_but_not_by_the_reference(groups: Groups) -> None:
     for replay in RouterReplay:
         made = Made(groups, kl_reference=KLReference.initial, reference=True, replay=replay)
-        seen = []
+        seen: list[Any] = []
         reference: Any = made.trainer.reference
         plain = reference.log_probs
 
