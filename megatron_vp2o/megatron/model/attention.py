@@ -192,8 +192,9 @@ class CachedSelfAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         freqs = kwargs["rotary_pos_emb"]
         freqs_T11d = freqs[0] if isinstance(freqs, tuple) else freqs
+        scale = _yarn_get_concentration_factor_from_config(self.config)  # 1 but for YaRN
         if isinstance(cache, KVCache):
-            cos, sin = cache.rotary(freqs_T11d, _yarn_get_concentration_factor_from_config(self.config))
+            cos, sin = cache.rotary(freqs_T11d, scale)
             query_BNSd = _turn(query.permute(1, 2, 0, 3), cos.to(query.dtype), sin.to(query.dtype))
             key_BGSd = _turn(key.permute(1, 2, 0, 3), cos.to(key.dtype), sin.to(key.dtype))
             keys, values, mask = cache.append(self.layer_number, key_BGSd, value.permute(1, 2, 0, 3))
@@ -204,9 +205,9 @@ class CachedSelfAttention(SelfAttention):
         else:
             if packed is None:
                 half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
-                cos, sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+                cos, sin = (half.cos() * scale).to(query.dtype), (half.sin() * scale).to(query.dtype)
             else:
-                cos, sin = packed.rotary(freqs_T11d, query.dtype)
+                cos, sin = packed.rotary(freqs_T11d, query.dtype, scale)
             query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
             out = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
         return self.linear_proj(out)

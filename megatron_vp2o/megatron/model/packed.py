@@ -63,11 +63,11 @@ class PackedRows(PackedSeqParams):
         row_V = self.source_V // self.width
         return F.pad(row_V, (0, len(self.position_T) - len(row_V)), value=self.rows)
 
-    def rotary(self, freqs_S11d: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin at each token's position, [T, 1, 1, d / 2], computed once for all layers."""
+    def rotary(self, freqs_S11d: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """cos and sin at each token's position times `scale` (YaRN's), [T, 1, 1, d / 2], computed once for all layers."""
         if self._rotary is None:
             half = freqs_S11d[..., : freqs_S11d.shape[-1] // 2].index_select(0, self.position_T)
-            self._rotary = half.cos().to(dtype), half.sin().to(dtype)
+            self._rotary = (half.cos() * scale).to(dtype), (half.sin() * scale).to(dtype)
         return self._rotary
 
     def attend(self, query_T1nd: Tensor, key_T1gd: Tensor, value_T1gd: Tensor, **settings: Any) -> Tensor:
