@@ -301,6 +301,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.budget.mode=monitor",
             "algorithm.trust_region.mode=monitor",
             "algorithm.objective=grpo",
+            "algorithm.micro_batch_tokens=64",
             "rollout.router_replay=R2",
         ],
     ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from megatron_vp2o.evaluation.results import Sample, path_of, read  # noqa: E402
 from megatron_vp2o.tasks.tokenizer import CharTokenizer  # noqa: E402
 
 LENGTH = 24
+NOTHING_STORED: Any = SimpleNamespace(engine=None, groups=None)
+"""For what looks at prompts only."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(folder: Path) -> None:
     (checkpoint,) = checkpoints("m", str(folder), "every")
     config = config_for(checkpoint, ParallelConfig(), 8, 1)
     assert config.model.max_sequence_length == 1024 and config.rollout.max_batch_size == 8
-    model = Embedded(checkpoint, config, cast(Any, None), tokenizer_of(checkpoint), None)
+    model = Embedded(checkpoint, config, NOTHING_STORED, tokenizer_of(checkpoint), None)
     prompts = [question.prompt for question in load(BENCHMARKS["codeforces"], "own", 0).questions]
     model.check(prompts, 64)
     with pytest.raises(ConfigError, match=r"exceeds the model's 1024 .*choose at most --lengths") as error:
@@ -95,7 +98,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(folder: Path) -> None:
     room = int(str(error.value).split("--lengths ")[1].split()[0])
     model.check(prompts[:1], room)
     with pytest.raises(ConfigError, match=r"its tokenizer refuses the prompt 'ü"):
-        Embedded(checkpoint, config, cast(Any, None), CharTokenizer(), None).check(["ü is no character here"], 8)
+        Embedded(checkpoint, config, NOTHING_STORED, CharTokenizer(), None).check(["ü is no character here"], 8)
     with pytest.raises(ConfigError, match="not divisible by tensor"):
         config_for(checkpoint, ParallelConfig(tensor_parallel=2), 8, 1)
 

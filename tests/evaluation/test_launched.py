@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("VP2O_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 SAMPLING = Sampling(0.6, 0.95, 16, 0)
 CODE = """
-import os, sys
+import os, sys, threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from tests.evaluation.server import Behaviour, Handler
@@ -30,8 +30,10 @@ left = int(lives.read_text())
 if left < 0:
     sys.exit("no GPU here")
 it = Handler.behaviour = Behaviour()
+dying = threading.Lock()
 def answer(body):
     if left and len(it.requests) >= 3:
+        dying.acquire()  # for good: another thread would truncate the file while this one ends the process
         lives.write_text(str(left - 1))
         os._exit(9)
     return body["prompt"][::-1]
