@@ -131,8 +131,9 @@ test-slurm: install-launch ## Against a real Slurm: the one that answers here, e
 vllm-env: ## Make the environment of vLLM servers for CPUs (Python 3.11; minutes, 3.5 GB) [VLLM_ENV=.venv-vllm]
 	@sh tools/vllm_env.sh '$(VLLM_ENV)'
 
-test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it
-	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py --durations=0 $(TESTARGS)
+test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it, evaluation
+	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py \
+		tests/evaluation/test_launched.py --durations=0 $(TESTARGS)
 
 soak: install-dev ## After `make run`: 40 faults, 100 of servers, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
 	VP2O_ROLLOUT_FAULTS=100 $(PY) -m pytest tests/rollout/test_soak.py -s $(TESTARGS)
