@@ -156,8 +156,8 @@ def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPat
     post = Server._post
     killed: list[bool] = []
 
-    async def kill_meanwhile(server: Server, path: str, *arguments: Any) -> Any:
-        asked = asyncio.ensure_future(post(server, path, *arguments))
+    async def kill_meanwhile(server: Server, path: str, *arguments: Any, **named: Any) -> Any:
+        asked = asyncio.ensure_future(post(server, path, *arguments, **named))
         if not killed and path == (GENERATE if moment == "generating" else "/update_weights"):
             await asyncio.sleep(0.02)
             killed.append(asked.done())
