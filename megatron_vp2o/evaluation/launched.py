@@ -11,31 +11,14 @@ from typing import Any
 
 from megatron_vp2o.evaluation.endpoint import Endpoint, EndpointError
 from megatron_vp2o.evaluation.model import Response, Sampling
-from megatron_vp2o.rollout.launch import Command, ServerProcess, free_port, vllm_environment
+from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_environment, vllm_server
 
 logger = logging.getLogger(__name__)
 
 
-def vllm_for_text(python: str, name: str, *, cpu: bool, arguments: Sequence[str] = ()) -> Command:
-    """How a vLLM server is started that takes and gives text; `name` is the model's name there."""
-
-    def command(model: Path, port: int) -> list[str]:
-        return [
-            python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            *("--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
-            *("--generation-config", "vllm"),  # the evaluation's sampling settings, and not those of the folder
-            *(("--enforce-eager",) if cpu else ()),
-            *arguments,
-        ]
-
-    return command
-
-
 def server_of(python: str, folder: Path, name: str, log: Path, *, cpu: bool) -> ServerProcess:
     """A server for a folder, not started yet."""
-    return ServerProcess(vllm_for_text(python, name, cpu=cpu), vllm_environment(cpu), free_port(), log)
+    return ServerProcess(vllm_server(python, name, [], cpu=cpu), vllm_environment(cpu), free_port(), log)
 
 
 @dataclass

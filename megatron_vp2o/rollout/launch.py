@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -34,17 +34,26 @@ def vllm_command(
     python: str, *, dtype: str, max_model_len: int, max_num_seqs: int, cpu: bool, arguments: list[str]
 ) -> Command:
     """How a vLLM server is started that this client can talk to; a person can start the same by hand."""
+    own = [
+        *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
+        *("--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
+        *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
+        *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
+    ]
+    return vllm_server(python, "policy", [*own, *arguments], cpu=cpu)
+
+
+def vllm_server(python: str, name: str, arguments: Sequence[str], *, cpu: bool) -> Command:
+    """How vLLM's server is started for one folder, on loopback, with the client's sampling settings and not those of the folder;
+    `name` is the model's name there."""
 
     def command(model: Path, port: int) -> list[str]:
         return [
             python,
             "-m",
             "vllm.entrypoints.openai.api_server",
-            *("--model", str(model), "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)),
-            *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
-            *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
-            *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
-            *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
+            *("--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
+            *("--generation-config", "vllm"),
             *(("--enforce-eager",) if cpu else ()),
             *arguments,
         ]
