@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_files_of_the_host_are_not_seen(sandbox: Sandbox, tmp_path: Path) -> Non
         "tmp",
         "usr",
     }
-    assert eval(names[1]) <= {"PATH", "LC_ALL", "LC_CTYPE", "PWD", "HOME"}
+    assert eval(names[1]) <= {"PATH", "LC_ALL", "LC_CTYPE", "PWD", "HOME", "SHLVL"}
 
 
 def test_writing_outside(sandbox: Sandbox) -> None:
@@ -257,25 +258,41 @@ def test_other_processes_are_out_of_reach(sandbox: Sandbox) -> None:
     assert os.getpid()  # we are still here
 
 
-PARENT = """
-import sys
+PARENTS = """
+import os, random, signal, sys, threading, time
 from megatron_vp2o.rewards.sandbox import Limits, open_sandbox
 sandbox = open_sandbox()
-print("open", flush=True)
+draw = random.Random(int(sys.argv[2]))
 source = b"import os, time\\nif os.fork() == 0: time.sleep(600)\\ntime.sleep(600)"
-sandbox.run([sandbox.program("python3"), "-I", "-S", sys.argv[1]], files={sys.argv[1]: source}, limits=Limits(wall_s=600))
+for delay_s in [draw.uniform(0.0, 0.02) for _ in range(40)] + [1.0]:
+    child = os.fork()
+    if child == 0:
+        threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        command = [sandbox.program("python3"), "-I", "-S", sys.argv[1]]
+        sandbox.run(command, files={sys.argv[1]: source}, limits=Limits(wall_s=600))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+print("all killed")
 """
 
 
 def test_the_sandbox_ends_with_its_parent() -> None:
+    """Whenever that is killed: as the sandbox starts, which takes some milliseconds, and later."""
     sandbox_or_skip()
-    name = f"sleeper{os.getpid()}.py"
-    with subprocess.Popen([sys.executable, "-c", PARENT, name], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None and parent.stdout.readline() == b"open\n"
-        while not left_over(name, seconds=0):
-            time.sleep(0.05)
-        parent.kill()
-    assert left_over(name, seconds=20) == []
+    name, seed = f"sleeper{os.getpid()}.py", random.randrange(10**6)
+    done = subprocess.run([sys.executable, "-c", PARENTS, name, str(seed)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all killed\n", done.stderr
+    assert left_over(name, seconds=20) == [], f"seed {seed}"
+
+
+def test_a_time_limit_that_ends_it_as_it_starts_leaves_nothing() -> None:
+    sandbox = sandbox_or_skip()
+    name = f"limited{os.getpid()}.py"
+    for _ in range(40):
+        limits = Limits(wall_s=random.uniform(0.0, 0.02))
+        run_program = [sandbox.program("python3"), "-I", "-S", name]
+        assert sandbox.run(run_program, files={name: b"import time; time.sleep(600)"}, limits=limits).timed_out
+    assert left_over(name) == []
 
 
 def test_two_at_once_do_not_share_their_limits() -> None:

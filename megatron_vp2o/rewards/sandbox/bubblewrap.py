@@ -3,10 +3,16 @@
 It needs no privileges where user namespaces are allowed. The program gets its own namespaces (no network, no process
 but its own), no capability, and a file system that holds /usr, the given files and 64 MiB of /tmp. It is process 1 in
 there, so that with it all that it started ends.
+
+It also ends with the process that asked for it: bubblewrap has the kernel kill it then (`--die-with-parent`). That
+holds from the moment on at which bubblewrap says so, and bubblewrap does not look whether its parent lives by then.
+So the first thing that runs inside writes to a pipe which only the asking process reads. Where nobody reads any more,
+the program is not started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -30,6 +36,8 @@ NOBODY = 65534
 """Root runs programs as this user: a limit on processes does not bind root."""
 TMP_MIB = 64
 BOX = "/box"
+UNLESS_ORPHANED = 'printf . >&{0} && exec "$@" {0}>&-'
+"""Starts its arguments as a program if somebody still reads the pipe whose writing end is this descriptor."""
 
 
 class Bubblewrap(Sandbox):
@@ -52,28 +60,33 @@ class Bubblewrap(Sandbox):
             )
         self._path = path
         self._root = _file_system()
-        self._prlimit = usr_program("prlimit")
+        self._prlimit, self._shell = usr_program("prlimit"), usr_program("bash")
 
     def _run(self, program: Program) -> Finished:
-        # The program is opened here: user `nobody` may not get to where the package is installed.
-        binary = os.open(self._path, os.O_RDONLY)
-        try:
+        with contextlib.ExitStack() as closing:
+            # The program is opened here: user `nobody` may not get to where the package is installed.
+            binary = _closed_by(closing, os.open(self._path, os.O_RDONLY))
+            _, lifeline = (_closed_by(closing, end) for end in os.pipe())
             with memory_files(list(program.files.values())) as descriptors:
                 arguments = [f"/proc/self/fd/{binary}", *self._root]
                 for name, descriptor in zip(program.files, descriptors, strict=True):
                     mode = "0555" if name in program.executable else "0444"
                     arguments += ["--perms", mode, "--ro-bind-data", str(descriptor), f"{BOX}/{name}"]
                 arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", BOX, "--"]
+                arguments += [self._shell, "-c", UNLESS_ORPHANED.format(lifeline), "bash"]
                 arguments += [self._prlimit, *_limits(program.limits), "--", *program.command]
                 return execute(
                     arguments,
                     stdin=program.stdin,
                     limits=program.limits,
-                    inherit=[binary, *descriptors],
+                    inherit=[binary, lifeline, *descriptors],
                     user=NOBODY if os.getuid() == 0 else None,
                 )
-        finally:
-            os.close(binary)
+
+
+def _closed_by(stack: contextlib.ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
 def _file_system() -> list[str]:
