@@ -149,4 +149,5 @@ def _pool_settings(server: ServerConfig) -> PoolSettings:
         batch_timeout_s=60 * server.batch_minutes,
         sync_timeout_s=server.sync_timeout_s,
         startup_s=60 * server.startup_minutes,
+        silence_s=server.silence_s,
     )

@@ -58,6 +58,9 @@ class ServerConfig:
     """How long each part of a weight update may take."""
     startup_minutes: Annotated[float, Range(0.01, 10080)] = 10.0
     """How long a launched server may take until it answers."""
+    silence_s: Annotated[float, Range(1, 10**6)] = 30.0
+    """How long a launched server may leave looks at its health (/health) unanswered before it is taken for dead and restarted. A
+    server that is only busy answers them."""
     weights_dir: Optional[str] = None
     """Folder through which weights travel, seen by trainer and servers under the same path; null: in shared memory (/dev/shm)
     where there is some, else in the run folder."""

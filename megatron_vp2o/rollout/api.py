@@ -34,12 +34,17 @@ class Server:
         given = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
         return _answer(await self.http.post(self.url + path, json=body, timeout=given), path)
 
+    async def health(self, limit_s: float = 5.0) -> int:
+        """Status of /health, which does not wait for what the engine is busy with: 200 where it lives, 503 where it is dead; 0
+        without an answer in time."""
+        try:
+            return (await self.http.get(f"{self.url}/health", timeout=limit_s)).status_code
+        except httpx.HTTPError:
+            return 0
+
     async def healthy(self) -> bool:
         """Whether it answers and says that its engine lives."""
-        try:
-            return (await self.http.get(f"{self.url}/health", timeout=5.0)).status_code == 200
-        except httpx.HTTPError:
-            return False
+        return await self.health() == 200
 
     async def label(self) -> str:
         """Version label of the weights that the server holds. Raises httpx.HTTPError or BadAnswer."""

@@ -35,6 +35,7 @@ from megatron_vp2o.rollout.batch import Batch, words
 from megatron_vp2o.rollout.board import Board, News
 from megatron_vp2o.rollout.members import STRIKES, Member
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
+from megatron_vp2o.rollout.pulse import EVERY_S, Pulse
 from megatron_vp2o.rollout.weight_files import WeightSet, write_weights
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class PoolSettings:
     startup_s: float = 600.0
     poll_s: float = 0.25  # between looks at processes, and the first wait of a back-off
     patience_s: float = 5.0  # the longest wait of a back-off
+    silence_s: float = 30.0  # of looks at a server's health, after which it is taken for dead
+    look_s: float = EVERY_S  # between such looks
 
 
 class ServerPool:
@@ -102,6 +105,10 @@ class ServerPool:
         self._thread: threading.Thread | None = None
         self._http: httpx.AsyncClient | None = None
         self._watchers: list[asyncio.Task[None]] = []
+        self._pulses = {member.url: self._pulse(member) for member in self.members}
+
+    def _pulse(self, member: Member) -> Pulse:
+        return Pulse(lambda: self._server(member), self.settings.silence_s, every_s=self.settings.look_s)
 
     # Weights
 
@@ -164,19 +171,20 @@ class ServerPool:
     async def _bring(self, member: Member, label: str) -> str:
         """A whole good sync, a second try, and at last a restart, where the server is ours. Returns what went wrong at last; empty
         if the server holds the weights."""
-        process, weights = member.process, self._weights
+        process, weights, pulse = member.process, self._weights, self._pulses[member.url]
         assert weights is not None
         tries = 3 if process is not None else 2
         said = ""
         for number in range(tries):
             try:
                 if process is not None:
-                    if not process.running or number == tries - 1:
+                    if not process.running or pulse.why or number == tries - 1:
                         await asyncio.to_thread(process.start, weights.folder)
                         self.restarts += process.starts > 1
                     await self._until_it_answers(member)
-                server = self._server(member)
-                await server.load(weights, label, self._probe, self.settings.sync_timeout_s)
+                pulse.forget()
+                load = self._server(member).load(weights, label, self._probe, self.settings.sync_timeout_s)
+                await pulse.while_it_lives(load)
                 return ""
             except (httpx.HTTPError, BadAnswer) as error:
                 said = f"{member.url}: {words(error)}"
@@ -187,9 +195,16 @@ class ServerPool:
         return said
 
     async def _until_it_answers(self, member: Member) -> None:
-        """Wait for a server of ours that runs. Raises BadAnswer if it ends, or does not answer in the time since its start."""
-        process = member.process
+        """Wait for a server of ours that runs. Raises BadAnswer if it ends, does not answer in the time since its start, or is
+        found dead after it had answered once."""
+        process, pulse = member.process, self._pulses[member.url]
         assert process is not None
+        while process.prepared and process.running:
+            if why := await pulse.look():
+                raise BadAnswer(why)
+            if not pulse.misses:
+                return
+            await asyncio.sleep(pulse.pause_s)
         server, wait = self._server(member), self.settings.poll_s
         while not await server.healthy():
             if not process.running:
@@ -233,13 +248,13 @@ class ServerPool:
         self._watchers = []
 
     async def _watch(self, number: int, member: Member) -> None:
-        """Look after one server. While it is well this looks at its process only, and not over the network."""
-        process = member.process
+        """Look after one server: while it is well, at the process and the health of one that is ours."""
+        process, pulse = member.process, self._pulses[member.url]
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if process is None else self.settings.poll_s):
                     await member.trouble.wait()
-            if process is not None and not process.running:
+            if process is not None and not member.lost and (not process.running or await pulse.look_when_due()):
                 member.failed(member.life, blame=False)
             if member.trouble.is_set():
                 await self._mend(number, member)
@@ -263,14 +278,15 @@ class ServerPool:
             why = f"{member.url}: {STRIKES} bad answers in a row"
             logger.warning("rollout server is left out until the next update: %s", why)
             return await self._lose(number, member, why)
-        if process is None or (process.running and not bad):
+        dead = "" if process is None or not process.running or bad else await self._pulses[member.url].look()
+        if process is None or (process.running and not bad and not dead):
             held = await self._held(member)
             if held == self.label:
                 return member.admit(trial=member.strikes > 0)
             if not held:
                 return None  # not there just now
-        logger.warning("rollout server %s is brought back with the present weights", member.url)
-        if process is not None and bad:
+        logger.warning("rollout server %s is brought back with the present weights%s", member.url, dead and f": {dead}")
+        if process is not None and (bad or dead):  # what was asked of it breaks, and is asked elsewhere
             await asyncio.to_thread(process.stop)
         problem = await self._bring(member, self.label)
         if problem:

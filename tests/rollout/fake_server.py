@@ -193,6 +193,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         state = self.state
+        if state.fault.get("kind") == "engine_dead" and self.path == "/health":
+            return self.reply("", 503)
         known = {
             "/health": "",
             "/weight_info": {"weight_version": state.label},
@@ -211,6 +213,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def act(self, path: str, body: Any) -> Any:
         state = self.state
+        while state.fault.get("kind") == "engine_dead":  # whatever needs the engine waits for ever
+            time.sleep(0.1)
         if path == "/inference/v1/generate":
             while state.paused:
                 time.sleep(0.02)

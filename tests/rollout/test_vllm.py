@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command,
 from megatron_vp2o.rollout.members import Member
 from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.protocol import Probe
+from megatron_vp2o.rollout.pulse import Pulse
 from megatron_vp2o.rollout.weight_files import WeightSet
 from megatron_vp2o.tracking.record import read
 from tests.rollout.test_pool import alive, descendants, wait_for
@@ -142,8 +144,16 @@ class TestVLLM(EngineContract):
     """The contract, by the module's server."""
 
 
-@pytest.mark.parametrize("victim", ["front", "engine"])
-@pytest.mark.parametrize("moment", ["generating", "syncing"])
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [
+        ("api_server", "generating"),
+        ("EngineCore", "generating"),
+        ("Worker", "generating"),
+        ("api_server", "syncing"),
+        ("EngineCore", "syncing"),
+    ],
+)
 def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPatch, victim: str, moment: str) -> None:
     """kill -9 with requests in flight, or between two files of a sync: the server is restarted with the present weights, and lost
     prompts run again."""
@@ -163,7 +173,7 @@ def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPat
             began.append(path)
             await asyncio.sleep(0.02)
             killed.append(asked.done())
-            os.kill(processes[0] if victim == "front" else processes[-1], signal.SIGKILL)
+            os.kill(next(pid for pid in processes if victim in _command_line(pid)), signal.SIGKILL)
         return await asked
 
     if moment == "syncing":
@@ -175,6 +185,56 @@ def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPat
     assert len(killed) == 1 and (moment == "syncing" or killed == [False]), "it was killed with the request in flight"
     assert pool.restarts == restarts + 1
     assert not any(alive(pid) for pid in processes)
+
+
+@pytest.mark.parametrize("victim", ["api_server", "EngineCore"])
+def test_a_server_is_dead_before_it_is_asked(harness: VLLMHarness, victim: str) -> None:
+    """The front is stopped and stays, or the engine is killed, while nobody asks for anything: looks at its health find it out long
+    before a request would, and the next update finds a server that works."""
+    pool = harness.engine
+    pool.update_weights(harness.weights(0), 1, harness.probe(0))
+    restarts, guard = pool.restarts, harness.process._guard
+    assert guard is not None
+    processes = descendants(guard.pid)
+    number = signal.SIGSTOP if victim == "api_server" else signal.SIGKILL
+    os.kill(next(pid for pid in processes if victim in _command_line(pid)), number)
+    start = time.monotonic()
+    wait_for(lambda: pool.restarts == restarts + 1, 100)
+    print(f"{victim}: replaced after {time.monotonic() - start:.0f} s")
+    pool.update_weights(harness.weights(1), 2, harness.probe(1))
+    harness.check(1)
+    assert pool.restarts == restarts + 1 and not any(alive(pid) for pid in processes)
+
+
+def test_a_busy_server_is_left_alone(harness: VLLMHarness) -> None:
+    """Generation takes several times as long as the server may be silent."""
+    pool = harness.engine
+    pool.update_weights(harness.weights(0), 1, harness.probe(0))
+    restarts, pulse = pool.restarts, pool._pulses[harness.process.url]
+    quick = Pulse(pulse._server, 3.0, every_s=0.5)
+    pool._pulses[harness.process.url] = quick
+    pool._do(pool._unwatch_all())
+    pool._do(pool._watch_all())
+    looks: list[float] = []
+    look = quick.look
+
+    async def counted() -> str:
+        looks.append(time.monotonic())
+        return await look()
+
+    quick.look = counted  # type: ignore[method-assign]
+    try:
+        start = time.monotonic()
+        while time.monotonic() < start + 12:
+            prompts = [[3 + number % 60, 5] for number in range(32)]
+            rollouts = pool.generate(prompts, range(32), replace(SAMPLING, max_new_tokens=240), group_size=8)
+            assert len(rollouts.total_len_N) == 256
+        assert len([at for at in looks if at > start]) >= 6
+        assert pool.restarts == restarts and not quick.why
+    finally:
+        pool._pulses[harness.process.url] = pulse
+        pool._do(pool._unwatch_all())
+        pool._do(pool._watch_all())
 
 
 def _truncated(weights: WeightSet) -> WeightSet:
