@@ -36,9 +36,11 @@ class Server:
 
     async def health(self, limit_s: float = 5.0) -> int:
         """Status of /health, which does not wait for what the engine is busy with: 200 where it lives, 503 where it is dead; 0
-        without an answer in time."""
+        without an answer in time, -1 where nobody listens."""
         try:
             return (await self.http.get(f"{self.url}/health", timeout=limit_s)).status_code
+        except httpx.ConnectError:
+            return -1
         except httpx.HTTPError:
             return 0
 

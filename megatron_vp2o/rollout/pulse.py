@@ -6,7 +6,8 @@ all where the front itself hangs or is on its way out.
 
     200         it lives
     503         its engine is dead, for good: it is restarted at once
-    no answer   so, at least `MISSES` times in a row and for at least `silence_s`: it is taken for dead
+    refused     its process runs, and nobody listens: so at least `MISSES` times in a row and for `REFUSED_S`, it is taken for dead
+    no answer   the same, for `silence_s`
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ EVERY_S = 5.0
 """Between two looks at a server that is well."""
 LIMIT_S = 5.0
 """How long a look may take."""
+REFUSED_S = 5.0
+"""How long nobody may listen at the port of a server that had answered. One whose engine died stops to listen, and may then wait
+for ever for requests that nobody answers."""
 
 
 class Asked(Protocol):
     """What is looked at: `rollout.api.Server`."""
 
     async def health(self, limit_s: float) -> int:
-        """Status of /health; 0 where there was no answer in time."""
+        """Status of /health; 0 where there was no answer in time, -1 where nobody listens."""
         ...
 
 
@@ -62,6 +66,7 @@ class Pulse:
         """The server was started anew, or has just answered."""
         self.why, self.misses = "", 0  # looks in a row that were not answered
         self._silent_since = self._looked = self._clock()
+        self._listens = True
 
     @property
     def pause_s(self) -> float:
@@ -78,10 +83,13 @@ class Pulse:
             self.why = "it says that its engine is dead (/health answers 503)"
         else:
             if not self.misses:
-                self._silent_since = began
+                self._silent_since, self._listens = began, False
             self.misses += 1
+            self._listens |= status >= 0
             silent = self._clock() - self._silent_since
-            if self.misses >= MISSES and silent >= self.silence_s:
+            if self.misses >= MISSES and silent >= (
+                self.silence_s if self._listens else min(REFUSED_S, self.silence_s)
+            ):
                 self.why = (
                     f"its process runs, and {self.misses} looks at its health in a row were not answered in {silent:.0f} s "
                     f"(rollout.server.silence_s={self.silence_s:g})"

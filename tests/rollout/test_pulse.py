@@ -38,21 +38,24 @@ class Scripted:
 def test_a_row_of_misses(seed: int) -> None:
     """Against the history of all looks, judged at once."""
     rng = random.Random(seed)
-    script = [(rng.choice([200, 0, 0, 0, 502]), rng.uniform(0, 5)) for _ in range(60)]
+    script = [(rng.choice([200, 0, -1, -1, -1, 502]), rng.uniform(0, 5)) for _ in range(60)]
     server, silence = Scripted(list(script)), rng.choice([0.5, 8.0, 20.0])
     pulse = Pulse(lambda: server, silence, clock=lambda: server.now)
-    history: list[tuple[float, float, bool]] = []
+    history: list[tuple[float, float, int]] = []
     verdicts = set()
     for status, _ in script:
         began = server.now
         why = asyncio.run(pulse.look())
-        history.append((began, server.now, status == 200))
-        row: list[tuple[float, float, bool]] = []
+        history.append((began, server.now, status))
+        row: list[tuple[float, float, int]] = []
         for look in reversed(history):
-            if look[2]:
+            if look[2] == 200:
                 break
             row.insert(0, look)
-        dead = len(row) >= MISSES and row[-1][1] - row[0][0] >= silence
+        dead = any(  # dead once, dead until it answers
+            row[last][1] - row[0][0] >= (min(5.0, silence) if all(look[2] < 0 for look in row[: last + 1]) else silence)
+            for last in range(MISSES - 1, len(row))
+        )
         assert bool(why) == dead, (history, why)
         verdicts.add(dead)
         server.now += rng.uniform(0, 3)
