@@ -6,6 +6,7 @@ With `session.py` part of the composition root.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import EngineKind, RolloutConfig, RouterReplay, ServerConfig, TrainConfig
+from megatron_vp2o.config.schema import EngineKind, RouterReplay, ServerConfig, TrainConfig
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.hf import start as hf_start
@@ -22,7 +23,7 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
 from megatron_vp2o.rollout.board import meet
-from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
+from megatron_vp2o.rollout.launch import ServerProcess, free_port, gpu_shares, visible_gpus, vllm_command, vllm_environment
 from megatron_vp2o.rollout.members import Member
 from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.served import ServedEngine
@@ -109,13 +110,18 @@ def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Me
     ports = first_rank_says(ports, groups.world)
     if groups.rank != 0:
         return [Member(f"http://127.0.0.1:{port}") for port in ports]
-    return [_launched(config, rollout, groups, dtype, number, port) for number, port in enumerate(ports)]
+    # The first GPUs of the node are the ranks'.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shares = (
+        [""] * server.count
+        if groups.device.type == "cpu"
+        else gpu_shares(visible_gpus(torch.cuda.device_count()), ranks, server.count, server.tensor_parallel)
+    )
+    return [_launched(config, groups, dtype, n, port, share) for n, (port, share) in enumerate(zip(ports, shares, strict=True))]
 
 
-def _launched(
-    config: TrainConfig, rollout: RolloutConfig, groups: Groups, dtype: torch.dtype, number: int, port: int
-) -> Member:
-    on_cpu = groups.device.type == "cpu"
+def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: int, port: int, gpus: str) -> Member:
+    on_cpu, rollout = groups.device.type == "cpu", config.rollout
     command = vllm_command(
         rollout.server.python,
         dtype=str(dtype).removeprefix("torch."),
@@ -123,9 +129,10 @@ def _launched(
         max_num_seqs=rollout.server.max_num_seqs,
         cpu=on_cpu,
         arguments=list(rollout.server.args),
+        tensor_parallel=rollout.server.tensor_parallel,
     )
     log = Path(config.run_dir) / f"server{number}.log"
-    process = ServerProcess(command, vllm_environment(on_cpu), port, log)
+    process = ServerProcess(command, vllm_environment(on_cpu, gpus), port, log)
     return Member(process.url, process)
 
 

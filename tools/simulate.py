@@ -13,6 +13,7 @@ from megatron_vp2o.errors import ConfigError, UserError
 from megatron_vp2o.hf.reader import read_models_of_checkpoints
 from megatron_vp2o.planning.estimate import check
 from megatron_vp2o.planning.hardware import Assumptions, hardware_of
+from megatron_vp2o.planning.servers import ranks_on
 from megatron_vp2o.planning.workload import CHARACTERS, workload
 
 
@@ -27,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print all collectives as JSON")
     options = parser.parse_intermixed_args(arguments)
     try:
-        gpus = hardware_of(options.recipe)[0] if options.gpus is None else options.gpus
         read_models_of_checkpoints()
         config = compose(options.recipe, options.overrides)
+        gpus = ranks_on(config, hardware_of(options.recipe)[0]) if options.gpus is None else options.gpus
         check(config, gpus)
         ranks = sorted(set(options.rank or (0, gpus // 2, gpus - 1)))
         for rank in ranks:

@@ -44,6 +44,8 @@ class ServerConfig:
     """Port of the first server to launch, the others have the next ones; null: free ones."""
     args: list[str] = field(default_factory=list)
     """Further arguments of launched servers, as vLLM has them."""
+    tensor_parallel: Annotated[int, Range(1, 64)] = 1
+    """GPUs of each launched server, over which it splits every layer."""
     max_num_seqs: Annotated[int, Range(1, 65536)] = 64
     """Sequences that a launched server decodes at once."""
     in_flight: Annotated[int, Range(1, 65536)] = 64

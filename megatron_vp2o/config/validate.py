@@ -28,7 +28,7 @@ from megatron_vp2o.config.schema import (
 )
 from megatron_vp2o.config.validate_algorithm import algorithm_problems, optimizer_steps
 from megatron_vp2o.config.validate_reward import reward_outside, reward_problems
-from megatron_vp2o.config.validate_rollout import rollout_outside, rollout_problems
+from megatron_vp2o.config.validate_rollout import rollout_outside, rollout_problems, servers_on_node
 from megatron_vp2o.config.validate_task import task_problems
 from megatron_vp2o.errors import ConfigError
 
@@ -297,6 +297,8 @@ def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> I
             f"{local_world_size} processes on a node with {cuda_devices} GPUs: "
             f"start at most {cuda_devices} (torchrun --nproc-per-node)"
         )
+    else:
+        yield from servers_on_node(config.rollout, cuda_devices, local_world_size)
 
 
 def _host_memory(config: TrainConfig, local_world_size: int) -> Iterator[str]:

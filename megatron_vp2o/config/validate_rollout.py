@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_vp2o.config.rollout import EngineKind, RouterReplay
+from megatron_vp2o.config.rollout import EngineKind, RolloutConfig, RouterReplay
 from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
 
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -58,6 +58,8 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
             f"rollout.server.port={rollout.server.port} with rollout.server.count={rollout.server.count} goes beyond port 65535: "
             f"choose at most {65536 - rollout.server.count}"
         )
+    if rollout.launch:
+        yield from _not_split(config)
     seen: set[str] = set()
     for url in rollout.urls:
         problem = _bad_url(url)
@@ -71,6 +73,30 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
                 f"rollout.urls has {url!r}, which may be another machine, and rollout.server.weights_dir=null puts weights where "
                 "only this one sees them: name a folder that both see under the same path"
             )
+
+
+def _not_split(config: TrainConfig) -> Iterator[str]:
+    """Sizes that a server cannot split over its GPUs."""
+    split, model = config.rollout.server.tensor_parallel, config.model
+    for name in ("num_attention_heads", "moe_ffn_hidden_size"):
+        if (value := getattr(model, name)) % split:
+            fit = ", ".join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)
+            yield (
+                f"model.{name}={value} is not divisible by rollout.server.tensor_parallel={split}: choose "
+                f"rollout.server.tensor_parallel from {fit}"
+            )
+
+
+def servers_on_node(rollout: RolloutConfig, cuda_devices: int, ranks: int) -> Iterator[str]:
+    """A problem if servers that the run starts beside its ranks find too few GPUs on this node."""
+    server = rollout.server
+    needed = server.count * server.tensor_parallel if rollout.launch else 0
+    if ranks + needed > cuda_devices:
+        yield (
+            f"{ranks} ranks and rollout.server.count={server.count} servers of rollout.server.tensor_parallel="
+            f"{server.tensor_parallel} need {ranks + needed} GPUs, and this node has {cuda_devices}: a rank and a server share none; "
+            "start fewer ranks (torchrun --nproc-per-node) or fewer servers"
+        )
 
 
 def _bad_url(url: str) -> str:

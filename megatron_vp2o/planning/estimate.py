@@ -24,8 +24,12 @@ from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.planning.compute import Flops, mfu_flops, seconds_at, step_flops
 from megatron_vp2o.planning.hardware import DEVICES, GIB, Assumptions, Device
 from megatron_vp2o.planning.memory import Memory, element_bytes, memory, owned_parameters
+from megatron_vp2o.planning.servers import ServerPlan, plan_servers, ranks_on
 from megatron_vp2o.planning.traffic import SteinTraffic, Stream, seconds, stein_traffic, traffic
 from megatron_vp2o.planning.workload import Workload, padded_vocabulary, workload
+
+
+GENERATION, SYNC = "generation (servers)", "weight synchronisation"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Plan:
 
     name: str
     gpus: int
+    """Of the trainer's ranks and of servers that the run starts."""
+    ranks: int
+    """Of these, the trainer's."""
     device: str
     vocab_size: int
     parameters: ParameterCount
@@ -50,14 +57,22 @@ class Plan:
     """Seconds of one weight synchronisation."""
     assumed: Assumptions
     knobs: list[str]
+    servers: ServerPlan | None = None
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.capacity
+        return self.memory.peak <= self.capacity and not (self.servers and self.servers.problems)
 
     @property
     def step_seconds(self) -> float:
+        """Of a synchronous step: generation, then training."""
         return sum(self.times.values())
+
+    @property
+    def overlapped_seconds(self) -> float:
+        """Of a step while whose training the servers generate the next batch, and neither waits but for the longer of the two."""
+        generating, syncing = self.times.get(GENERATION, 0.0), self.times.get(SYNC, 0.0)
+        return max(generating, self.step_seconds - generating - syncing) + syncing
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,6 +85,7 @@ class Plan:
             "fits": self.fits,
             "total_flops": self.flops.total,
             "step_seconds": self.step_seconds,
+            "overlapped_seconds": self.overlapped_seconds,
         }
 
 
@@ -85,6 +101,7 @@ def plan(
     """The plan of a run.
 
     Args:
+        gpus: of the trainer's ranks, one each, and of servers that the run starts.
         device: one of `hardware.DEVICES`.
         vocab_size: rows of the embedding, padding included; None: the model's, else those of the tasks' own tokenizer.
         knobs: where it does not fit, look for single changes that help.
@@ -92,6 +109,7 @@ def plan(
     Raises:
         ConfigError: the run cannot work on so many processes.
     """
+    total, gpus = gpus, ranks_on(config, gpus)
     check(config, gpus)
     assumed = assumed or Assumptions()
     vocab_size = padded_vocabulary(config) if vocab_size is None else vocab_size
@@ -106,9 +124,16 @@ def plan(
     needed = memory(config, gpus, vocab_size, work, assumed)
     flops = step_flops(config, work, data_parallel_size(config, gpus), vocab_size)
     streams = traffic(config, gpus, vocab_size, work)
+    servers = plan_servers(config, vocab_size, hardware, assumed)
+    times = _times(config, gpus, vocab_size, work, flops, streams, hardware, assumed)
+    sync_seconds = _copy_seconds(2 * needed.resident["actor weights"], hardware, assumed)
+    if servers is not None:
+        sync_seconds += servers.sync_seconds
+        times |= {GENERATION: servers.seconds, SYNC: sync_seconds / config.rollout.refresh_interval}
     return Plan(
         name=config.name,
-        gpus=gpus,
+        gpus=total,
+        ranks=gpus,
         device=device,
         vocab_size=vocab_size,
         parameters=count_parameters(config.model, vocab_size),
@@ -119,10 +144,11 @@ def plan(
         traffic=streams,
         stein=stein_traffic(config, gpus),
         flops=flops,
-        times=_times(config, gpus, vocab_size, work, flops, streams, hardware, assumed),
-        sync_seconds=_copy_seconds(2 * needed.resident["actor weights"], hardware, assumed),
+        times=times,
+        sync_seconds=sync_seconds,
         assumed=assumed,
-        knobs=savings(config, gpus, device, vocab_size, assumed) if knobs and needed.peak > capacity else [],
+        knobs=savings(config, total, device, vocab_size, assumed) if knobs and needed.peak > capacity else [],
+        servers=servers,
     )
 
 
@@ -138,7 +164,8 @@ def check(config: TrainConfig, gpus: int) -> None:
             if data.source.value != "task":
                 data = dataclasses.replace(data, source=type(data.source).jsonl, path=file.name)
             changes["algorithm"] = dataclasses.replace(config.algorithm, data=data)
-        validate(dataclasses.replace(config, init_from=None, run_dir=empty, resume=Resume.never, **changes), gpus)
+        changed = dataclasses.replace(config, init_from=None, run_dir=empty, resume=Resume.never, **changes)
+        validate(changed, gpus, elsewhere=True)
 
 
 def _times(

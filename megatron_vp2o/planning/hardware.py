@@ -62,6 +62,10 @@ class Assumptions:
         reserve_gib: CUDA and NCCL contexts, and workspaces of libraries.
         fragmentation: share of what is allocated that the allocator loses.
         logits_bytes: bytes that one logit costs at the peak, forward to backward (four float32, two in model precision).
+        server_share: what a rollout server takes of a GPU's memory (vLLM's gpu_memory_utilization, 0.92 by default).
+        server_workspace_gib: what it needs of that beside weights and cache.
+        server_launch_us: microseconds that one layer of one decoded token takes at least on a server, which replays graphs.
+        file_gbs: GB/s at which one process writes and hashes files of weights, or reads, hashes and loads them.
     """
 
     mfu: float = 0.3
@@ -75,6 +79,10 @@ class Assumptions:
     reserve_gib: float = 3.0
     fragmentation: float = 0.05
     logits_bytes: float = 20.0
+    server_share: float = 0.92
+    server_workspace_gib: float = 4.0
+    server_launch_us: float = 50.0
+    file_gbs: float = 0.5
 
     def override(self, words: Iterable[str]) -> Assumptions:
         """With `name=value` words applied. Raises ConfigError for a name that is none, or a value that is no number."""

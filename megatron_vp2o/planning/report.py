@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from megatron_vp2o.config.schema import ParallelConfig
 from megatron_vp2o.planning.estimate import Plan
 from megatron_vp2o.planning.hardware import DEVICES, GIB
+from megatron_vp2o.planning.servers import ServerPlan
 
 NOTES = (
     "memory and traffic: one rank of the fullest pipeline stage, balanced routes; the actor is a copy of the weights beside "
     "the learner; training and decoding take turns",
     "traffic: bytes that leave the rank, a ring's least; times: every row as long as it may get (response_share)",
-    "weights are synchronised by a local copy (the embedded engine); other engines are not planned",
+    "weights are synchronised by a local copy, and to servers through files: the first rank writes all of them, then all "
+    "servers read them side by side; whether disk and network let so many read at once is not asked",
     "evaluation and checkpoints are not in the step time; nothing here was measured on a GPU",
 )
 
@@ -23,6 +25,7 @@ def describe(plan: Plan) -> str:
     count, rank, memory = plan.parameters, plan.rank, plan.memory
     lines = [
         f"{plan.name} on {plan.gpus} x {plan.device}, {plan.vocab_size} rows of embedding",
+        *([f"  {plan.ranks} ranks train, {plan.gpus - plan.ranks} GPUs are the servers'"] if plan.servers else []),
         f"parameters: {count.total / 1e9:.2f}B in all, {count.active / 1e9:.2f}B active; "
         f"on a rank {rank.total / 1e9:.3f}B ({rank.expert / 1e9:.3f}B of experts)",
         "memory of a rank, GiB:",
@@ -42,13 +45,32 @@ def describe(plan: Plan) -> str:
         f"{plan.work.micro_batches} micro-batches a rank), of it:",
         *_table(plan.times, "{:8.2f}"),
         f"weight synchronisation: {plan.sync_seconds * 1e3:.1f} ms",
+        *(_servers(plan, plan.servers) if plan.servers is not None else []),
     ]
     if plan.fits:
         lines.append(f"FITS: {(plan.capacity - memory.peak) / GIB:.1f} GiB are left")
-    else:
+    if plan.servers is not None:
+        lines += [f"SERVERS DO NOT FIT: {problem}" for problem in plan.servers.problems]
+        lines += [f"warning: {warning}" for warning in plan.servers.warnings]
+    if memory.peak > plan.capacity:
         lines += [f"DOES NOT FIT: {(memory.peak - plan.capacity) / GIB:.1f} GiB too much. What would lower it:"]
         lines += [f"  {knob}" for knob in plan.knobs] or ["  nothing that was tried: more GPUs, or larger ones"]
     return "\n".join([*lines, *assumptions(plan)])
+
+
+def _servers(plan: Plan, servers: ServerPlan) -> list[str]:
+    each = f"{servers.tensor_parallel} GPU{'s' if servers.tensor_parallel > 1 else ''}"
+    whose = "" if servers.gpus else ", started by somebody else on other GPUs, which are taken for the same"
+    parts = {"weights": servers.weights, "workspace": servers.workspace, "cache": servers.cache}
+    return [
+        f"servers: {servers.servers} of {each} each{whose}; memory of each GPU, GiB:",
+        *_table({name: size / GIB for name, size in parts.items()}, "{:8.2f}"),
+        f"  the cache holds {servers.held} of the {servers.asked} sequences that a server is asked for at once",
+        f"  {servers.tokens_per_second:.0f} tokens/s a server, {servers.servers * servers.tokens_per_second:.0f} in all",
+        f"  a synchronisation: {servers.transferred / GIB:.1f} GiB are written in {servers.write_seconds:.1f} s and read in "
+        f"{servers.read_seconds:.1f} s",
+        f"  a step: {plan.step_seconds:.1f} s synchronous; {plan.overlapped_seconds:.1f} s if generation ran beside training",
+    ]
 
 
 def assumptions(plan: Plan) -> list[str]:

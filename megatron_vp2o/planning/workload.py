@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import (
     DataSource,
+    EngineKind,
     GRPOConfig,
     KLReference,
     SupervisedConfig,
@@ -31,7 +32,7 @@ class Workload:
         micro_batches: forward and backward passes, in all updates together.
         micro_rows: sequences in one of them, on average where they are packed.
         scored: further forward passes over all rows, without gradient.
-        decoded: rows that are generated; 0 without rollouts.
+        decoded: rows that the learner's ranks generate; 0 without rollouts, and where servers generate them.
         decoded_at_once: of these, at most.
         evaluated: whether the engine generates at all, if only for evaluation.
         packed: tokens of the fullest micro-batch where rows are packed; None where they are padded.
@@ -103,7 +104,7 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
         micro_batches=updates * micro_batches,
         micro_rows=micro,
         scored=float(algorithm.kl_reference is KLReference.initial),
-        decoded=rollouts,
+        decoded=rollouts if config.rollout.engine is EngineKind.embedded else 0,
         decoded_at_once=min(config.rollout.max_batch_size, rollouts),
         evaluated=True,
         packed=packed,

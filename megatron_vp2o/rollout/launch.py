@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from megatron_vp2o.errors import RolloutError
+
 GUARD = Path(__file__).with_name("guard.py")
 SERVER_SIDE = Path(__file__).with_name("server_side")
 _OURS = (
@@ -31,28 +33,44 @@ Command = Callable[[Path, int], list[str]]
 
 
 def vllm_command(
-    python: str, *, dtype: str, max_model_len: int, max_num_seqs: int, cpu: bool, arguments: list[str]
+    python: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    cpu: bool,
+    arguments: list[str],
+    tensor_parallel: int = 1,
+    address: str = "127.0.0.1",
 ) -> Command:
-    """How a vLLM server is started that this client can talk to; a person can start the same by hand."""
+    """How a vLLM server is started that this client can talk to; a person can start the same by hand.
+
+    Args:
+        address: of this machine, at which the server listens.
+    """
     own = [
         *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
         *("--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
         *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
         *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
     ]
-    return vllm_server(python, "policy", [*own, *arguments], cpu=cpu)
+    if tensor_parallel > 1:
+        own += ["--tensor-parallel-size", str(tensor_parallel)]
+    return vllm_server(python, "policy", [*own, *arguments], cpu=cpu, address=address)
 
 
-def vllm_server(python: str, name: str, arguments: Sequence[str], *, cpu: bool) -> Command:
-    """How vLLM's server is started for one folder, on loopback, with the client's sampling settings and not those of the folder;
-    `name` is the model's name there."""
+def vllm_server(
+    python: str, name: str, arguments: Sequence[str], *, cpu: bool, address: str = "127.0.0.1"
+) -> Command:
+    """How vLLM's server is started for one folder, with the client's sampling settings and not those of the folder; `name` is the
+    model's name there."""
 
     def command(model: Path, port: int) -> list[str]:
         return [
             python,
             "-m",
             "vllm.entrypoints.openai.api_server",
-            *("--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
+            *("--model", str(model), "--served-model-name", name, "--host", address, "--port", str(port)),
             *("--generation-config", "vllm"),
             *(("--enforce-eager",) if cpu else ()),
             *arguments,
@@ -61,8 +79,8 @@ def vllm_server(python: str, name: str, arguments: Sequence[str], *, cpu: bool) 
     return command
 
 
-def vllm_environment(cpu: bool) -> dict[str, str]:
-    """Variables that the server needs beside the trainer's own."""
+def vllm_environment(cpu: bool, gpus: str = "") -> dict[str, str]:
+    """Variables that the server needs beside the trainer's own; `gpus`: value of CUDA_VISIBLE_DEVICES, empty: as it is."""
     always = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -70,23 +88,44 @@ def vllm_environment(cpu: bool) -> dict[str, str]:
         "PYTHONPATH": str(SERVER_SIDE),
     }
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return always | (on_cpu if cpu else {})
+    return always | (on_cpu if cpu else {}) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
 
 
-def free_port() -> int:
-    """A port that nobody listens on just now."""
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs that this process sees, of which there are `count`."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",")] if named.strip() else [str(number) for number in range(count)]
+
+
+def gpu_shares(visible: Sequence[str], ranks: int, servers: int, each: int) -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES for the servers of a node, of which the first `ranks` GPUs are the trainer's.
+
+    Raises:
+        RolloutError: there are too few.
+    """
+    if ranks + servers * each > len(visible):
+        raise RolloutError(
+            f"{ranks} ranks and {servers} servers of rollout.server.tensor_parallel={each} need {ranks + servers * each} GPUs, and "
+            f"{len(visible)} are visible here: start fewer ranks, set a smaller rollout.server.count, or use more nodes"
+        )
+    starts = (ranks + number * each for number in range(servers))
+    return [",".join(visible[start : start + each]) for start in starts]
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on just now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
-def keep_port(port: int) -> socket.socket | None:
+def keep_port(port: int, address: str = "127.0.0.1") -> socket.socket | None:
     """Bind a port without listening, so that no other program is given it while its server is away; a server that sets
     SO_REUSEADDR, as vLLM does, can still listen on it. None where somebody has it already: the server will say so."""
     keeper = socket.socket()
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        keeper.bind(("127.0.0.1", port))
+        keeper.bind((address, port))
     except OSError:
         keeper.close()
         return None
@@ -101,21 +140,30 @@ class ServerProcess:
         environment: variables beside the trainer's own, of which those of torchrun are left out.
         port: where it listens; kept for it until `close`.
         log: file that both write to.
+        address: of this machine, at which it listens.
     """
 
-    def __init__(self, command: Command, environment: Mapping[str, str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        command: Command,
+        environment: Mapping[str, str],
+        port: int,
+        log: Path,
+        address: str = "127.0.0.1",
+    ) -> None:
         self.command, self.environment, self.port, self.log = command, dict(environment), port, log
+        self.address = address
         self.starts = 0
         self.started_at = float("-inf")  # time.monotonic()
         self.prepared = False  # for whoever starts it to note; False again after each start
         self._guard: subprocess.Popen[bytes] | None = None
-        self._kept = keep_port(port)
+        self._kept = keep_port(port, address)
         self._closed = False
         self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def start(self, model: Path) -> None:
         """Start it with the model in a folder; it is not ready yet when this returns. Does nothing after `close`."""
