@@ -23,7 +23,14 @@ from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
 from megatron_vp2o.rollout.board import meet
-from megatron_vp2o.rollout.launch import ServerProcess, free_port, gpu_shares, visible_gpus, vllm_command, vllm_environment
+from megatron_vp2o.rollout.launch import (
+    ServerProcess,
+    free_port,
+    gpu_shares,
+    visible_gpus,
+    vllm_command,
+    vllm_environment,
+)
 from megatron_vp2o.rollout.members import Member
 from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.rollout.served import ServedEngine
@@ -117,7 +124,10 @@ def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Me
         if groups.device.type == "cpu"
         else gpu_shares(visible_gpus(torch.cuda.device_count()), ranks, server.count, server.tensor_parallel)
     )
-    return [_launched(config, groups, dtype, n, port, share) for n, (port, share) in enumerate(zip(ports, shares, strict=True))]
+    return [
+        _launched(config, groups, dtype, n, port, share)
+        for n, (port, share) in enumerate(zip(ports, shares, strict=True))
+    ]
 
 
 def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: int, port: int, gpus: str) -> Member:

@@ -59,9 +59,7 @@ def vllm_command(
     return vllm_server(python, "policy", [*own, *arguments], cpu=cpu, address=address)
 
 
-def vllm_server(
-    python: str, name: str, arguments: Sequence[str], *, cpu: bool, address: str = "127.0.0.1"
-) -> Command:
+def vllm_server(python: str, name: str, arguments: Sequence[str], *, cpu: bool, address: str = "127.0.0.1") -> Command:
     """How vLLM's server is started for one folder, with the client's sampling settings and not those of the folder; `name` is the
     model's name there."""
 

@@ -89,7 +89,9 @@ def test_servers_that_do_not_fit_are_refused_with_what_would(recipe: str) -> Non
     assert "GiB of each GPU" in problem and "choose rollout.server.tensor_parallel=" in problem
     split = int(problem.rpartition("=")[2])
     for size, good in ((split, True), (split // 2, False)):
-        assert (servers_of(f"rollout.server.tensor_parallel={size}", recipe=recipe, assumed=small).problems == ()) is good
+        assert (
+            servers_of(f"rollout.server.tensor_parallel={size}", recipe=recipe, assumed=small).problems == ()
+        ) is good
 
 
 def test_the_plan_shares_gpus_and_counts_the_servers_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +118,9 @@ def test_servers_that_do_not_fit_end_the_plan_with_a_status(capsys: pytest.Captu
     assert command.main([recipe, "--no-build", *SERVED, "rollout.server.count=64"]) == 2
     assert "take 64 of 64 GPUs, which leaves none to train on" in capsys.readouterr().err
     assert command.main([recipe, "--no-build", *SERVED, "rollout.server.tensor_parallel=3"]) == 2
-    assert "model.num_attention_heads=32 is not divisible by rollout.server.tensor_parallel=3" in capsys.readouterr().err
+    assert (
+        "model.num_attention_heads=32 is not divisible by rollout.server.tensor_parallel=3" in capsys.readouterr().err
+    )
     few = ["rollout.server.count=16", "rollout.server.tensor_parallel=2", "rollout.server.max_num_seqs=512"]
     assert command.main([recipe, "--no-build", *SERVED, *few, "algorithm.prompts_per_step=1024"]) == 0
     assert "warning: a server is asked for 512 sequences at once" in capsys.readouterr().out
@@ -128,7 +132,9 @@ def test_servers_by_url_take_no_gpus_of_the_run() -> None:
     assert made.ranks == 64 and made.servers is not None and (made.servers.servers, made.servers.gpus) == (2, 0)
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if "_countdown4_8k_" in name or "_countdown4_16k_" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if "_countdown4_8k_" in name or "_countdown4_16k_" in name]
+)
 def test_long_recipes_fit_on_half_of_their_gpus(name: str) -> None:
     gpus, device = hardware_of(name)
     made = plan(compose(name), gpus // 2, device)
@@ -141,7 +147,9 @@ def test_gpus_of_a_node_are_dealt_without_overlap() -> None:
         ranks, servers, each = draw.randrange(5), draw.randrange(1, 4), draw.choice([1, 2, 4])
         visible = [f"GPU-{n}" for n in draw.sample(range(100), draw.randrange(1, 12))]
         if ranks + servers * each > len(visible):
-            with pytest.raises(RolloutError, match=f"need {ranks + servers * each} GPUs, and {len(visible)} are visible"):
+            with pytest.raises(
+                RolloutError, match=f"need {ranks + servers * each} GPUs, and {len(visible)} are visible"
+            ):
                 gpu_shares(visible, ranks, servers, each)
             continue
         shares = [share.split(",") for share in gpu_shares(visible, ranks, servers, each)]
