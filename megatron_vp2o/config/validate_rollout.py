@@ -94,8 +94,8 @@ def servers_on_node(rollout: RolloutConfig, cuda_devices: int, ranks: int) -> It
     if ranks + needed > cuda_devices:
         yield (
             f"{ranks} ranks and rollout.server.count={server.count} servers of rollout.server.tensor_parallel="
-            f"{server.tensor_parallel} need {ranks + needed} GPUs, and this node has {cuda_devices}: a rank and a server share none; "
-            "start fewer ranks (torchrun --nproc-per-node) or fewer servers"
+            f"{server.tensor_parallel} need {ranks + needed} GPUs, and this node has {cuda_devices}: a rank and a server "
+            "share none; start fewer ranks (torchrun --nproc-per-node) or fewer servers"
         )
 
 

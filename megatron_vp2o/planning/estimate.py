@@ -28,7 +28,6 @@ from megatron_vp2o.planning.servers import ServerPlan, plan_servers, ranks_on
 from megatron_vp2o.planning.traffic import SteinTraffic, Stream, seconds, stein_traffic, traffic
 from megatron_vp2o.planning.workload import Workload, padded_vocabulary, workload
 
-
 GENERATION, SYNC = "generation (servers)", "weight synchronisation"
 
 

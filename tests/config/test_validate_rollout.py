@@ -14,10 +14,12 @@ from megatron_vp2o.config.schema import (
     GRPOConfig,
     RolloutConfig,
     RouterReplay,
+    ServerConfig,
     SupervisedConfig,
     TrainConfig,
 )
 from megatron_vp2o.config.validate import validate
+from megatron_vp2o.config.validate_rollout import servers_on_node
 from megatron_vp2o.errors import ConfigError
 
 
@@ -110,3 +112,14 @@ def test_launching_needs_an_environment_and_ports(tmp_path: Path) -> None:
         assert f"port {port} is in use here" in refused(config)
     config.rollout.server.port, config.rollout.server.count = 65535, 2
     assert "goes beyond port 65535" in refused(config)
+
+
+def test_ranks_and_servers_share_no_gpu(tmp_path: Path) -> None:
+    server = ServerConfig(count=2, tensor_parallel=2, python=sys.executable)
+    rollout = RolloutConfig(engine=EngineKind.vllm, launch=True, server=server)
+    for ranks, gpus in ((4, 8), (5, 8), (1, 5), (1, 4)):
+        said = list(servers_on_node(rollout, gpus, ranks))
+        assert said == [] if ranks + 4 <= gpus else f"need {ranks + 4} GPUs, and this node has {gpus}" in said[0]
+    config = served(tmp_path, launch=True)
+    config.rollout.server.tensor_parallel = 3
+    assert "model.num_attention_heads=4 is not divisible by rollout.server.tensor_parallel=3: choose" in refused(config)
