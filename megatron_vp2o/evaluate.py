@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--thinking", choices=("true", "false"), help="handed to chat templates that know enable_thinking"
     )
+    made.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="runs, checkpoints, folders: tokens of a prompt with its answer (default: what the model was made for)",
+    )
     made.add_argument("--tensor-parallel", type=int, default=1)
     made.add_argument("--pipeline-parallel", type=int, default=1)
     made.add_argument("--expert-parallel", type=int, default=1)
@@ -109,8 +115,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--serve {options.serve}: there is no such interpreter; make vllm-env makes .venv-vllm/bin/python"
         )
-    for name in ("limit", "samples", "batch", "workers", "concurrency", "timeout"):
-        value = getattr(options, name)
+    for name in ("limit", "samples", "batch", "workers", "concurrency", "timeout", "max-sequence-length"):
+        value = getattr(options, name.replace("-", "_"))
         if value is not None and value <= 0:
             raise ConfigError(f"--{name} {value}: above 0")
 
@@ -225,7 +231,7 @@ def _evaluate_stored(
                     return first_rank_says(value, groups.world)
 
             thinking = None if options.thinking is None else options.thinking == "true"
-            loader = Loader(groups, parallel, options.batch, thinking)
+            loader = Loader(groups, parallel, options.batch, thinking, options.max_sequence_length)
 
             def models() -> Iterator[tuple[Any, Any]]:
                 for one, checkpoint in found:

@@ -72,8 +72,14 @@ def checkpoints(label: str, place: str, steps: str) -> list[Checkpoint]:
     return [Checkpoint(label, found[step], step) for step in wanted]
 
 
-def config_for(checkpoint: Checkpoint, parallel: ParallelConfig, batch: int, world_size: int) -> TrainConfig:
+def config_for(
+    checkpoint: Checkpoint, parallel: ParallelConfig, batch: int, world_size: int, room: int | None = None
+) -> TrainConfig:
     """Model settings of a checkpoint under the evaluation's layout.
+
+    Args:
+        room: tokens of the longest prompt with its answer; None for what the checkpoint says. Rotary positions have no
+            weights, so that any number can be computed; beyond the checkpoint's the model was not trained.
 
     Raises:
         CheckpointError: nothing says which model it is, or it is none that the embedded engine runs.
@@ -95,6 +101,8 @@ def config_for(checkpoint: Checkpoint, parallel: ParallelConfig, batch: int, wor
     )
     # how it was trained has no part in this, and its batches need not fit these processes
     config = dataclasses.replace(config, algorithm=_any_world(world_size))
+    if room is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_sequence_length=room))
     validate_layout(config, world_size)
     return config
 
@@ -148,14 +156,16 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 class Loader:
     """Checkpoints one after the other; a model that the next one shares is kept."""
 
-    def __init__(self, groups: Groups, parallel: ParallelConfig, batch: int, thinking: bool | None) -> None:
-        self._groups, self._parallel, self._batch, self._thinking = groups, parallel, batch, thinking
+    def __init__(
+        self, groups: Groups, parallel: ParallelConfig, batch: int, thinking: bool | None, room: int | None = None
+    ) -> None:
+        self._groups, self._parallel, self._batch, self._thinking, self._room = groups, parallel, batch, thinking, room
         self._stored: StoredModel | None = None
         self._made_of: Any = None
 
     def load(self, checkpoint: Checkpoint) -> Embedded:
         """The model with these weights; the one before must not be used any more. Collective."""
-        config = config_for(checkpoint, self._parallel, self._batch, self._groups.world_size)
+        config = config_for(checkpoint, self._parallel, self._batch, self._groups.world_size, self._room)
         tokenizer = tokenizer_of(checkpoint)
         made_of = (config.model, tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id)
         if self._stored is None or self._made_of != made_of:

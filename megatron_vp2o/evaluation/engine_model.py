@@ -57,10 +57,17 @@ class EngineModel:
         for prompt in prompts:
             count = len(self._encode(prompt)[0])
             if count + length > self._room:
+                left = self._room - count
                 raise ConfigError(
                     f"{self._where}: a prompt has {count} tokens, and with a length of {length} that exceeds the model's "
-                    f"{self._room} (max_sequence_length, max_position_embeddings): choose at most --lengths "
-                    f"{max(0, self._room - count)} (prompt: {prompt[:60]!r}...)"
+                    f"{self._room} (max_sequence_length, max_position_embeddings): "
+                    + (
+                        f"choose at most --lengths {left}"
+                        if left > 0
+                        else "no length leaves room for an answer; leave this benchmark out (--suite), or allow more "
+                        "(--max-sequence-length)"
+                    )
+                    + f" (prompt: {prompt[:60]!r}...)"
                 )
 
     def _encode(self, prompt: str) -> tuple[list[int], bool]:

@@ -97,6 +97,10 @@ def test_a_prompt_that_leaves_no_room_is_refused(folder: Path) -> None:
         model.check(prompts, 800)
     room = int(str(error.value).split("--lengths ")[1].split()[0])
     model.check(prompts[:1], room)
+    with pytest.raises(ConfigError, match="no length leaves room for an answer; leave this benchmark out"):
+        model.check(["1 + " * 1024 + "1 ="], 1)
+    longer = config_for(checkpoint, ParallelConfig(), 8, 1, room=2048)
+    Embedded(checkpoint, longer, NOTHING_STORED, tokenizer_of(checkpoint), None).check(prompts, 800)
     with pytest.raises(ConfigError, match=r"its tokenizer refuses the prompt 'ü"):
         Embedded(checkpoint, config, NOTHING_STORED, CharTokenizer(), None).check(["ü is no character here"], 8)
     with pytest.raises(ConfigError, match="not divisible by tensor"):
