@@ -10,18 +10,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import EngineKind, RouterReplay, ServerConfig, TrainConfig
 from megatron_vp2o.hf.families import architecture
+from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.hf import start as hf_start
 from megatron_vp2o.megatron.hf.weights import hf_tensors
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
+from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.board import meet
 from megatron_vp2o.rollout.launch import (
     ServerProcess,
@@ -79,6 +83,7 @@ def _engine(
         return hf_tensors(snapshot.actor, model, groups)
 
     dtype = policy.model.config.params_dtype
+    routes, stage = _routes(config, snapshot, model)
     members = _members(config, groups, dtype)
     pool, board = None, meet(groups)
     if groups.is_data_source:
@@ -93,6 +98,7 @@ def _engine(
             settings=_pool_settings(config.rollout.server),
             owner=groups.rank == 0,
             board=board,
+            routes=routes,
         )
         if groups.rank == 0:
             pool.check()
@@ -104,7 +110,18 @@ def _engine(
         stream=stream,
         probe_tokens=random_probe_tokens(policy.valid_vocab, length=length),
         tolerance=config.rollout.server.probe_tolerance or TOLERANCE[dtype],
+        stage=stage,
     )
+
+
+def _routes(config: TrainConfig, snapshot: MegatronEngine, model: Architecture) -> tuple[RoutesAsked | None, list[int]]:
+    """Of which layers servers are asked for routes, if they are; places of this pipeline stage's layers among these."""
+    if config.rollout.router_replay is not RouterReplay.R3:
+        return None, []
+    own: Any = snapshot.actor.config
+    layers = tuple(layer for layer, routed in enumerate(model.moe_layers) if routed)
+    stage = [layers.index(layer.layer_number - 1) for layer in moe_layers(snapshot.actor)]
+    return RoutesAsked(layers, int(own.num_moe_experts), int(own.moe_router_topk)), stage
 
 
 def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Member]:
@@ -140,6 +157,7 @@ def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: i
         cpu=on_cpu,
         arguments=list(rollout.server.args),
         tensor_parallel=rollout.server.tensor_parallel,
+        routes=rollout.router_replay is RouterReplay.R3,
     )
     log = Path(config.run_dir) / f"server{number}.log"
     process = ServerProcess(command, vllm_environment(on_cpu, gpus), port, log)

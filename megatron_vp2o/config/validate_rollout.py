@@ -29,11 +29,6 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
             f"rollout.router_replay={replay.value} with algorithm=supervised: no rollouts are trained on, whose routes could be "
             "replayed; choose rollout.router_replay=off"
         )
-    if replay is RouterReplay.R3 and rollout.engine is EngineKind.vllm:
-        yield (
-            "rollout.router_replay=R3 with rollout.engine=vllm: servers are not asked for their routes yet; choose R2, which "
-            "replays the trainer's own, or rollout=in_process"
-        )
     if rollout.engine is EngineKind.embedded:
         for setting in named:
             yield f"rollout.{setting} with rollout.engine=embedded: no server would be asked; choose rollout=vllm, or leave it out"

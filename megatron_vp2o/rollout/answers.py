@@ -1,14 +1,20 @@
 """What a server answers, checked field by field before any of it counts.
 
 A sample that is not exactly what was asked for is refused with the whole group, and the group is asked for again.
+
+Shape legend: T tokens with a route, L MoE layers, K experts of a token.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 
 class BadAnswer(Exception):
@@ -26,6 +32,16 @@ class Sample:
     tokens: list[int]  # its end included
     logprobs: list[float]  # of each token, nats
     finished: bool  # ended by an id that ends responses, not by the length limit
+    routes_TLK: Any = None  # array of expert ids of all tokens of prompt and response but the last; None: not asked for
+
+
+@dataclass(frozen=True)
+class RoutesAsked:
+    """The routes that every sample must have."""
+
+    layers: tuple[int, ...]  # that have experts, from 0; a server speaks of all layers of the model
+    experts: int
+    topk: int
 
 
 @dataclass(frozen=True)
@@ -36,20 +52,21 @@ class Asked:
     vocabulary: int  # ids are below it
     longest: int  # tokens of a response
     label: str  # of the weights
+    routes: RoutesAsked | None = None
 
 
-def samples(answer: Any, count: int, asked: Asked) -> list[Sample]:
-    """The samples of one prompt, in order. Raises BadAnswer."""
+def samples(answer: Any, count: int, asked: Asked, prompt: int) -> list[Sample]:
+    """The samples of one prompt of this many tokens, in order. Raises BadAnswer."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != count:
         raise BadAnswer(f"{_shown(choices if choices is not None else answer)} instead of {count} choices")
     by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
     if by_index.keys() != set(range(count)):
         raise BadAnswer(f"choices {sorted(map(str, by_index))} instead of 0 to {count - 1}")
-    return [_sample(by_index[index], asked) for index in range(count)]
+    return [_sample(by_index[index], asked, prompt) for index in range(count)]
 
 
-def _sample(choice: dict[str, Any], asked: Asked) -> Sample:
+def _sample(choice: dict[str, Any], asked: Asked, prompt: int) -> Sample:
     tokens: Any = choice.get("token_ids")
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
@@ -65,7 +82,34 @@ def _sample(choice: dict[str, Any], asked: Asked) -> Sample:
             f"{'at' if finished else 'without'} an end-of-sequence"
         )
     _check_versions(choice.get("weight_versions"), len(tokens), asked.label)
-    return Sample(tokens, _log_probs(choice.get("logprobs"), tokens), finished)
+    routes_TLK = None
+    if asked.routes is not None:
+        routes_TLK = _routes(choice.get("routed_experts"), prompt + len(tokens) - 1, asked.routes)
+    return Sample(tokens, _log_probs(choice.get("logprobs"), tokens), finished, routes_TLK)
+
+
+def _routes(said: Any, tokens: int, asked: RoutesAsked) -> Any:
+    """The experts of the layers that have some, [T, L, K], out of those of all layers."""
+    if not isinstance(said, str):
+        raise BadAnswer(
+            "no routes of its tokens: start the server with --enable-return-routed-experts, or on CPUs as docs/rollouts.md says"
+        )
+    try:
+        all_TLK = np.load(io.BytesIO(base64.b64decode(said, validate=True)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BadAnswer(f"routes {_shown(said)}: {error}") from error
+    layers = asked.layers[-1] + 1
+    if all_TLK.dtype.kind not in "ui" or all_TLK.ndim != 3 or all_TLK.shape[::2] != (tokens, asked.topk):
+        raise BadAnswer(
+            f"routes of shape {all_TLK.shape} ({all_TLK.dtype}), and {tokens} tokens go to {asked.topk} experts in each of "
+            f"{layers} layers"
+        )
+    if all_TLK.shape[1] < layers:
+        raise BadAnswer(f"routes of {all_TLK.shape[1]} layers, and the last one with experts is the {layers}th")
+    routes_TLK = all_TLK[:, list(asked.layers)]
+    if routes_TLK.size and not 0 <= routes_TLK.min() <= routes_TLK.max() < asked.experts:
+        raise BadAnswer(f"routes to experts {routes_TLK.min()} to {routes_TLK.max()} of {asked.experts}")
+    return routes_TLK
 
 
 def _are_ids(tokens: Any, vocabulary: int) -> bool:

@@ -80,7 +80,7 @@ class Server:
             "detokenize": False,
         }
         body = {"token_ids": list(prompt), "sampling_params": settings}
-        found = samples(await self._post(GENERATE, body), wanted, asked)
+        found = samples(await self._post(GENERATE, body), wanted, asked, len(prompt))
         return found * group_size if greedy else found
 
     async def score(self, tokens: Sequence[int]) -> list[float]:

@@ -42,21 +42,30 @@ def vllm_command(
     arguments: list[str],
     tensor_parallel: int = 1,
     address: str = "127.0.0.1",
+    routes: bool = False,
 ) -> Command:
     """How a vLLM server is started that this client can talk to; a person can start the same by hand.
 
     Args:
         address: of this machine, at which the server listens.
+        routes: whether its answers say which experts tokens went to.
     """
     own = [
         *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
         *("--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
         *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
         *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
+        *(routes_arguments(cpu) if routes else ()),
     ]
     if tensor_parallel > 1:
         own += ["--tensor-parallel-size", str(tensor_parallel)]
     return vllm_server(python, "policy", [*own, *arguments], cpu=cpu, address=address)
+
+
+def routes_arguments(cpu: bool) -> tuple[str, ...]:
+    """What makes a server tell routes: vLLM's own flag, which it refuses on CPUs, and there our scheduler and worker."""
+    own = ("--scheduler-cls", "vp2o_routes.RoutesScheduler", "--worker-cls", "vp2o_routes.RoutesWorker")
+    return ("--enable-prefix-caching", *(own if cpu else ("--enable-return-routed-experts",)))
 
 
 def vllm_server(python: str, name: str, arguments: Sequence[str], *, cpu: bool, address: str = "127.0.0.1") -> Command:

@@ -27,9 +27,10 @@ import httpx
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
-from megatron_vp2o.rollout.answers import Asked, BadAnswer, Sample
+from megatron_vp2o.rollout.answers import Asked, BadAnswer, RoutesAsked, Sample
 from megatron_vp2o.rollout.api import Server
 from megatron_vp2o.rollout.batch import Batch, words
 from megatron_vp2o.rollout.board import Board, News
@@ -73,6 +74,7 @@ class ServerPool:
         ends: ids that end a response. vocabulary: ids that a response may have are below it. pad_id: after a response.
         owner: whether this process gives servers their weights and keeps them; others only generate (`adopt`).
         board: where ranks tell each other about servers; None: no other rank asks them.
+        routes: of which layers rollouts carry the routes, in the order of `routes_NSLK`; None: of none.
     """
 
     def __init__(
@@ -88,11 +90,12 @@ class ServerPool:
         settings: PoolSettings | None = None,
         owner: bool = True,
         board: Board | None = None,
+        routes: RoutesAsked | None = None,
     ) -> None:
         self.members, self.settings, self.owner = list(members), settings or PoolSettings(), owner
         self.shapes, self.describe, self.folder = shapes, describe, folder
         self.ends, self.vocabulary, self.pad_id = frozenset(ends), vocabulary, pad_id
-        self.board = board
+        self.board, self.routes = board, routes
         self.version = -1
         self.label = ""
         self.restarts = 0
@@ -366,7 +369,7 @@ class ServerPool:
     async def _generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, group_size: int
     ) -> list[list[Sample]]:
-        asked = Asked(self.ends, self.vocabulary, sampling.max_new_tokens, self.label)
+        asked = Asked(self.ends, self.vocabulary, sampling.max_new_tokens, self.label, self.routes)
 
         async def ask(member: Member, prompt: Sequence[int]) -> list[Sample]:
             return await self._server(member).generate(prompt, sampling, group_size, asked)
@@ -384,13 +387,25 @@ class ServerPool:
         logprobs_NS = torch.zeros(count, width)
         prompt_len_N, total_len_N = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         finished_N = torch.zeros(count, dtype=torch.bool)
+        routes_NSLK = None if self.routes is None else self._no_routes(count, width, self.routes)
         rows = ((p, sample) for p, group in enumerate(groups) for sample in group)
         for n, (p, sample) in enumerate(rows):
             start, end = len(prompts[p]), len(prompts[p]) + len(sample.tokens)
             tokens_NS[n, :end] = torch.tensor([*prompts[p], *sample.tokens])
             logprobs_NS[n, start:end] = torch.tensor(sample.logprobs)
             prompt_len_N[n], total_len_N[n], finished_N[n] = start, end, sample.finished
-        return Rollouts(tokens_NS, prompt_len_N, total_len_N, logprobs_NS, logprobs_NS, finished_N, self.version)
+            if routes_NSLK is not None:
+                routes_NSLK[n, : end - 1] = torch.from_numpy(sample.routes_TLK.astype("int16"))
+        lengths = prompt_len_N, total_len_N
+        return Rollouts(
+            tokens_NS, *lengths, logprobs_NS, logprobs_NS, finished_N, self.version, routes_NSLK=routes_NSLK
+        )
+
+    @staticmethod
+    def _no_routes(rows: int, width: int, routes: RoutesAsked) -> Tensor:
+        """Room for the routes of all positions, packed, none of them there yet."""
+        dtype = packed_dtype(routes.experts)
+        return torch.full((rows, width, len(routes.layers), routes.topk), sentinel(dtype), dtype=dtype)
 
     # Life
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,7 @@ class ServedEngine:
         stream: the snapshot's weights as the pool wants them, every tensor on the first rank; collective over all ranks.
         probe_tokens: sequences that servers score after each update.
         tolerance: largest difference of a probe's token, nats.
+        stage: places of this pipeline stage's layers among those whose routes the pool's rollouts have.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class ServedEngine:
         stream: Callable[[], Iterator[tuple[str, Tensor]]],
         probe_tokens: list[list[int]],
         tolerance: float,
+        stage: Sequence[int] = (),
     ) -> None:
         self.snapshot, self.pool, self.groups, self.stream = snapshot, pool, groups, stream
-        self.probe_tokens, self.tolerance = probe_tokens, tolerance
+        self.probe_tokens, self.tolerance, self.stage = probe_tokens, tolerance, list(stage)
         self.receipt: Receipt | None = None
         self._served = -1  # version of the servers' weights
         self._borrowed = False
@@ -128,7 +131,9 @@ class ServedEngine:
         problems = list(dict.fromkeys(filter(None, gather_objects(problem, self.groups.world))))
         if rollouts is None or problems:
             raise RolloutError("; and of another replica: ".join(problems))
-        return rollouts
+        if rollouts.routes_NSLK is None:
+            return rollouts
+        return replace(rollouts, routes_NSLK=rollouts.routes_NSLK[:, :, self.stage])
 
     def checksum(self) -> int:
         """The snapshot's checksum; that the servers hold the same was proven by the update."""

@@ -7,7 +7,9 @@ process, at the n-th request from then on that it applies to; {"kind": ..., "alw
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -23,6 +25,8 @@ from safetensors.numpy import load_file
 
 FIXED = "VP2O_FAKE_FIXED" in os.environ
 """Samples depend on weights, prompt and place in the group only."""
+ROUTED = [int(word) for word in os.environ.get("VP2O_FAKE_ROUTES", "").split()]
+"""Layers, experts, and experts of a token, if answers say where tokens went."""
 GENERATING = (
     "die_generating",
     "slow",
@@ -33,6 +37,9 @@ GENERATING = (
     "twice",
     "no_json",
     "aborted",
+    "no_routes",
+    "short_routes",
+    "foreign_routes",
 )
 LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse")
 
@@ -149,13 +156,28 @@ class State:
             content.append({"token_id": last, "logprob": float(logp[last])})
             if last in settings.get("stop_token_ids", ()):
                 break
-        return {
+        routed = {"routed_experts": encoded(routes_of(prompt + tokens, *ROUTED))} if ROUTED else {}
+        return routed | {
             "index": index,
             "finish_reason": "stop" if tokens[-1] in settings.get("stop_token_ids", ()) else "length",
             "token_ids": tokens,
             "logprobs": {"content": content},
             "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
         }
+
+
+def routes_of(tokens: list[int], layers: int, experts: int, topk: int) -> Any:
+    """Where tokens go: to experts that follow from a token and the one before it; the last one goes nowhere. [T-1, L, K]"""
+    before_T = np.array([0, *tokens[:-1]]) + 3 * np.array(tokens)
+    layer_L, choice_K = np.arange(layers), np.arange(topk)
+    return (((before_T[:, None, None] + 5 * layer_L[:, None] + choice_K) % experts)[:-1]).astype(np.uint8)
+
+
+def encoded(array: Any) -> str:
+    """As vLLM writes arrays into its answers."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _spoilt(answer: dict[str, Any], kind: str) -> Any:
@@ -170,6 +192,11 @@ def _spoilt(answer: dict[str, Any], kind: str) -> Any:
         answer["choices"].append(first)
     if kind == "no_json":
         return b"<html>proxy error</html>"
+    if kind == "no_routes":
+        del first["routed_experts"]
+    if kind in ("short_routes", "foreign_routes"):
+        routes = np.load(io.BytesIO(base64.b64decode(first["routed_experts"])))
+        first["routed_experts"] = encoded(routes[1:] if kind == "short_routes" else routes + 100)
     if kind == "aborted":
         first["finish_reason"] = "abort"
     return answer

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.board import Board
 from megatron_vp2o.rollout.launch import ServerProcess, free_port
 from megatron_vp2o.rollout.members import Member
@@ -33,7 +34,8 @@ def table(model: int) -> dict[str, Tensor]:
 
 
 class FakeHarness:
-    """A pool whose servers it starts. With `fixed` a prompt always gets the same samples of the same weights."""
+    """A pool whose servers it starts. With `fixed` a prompt always gets the same samples of the same weights; with `routes` answers
+    have them, of all layers of a model of `layers`."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 1e-5
 
@@ -44,15 +46,20 @@ class FakeHarness:
         settings: dict[str, Any] | None = None,
         board: Board | None = None,
         fixed: bool = False,
+        routes: RoutesAsked | None = None,
+        layers: int = 0,
     ) -> None:
         def command(model: Path, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(model), str(port)]
 
         environment = {"VP2O_FAKE_FIXED": "1"} if fixed else {}
+        if routes is not None:
+            environment["VP2O_FAKE_ROUTES"] = f"{layers} {routes.experts} {routes.topk}"
         logs = [folder / f"server{number}.log" for number in range(servers)]
         processes = [ServerProcess(command, environment, free_port(), log) for log in logs]
         self.processes = processes
-        self.engine = make_pool([Member(process.url, process) for process in processes], folder, settings, board=board)
+        members = [Member(process.url, process) for process in processes]
+        self.engine = make_pool(members, folder, settings, board=board, routes=routes)
 
     def weights(self, model: int) -> Iterator[tuple[str, Tensor]]:
         yield from table(model).items()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.errors import SyncError
+from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.api import GENERATE, Server
 from megatron_vp2o.rollout.contract import PROMPTS, SAMPLING, ClosingContract, EngineContract, check_form
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
@@ -47,13 +48,14 @@ VOCABULARY, END, PAD = 64, 2, 0
 
 
 class VLLMHarness:
-    """Two tiny Qwen3-MoE models, and a server that holds either."""
+    """Two tiny Qwen3-MoE models, and a server that holds either; with `routes` it says where tokens went."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 2e-5
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, routes: RoutesAsked | None = None, arguments: Sequence[str] = ()) -> None:
         self.models = [_model(seed) for seed in (0, 1)]
-        command = vllm_command(str(PYTHON), dtype="float32", max_model_len=256, max_num_seqs=64, cpu=True, arguments=[])
+        limits: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
+        command = vllm_command(str(PYTHON), **limits, cpu=True, arguments=list(arguments), routes=routes is not None)
         self.process = ServerProcess(command, vllm_environment(cpu=True), free_port(), folder / "server.log")
         self.engine = ServerPool(
             [Member(self.process.url, self.process)],
@@ -64,6 +66,7 @@ class VLLMHarness:
             vocabulary=VOCABULARY,
             pad_id=PAD,
             settings=PoolSettings(startup_s=400.0, request_timeout_s=120.0, batch_timeout_s=600.0),
+            routes=routes,
         )
 
     def weights(self, model: int) -> Iterator[tuple[str, Tensor]]:
