@@ -102,7 +102,12 @@ def test_training_replays_the_servers_routes(tmp_path: Path, ranks: int) -> None
     run_dir = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     more = ["init_from=null", "algorithm.steps=3", "algorithm.minibatches=1", "algorithm.mismatch.measure=true"]
-    more += ["algorithm.filter_uniform_groups=false", "algorithm.entropy_coef=0.1", "algorithm.prompts_per_step=32"]
+    more += [
+        "optimizer.lr_warmup_steps=1",
+        "algorithm.filter_uniform_groups=false",
+        "algorithm.entropy_coef=0.1",
+        "algorithm.prompts_per_step=32",
+    ]
     split = ["rollout.router_replay=R3", f"parallel.pipeline_parallel={ranks}", "checkpoint.save_at_end=false"]
     command = [*torchrun, "-m", "megatron_vp2o.train", "--config-name", "countdown_tiny_grpo", f"run_dir={run_dir}"]
     done = subprocess.run(
