@@ -119,6 +119,7 @@ def budget(sums_4: Tensor) -> Budget:
         >>> budget(budget_sums(torch.tensor([0.0, 100.0]), temper=1.0))  # the second has all the weight
         Budget(drift=50.0, ess=0.5, sequences=2)
     """
+    sums_4 = sums_4.cpu()  # once; what follows needs no device
     count, absolute = sums_4[:2].tolist()
     if count == 0:
         return Budget(0.0, 1.0, 0)

@@ -36,7 +36,7 @@ class RowExchange:
 
     def _swap(self, values: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         kind = values.dtype  # sent as bytes: backends know neither bool nor int16
-        sent = values[..., None].contiguous().view(torch.uint8).to(self._device)
+        sent = values[..., None].contiguous().view(torch.uint8).to(self._device, non_blocking=True)
         received = sent.new_empty(sum(arriving), *sent.shape[1:])
         dist.all_to_all_single(received, sent, arriving, leaving, group=self._group)
         return received.cpu().view(kind).squeeze(-1)

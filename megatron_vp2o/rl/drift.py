@@ -62,9 +62,11 @@ def sampled_rows(row_N: Tensor, share: float, groups: Groups) -> Tensor:
         share: in (0, 1].
     """
     most = int(max_scalars({"rows": float(len(row_N))}, groups.dp)["rows"])
-    padded = torch.full((most,), -1, dtype=torch.int64, device=groups.device)
-    padded[: len(row_N)] = row_N.to(groups.device)
-    rows = gather_rows(padded, groups.dp).cpu()
+    padded = torch.full((most,), -1, dtype=torch.int64)
+    padded[: len(row_N)] = row_N
+    if groups.dp_size > 1:  # alone, there is nothing to wait for
+        padded = gather_rows(padded.to(groups.device, non_blocking=True), groups.dp).cpu()
+    rows = padded
     rows = rows[rows >= 0].sort().values
     if not len(rows):
         return torch.zeros(len(row_N), dtype=torch.bool)

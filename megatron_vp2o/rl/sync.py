@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from megatron_vp2o.errors import SyncError
-from megatron_vp2o.parallel.groups import Groups
+from megatron_vp2o.parallel.groups import Groups, gather_rows
 from megatron_vp2o.rl.interfaces import Policy, RolloutEngine
 
 
@@ -17,11 +16,10 @@ def verify_sync(policy: Policy, engine: RolloutEngine, version: int, groups: Gro
         SyncError: on all ranks, naming both, if they differ on any.
     """
     have, hold = policy.checksum(), engine.checksum()
-    told = torch.tensor([have, hold, version, engine.version], dtype=torch.int64, device=groups.device)
-    ranks = [torch.empty_like(told) for _ in range(groups.world_size)]
-    dist.all_gather(ranks, told, group=groups.world)
-    for rank, row in enumerate(ranks):
-        learner, actor, wanted, reported = row.tolist()
+    told = torch.tensor([[have, hold, version, engine.version]], dtype=torch.int64)
+    if groups.world_size > 1:  # alone, there is nothing to wait for
+        told = gather_rows(told.to(groups.device, non_blocking=True), groups.world)
+    for rank, (learner, actor, wanted, reported) in enumerate(told.tolist()):
         if learner != actor or wanted != reported:
             raise SyncError(
                 f"the rollout engine of rank {rank} did not take the weights of version {wanted}: it reports version {reported} "

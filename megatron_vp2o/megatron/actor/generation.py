@@ -74,7 +74,7 @@ class MegatronEngine:
         self._records_routes = False
         self._take: HandOver | None = None
         # Asking the accelerator whether all sequences are done stalls its queue; the CPU has none.
-        self._ask_every = 8 if self.groups.device.type == "cuda" else 1
+        self._ask_every = 1 if self.groups.device.type == "cpu" else 8
 
     def log_gates(self, contexts: int) -> None:
         """From now on rollouts carry the actor's gates, at up to about this many contexts of this rank."""
@@ -92,7 +92,7 @@ class MegatronEngine:
     def refresh(self, version: int) -> None:
         """Take the learner's weights as they are now. A local copy: no communication, no second set of weights in flight."""
         self.policy.gather_parameters()
-        self.update_weights(named_weight_tensors(self.policy.model), version)
+        self._take_weights(named_weight_tensors(self.policy.model), version, None)
 
     @torch.no_grad()
     def update_weights(
@@ -100,6 +100,14 @@ class MegatronEngine:
     ) -> Receipt:
         """See `rollout.protocol.Engine.update_weights`. Names and shapes are those of this rank's part of the model, as
         `named_weight_tensors` has them. Collective over the ranks that share the model if there is a probe."""
+        taken, size = self._take_weights(weights, version, probe)
+        return Receipt(version, taken, size, self.checksum())
+
+    @torch.no_grad()
+    def _take_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, probe: Probe | None
+    ) -> tuple[int, int]:
+        """`update_weights` without its receipt: how many tensors and how many bytes were taken."""
         self.version = -1
         self._unusable = f"its update to version {version} was not completed"
         left = dict(named_weight_tensors(self.actor))
@@ -121,7 +129,7 @@ class MegatronEngine:
             self._unusable = f"its update to version {version} failed: {'; '.join(problems[:3])}{more}"
             raise SyncError(f"the embedded engine has no usable weights, because {self._unusable}; give it a whole set")
         self.version, self._unusable = version, ""
-        return Receipt(version, taken, size, self.checksum())
+        return taken, size
 
     def _contradicts(self, probe: Probe) -> str:
         """What is wrong with the weights according to a probe; empty if nothing."""
@@ -304,20 +312,23 @@ class MegatronEngine:
             position_PS = torch.arange(prefill, device=device).expand(len(prompts), -1)
             cache.start(position_PS, prefill, prefill=True)
             with self._recording():
-                self._forward(prompt_PS[:, :prefill].to(device), position_PS, cache)
+                self._forward(prompt_PS[:, :prefill].to(device, non_blocking=True), position_PS, cache)
             if self._records_routes:
                 routes_PSLK[:, :prefill] = self._replay.take().unflatten(0, (prefill, -1)).transpose(0, 1)
         expand_N = torch.arange(len(prompts)).repeat_interleave(len(members))
-        cache.select(expand_N.to(device))
+        cache.select(expand_N.to(device, non_blocking=True))
 
-        tokens_NS, routes_NSLK = prompt_PS[expand_N].to(device), routes_PSLK[expand_N.to(device)]
+        tokens_NS, routes_NSLK = (
+            prompt_PS[expand_N].to(device, non_blocking=True),
+            routes_PSLK[expand_N.to(device, non_blocking=True)],
+        )
         logprobs_NS = torch.zeros(tokens_NS.shape, device=device)
         model_logprobs_NS = torch.zeros_like(logprobs_NS) if 0 < sampling.top_p < 1 else logprobs_NS
-        length_N = length_P[expand_N].to(device)
+        length_N = length_P[expand_N].to(device, non_blocking=True)
         prompt_len_N = length_N.clone()
         finished_N = torch.full((len(expand_N),), dummy, device=device)
         member_N = torch.tensor(members).repeat(len(prompts))
-        uid_N = (torch.tensor(firsts)[expand_N] + member_N).to(device)
+        uid_N = (torch.tensor(firsts)[expand_N] + member_N).to(device, non_blocking=True)
 
         experts = self.actor.config.num_moe_experts if stride else 0
         contexts = -(-sampling.max_new_tokens // stride) if stride else 0

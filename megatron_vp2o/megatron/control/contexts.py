@@ -19,7 +19,8 @@ from megatron_vp2o.rl.types import TrainBatch
 
 
 class ContextSampler:
-    """Lets MoE layers keep their routers' inputs at some contexts of each step. A `learner.policy.MicroBatchWatcher`.
+    """Lets MoE layers keep their routers' inputs at some contexts of each step. A `learner.policy.MicroBatchWatcher`, which works
+    on the CPU: how many contexts a micro-batch has hangs on its values.
 
     Args:
         layers: of this rank's pipeline stage.

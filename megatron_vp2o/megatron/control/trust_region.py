@@ -273,10 +273,11 @@ class TrustRegion:
                 sums_L4[layer.layer_number - 1] = torch.stack(parts)
         dist.all_reduce(sums_L4, group=self.groups.world)
         mean_4 = sums_L4.sum(0)
-        means = (mean_4[:3] / mean_4[3].clamp(min=1)).tolist()
-        self.by_layer = (sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)).tolist()
+        means_3 = mean_4[:3] / mean_4[3].clamp(min=1)
+        means = torch.cat([means_3, sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)]).tolist()
+        self.by_layer = means[3:]
         names = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
-        return dict(zip(names, means, strict=True)) | {"trust_region/distance_layer_max": max(self.by_layer)}
+        return dict(zip(names, means[:3], strict=True)) | {"trust_region/distance_layer_max": max(self.by_layer)}
 
     def _anchor_gates(self, index: int, layer: VP2OMoELayer, inputs_CD: Tensor) -> Tensor:
         """The actor's gates at the contexts of this step, [C, E]: as logged, or as the anchor's router says."""
@@ -285,7 +286,7 @@ class TrustRegion:
             return _gates(layer, inputs_CD, self._router_of_anchor(layer))
         if self._fetched_LCE is not None:
             return renormalised(self._fetched_LCE[index])
-        row_C, before_C = keys_C2.unbind(1)
+        row_C, before_C = keys_C2.to(self.groups.device, non_blocking=True).unbind(1)
         return renormalised(self._logged.gates_LMJE[index, row_C, before_C // self._logged.stride])
 
     def _fetch_gates(self) -> None:
@@ -295,10 +296,11 @@ class TrustRegion:
         if self._fetched_LCE is not None or self._logged is None or rank_C is None or keys_C2 is None:
             return
         group = self.groups.dp
-        counts = torch.bincount(rank_C.cpu(), minlength=group.size())
-        arriving = gather_rows(counts[None].to(self.groups.device), group)[:, group.rank()].tolist()
-        exchange = RowExchange(rank_C.cpu(), arriving, group, self.groups.device)
-        row_A, before_A = exchange.send(keys_C2).unbind(1)  # what the other ranks ask of this one
+        counts = torch.bincount(rank_C, minlength=group.size())
+        arriving = gather_rows(counts[None].to(self.groups.device, non_blocking=True), group)[:, group.rank()].tolist()
+        exchange = RowExchange(rank_C, arriving, group, self.groups.device)
+        asked_A2 = exchange.send(keys_C2).to(self.groups.device, non_blocking=True)
+        row_A, before_A = asked_A2.unbind(1)  # what the other ranks ask of this one
         found_LAE = self._logged.gates_LMJE[:, row_A, before_A // self._logged.stride]
         self._fetched_LCE = exchange.back(found_LAE.transpose(0, 1)).transpose(0, 1).to(self.groups.device)
 

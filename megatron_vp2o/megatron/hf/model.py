@@ -38,6 +38,7 @@ from megatron_vp2o.megatron.model.attention import FusedCoreAttention
 from megatron_vp2o.megatron.model.build import ACTIVATIONS, set_yarn
 from megatron_vp2o.megatron.model.norm import RMSNorm
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters, megatron_version, replace_in_spec
+from megatron_vp2o.megatron.platform.world import own_device
 from megatron_vp2o.parallel.groups import Groups
 
 
@@ -58,7 +59,7 @@ def transformer_config(model: Architecture, parallel: ParallelConfig, dtype: tor
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=own_device().type == "cpu",
         perform_initialization=True,  # also marks which parameters are split
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

@@ -136,9 +136,11 @@ def _lengths(batch: TrainBatch, groups: Groups) -> tuple[np.ndarray, list[int]]:
             f"rows cannot change their rank: data-parallel ranks have batches with different fields (here {without} are missing)"
         )
     most = int(agreed["rows"])
-    padded = torch.full((most,), -1, dtype=torch.int64, device=groups.device)
-    padded[: len(length_N)] = length_N.to(groups.device)
-    length_DN = gather_rows(padded, groups.dp).view(groups.dp_size, most).cpu()
+    padded = torch.full((most,), -1, dtype=torch.int64)
+    padded[: len(length_N)] = length_N
+    if groups.dp_size > 1:  # alone, there is nothing to wait for
+        padded = gather_rows(padded.to(groups.device, non_blocking=True), groups.dp).cpu()
+    length_DN = padded.view(groups.dp_size, most)
     first = [0, *(length_DN >= 0).sum(1).cumsum(0).tolist()]
     return length_DN[length_DN >= 0].numpy(), first
 

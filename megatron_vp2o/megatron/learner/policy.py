@@ -34,7 +34,8 @@ from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
 
 
 class MicroBatchWatcher(Protocol):
-    """Is told of the micro-batches of each training step."""
+    """Is told of the micro-batches of each training step. Everything it gets is on the CPU: what it works out, it can work out
+    without waiting for the device."""
 
     def begin_step(self, micro_batches: int) -> None: ...
 
@@ -165,11 +166,12 @@ class MegatronPolicy:
         if replay is not None:
             replay.begin_step()
 
-        def before_forward(part: TrainBatch, packed: PackedRows | None) -> None:
+        def before_forward(part: MicroBatch, on_device: TrainBatch, packed: PackedRows | None) -> None:
             self._tell_rows(packed)
-            for watcher in (replay, self.watcher):
-                if watcher is not None:
-                    watcher.before_forward(part, packed)
+            if replay is not None:
+                replay.before_forward(on_device, packed)
+            if self.watcher is not None:
+                self.watcher.before_forward(part.batch, part.layout(torch.device("cpu")))
 
         try:
             reported = run_schedule(
@@ -184,18 +186,16 @@ class MegatronPolicy:
         finally:
             if replay is not None:
                 replay.stop()
-        metrics = self._reduce(reported)
+        losses = router_losses(
+            [layer.router for layer in self._layers],
+            self._router_losses,
+            int(self.model.config.num_layers),
+            self.groups,
+        )
+        metrics = self._reduce(reported, losses)
         if replay is not None:
             layers = int(self.model.config.num_layers)
             metrics.update(replay.metrics(layers, float(batch.length_N.sum()), self.groups))
-        metrics.update(
-            router_losses(
-                [layer.router for layer in self._layers],
-                self._router_losses,
-                int(self.model.config.num_layers),
-                self.groups.world,
-            )
-        )
         return metrics
 
     def _replay_of(self, batch: TrainBatch) -> ModelReplay | None:
@@ -238,9 +238,14 @@ class MegatronPolicy:
         for layer in self._layers:
             layer.begin_step(StepTokens(**sums))
 
-    def _reduce(self, reported: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation."""
-        result: dict[str, float] = {}
+    def _reduce(self, reported: list[dict[str, Tensor]], losses: dict[str, Tensor]) -> dict[str, float]:
+        """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation.
+
+        Args:
+            losses: what all ranks have the same, to be read along with it.
+        """
+        found: dict[str, Tensor] = {}
+        maxima: set[str] = set()
         if self.groups.is_last_stage:
             maxima = {key for key in reported[0] if aggregate_of(f"policy/{key}") is Aggregate.maximum}
             for keys, op in ((reported[0].keys() - maxima, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
@@ -249,14 +254,18 @@ class MegatronPolicy:
                 rows = torch.stack([torch.stack([part[key].double() for key in sorted(keys)]) for part in reported])
                 values = rows.sum(dim=0) if op == dist.ReduceOp.SUM else rows.amax(dim=0)
                 dist.all_reduce(values, op=op, group=self.groups.dp)
-                result.update(zip(sorted(keys), values.tolist(), strict=True))
+                found.update(zip(sorted(keys), values.unbind(), strict=True))
+        together = [*found.values(), *losses.values()]
+        numbers = torch.stack(together).tolist() if together else []
+        result = dict(zip(found, numbers, strict=False))
+        if result:
             tokens = max(result["tokens"], 1.0)
             result = {k: v if k == "tokens" or k in maxima else v / tokens for k, v in result.items()}
         if self.groups.pp.size() > 1:
             box = [result]
             dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
             result = box[0]
-        return result
+        return result | dict(zip(losses, numbers[len(found) :], strict=True))
 
     def optimizer_step(self, tokens: int) -> StepStats:
         """Clip and step. A step without tokens or with a non-finite gradient norm leaves parameters and optimizer state as

@@ -62,9 +62,11 @@ def run_schedule(
     loss: Callable[[Tensor, Tensor, TrainBatch], Any],
     *,
     forward_only: bool,
-    before_forward: Callable[[TrainBatch, PackedRows | None], None] | None = None,
+    before_forward: Callable[[MicroBatch, TrainBatch, PackedRows | None], None] | None = None,
 ) -> list[Any]:
     """Drive Megatron's pipeline schedule over micro-batches; `loss` sees [N, S] log-probabilities and entropies.
+
+    `before_forward` is told of each micro-batch, with what the device has of it: its rows, and where packed tokens come from.
 
     Returns what `loss` reported per micro-batch on the last pipeline stage, an empty list on the others.
     """
@@ -77,7 +79,7 @@ def run_schedule(
             # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
             padding_BL = scatter_to_sequence_parallel_region(padding_BL.t().contiguous()).t().contiguous()
         if before_forward is not None:
-            before_forward(batch, packed)
+            before_forward(part, batch, packed)
         deferred = output_layer is not None and output_layer.defer_for(tokens_BL.numel())
         output = model(
             tokens_BL,
@@ -178,6 +180,15 @@ def score_and_record(
     return logprob_NS, torch.where(routed_NS[:, :, None, None], routes_NSLK, sentinel(dtype)).to(dtype)
 
 
+def _on_cpu(results: list[Tensor]) -> list[Tensor]:
+    """The same tensors as float32 on the CPU, in one copy."""
+    if not results:
+        return []
+    flat = torch.cat([result.float().flatten() for result in results]).cpu()
+    parts = flat.split([result.numel() for result in results])
+    return [part.view(result.shape) for part, result in zip(parts, results, strict=True)]
+
+
 @torch.no_grad()
 def _score_parts(
     model: Any,
@@ -194,14 +205,14 @@ def _score_parts(
         valid_vocab,
         lambda logprob, _, __: logprob,
         forward_only=True,
-        before_forward=None if replay is None else replay.before_forward,
+        before_forward=None if replay is None else lambda _, batch, packed: replay.before_forward(batch, packed),
     )
     out_NS = torch.zeros(batch.tokens_NS.shape)
-    for part, logprob in zip(parts, results, strict=False):
+    for part, logprob in zip(parts, _on_cpu(results), strict=False):
         rows, width = part.index_N, min(logprob.shape[1], out_NS.shape[1])
         inside = torch.arange(width) < part.batch.length_N[: len(rows), None]
-        out_NS[rows, :width] = torch.where(inside, logprob[: len(rows), :width].float().cpu(), 0.0)
+        out_NS[rows, :width] = torch.where(inside, logprob[: len(rows), :width], 0.0)
     if groups.pp.size() > 1:
-        out_NS = out_NS.to(groups.device)
+        out_NS = out_NS.to(groups.device, non_blocking=True)
         dist.broadcast(out_NS, group=groups.pp, group_src=groups.pp.size() - 1)
     return out_NS.cpu()

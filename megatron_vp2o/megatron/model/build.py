@@ -19,6 +19,7 @@ from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.output_layer import own_output_layer
 from megatron_vp2o.megatron.model.specs import layer_specs, use_transformer_engine
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters
+from megatron_vp2o.megatron.platform.world import own_device
 from megatron_vp2o.parallel.groups import Groups
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -86,7 +87,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inferenc
         recompute_granularity="full" if model.recompute and not inference else None,
         recompute_method="uniform" if model.recompute and not inference else None,
         recompute_num_layers=1 if model.recompute and not inference else None,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=own_device().type == "cpu",
         perform_initialization=True,  # also marks which parameters are split; `initialise` then overwrites the values
         persist_layer_norm=te,
         gradient_accumulation_fusion=False,

@@ -21,6 +21,7 @@ from megatron_vp2o.config.schema import SpecializationConfig
 from megatron_vp2o.core.diagnostics import output_overlap
 from megatron_vp2o.core.specialization import gated_orthogonality_loss, variance_loss
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.router import ObservedRouter, StepTokens
 from megatron_vp2o.megatron.model.routing_statistics import RoutingStatistics
 
@@ -37,8 +38,22 @@ class LeanAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     copies a layer and step: a tenth of the tiny model's training step on a CPU.
     """
 
+    experts: Any = None
+    """The layer's, whose grouped products take their numbers of tokens from the device."""
+
     def _sorted_already(self) -> bool:
         return self.tp_size * self.ep_size == 1 and not self.drop_and_pad and self.shared_experts is None
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
+        """See the base class. Where nobody asks on the host how many tokens an expert gets, the host need not wait for it."""
+        if (
+            self._sorted_already()
+            and isinstance(self.num_out_tokens, int)  # a capacity makes it a value of the device
+            and isinstance(self.experts, GroupedSequentialMLP)
+            and self.experts.uses_grouped_products(self.probs.device)  # type: ignore[union-attr]
+        ):
+            return tokens_per_expert
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
 
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
@@ -101,7 +116,7 @@ class VP2OMoELayer(MoELayer):
     gate_log: list[Tensor] | None = None
     """Where the gates of every forward pass go, [T, E] dense; None keeps none."""
     context_index: Tensor | None = None
-    """Flat positions of the coming micro-batch whose router inputs are to be kept, [C]."""
+    """Flat positions of the coming micro-batch whose router inputs are to be kept, [C], on any device."""
     _contexts: list[Tensor] | None = None
     _context_routes: list[Tensor] | None = None
     replay: Replayed | None = None
@@ -128,6 +143,7 @@ class VP2OMoELayer(MoELayer):
         # The base class picks router and dispatcher itself, so ours take the places of the finished objects.
         if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:
             self.token_dispatcher.__class__ = LeanAlltoAllTokenDispatcher
+            self.token_dispatcher.experts = self.experts
         if type(self.router) is TopKRouter:
             self.router.__class__ = ObservedRouter
 
@@ -207,7 +223,7 @@ class VP2OMoELayer(MoELayer):
         """See the base class."""
         if self.context_index is not None and self.training:
             # The first time a micro-batch passes; recomputation may come when another one's positions are set.
-            index_C, self.context_index = self.context_index, None
+            index_C, self.context_index = self.context_index.to(hidden_states.device, non_blocking=True), None
             self._contexts = [*(self._contexts or []), hidden_states.detach().flatten(0, -2)[index_C]]
             if self.replay is not None and self.replay.coming_TK is not None:
                 self._context_routes = [*(self._context_routes or []), self.replay.coming_TK[index_C]]

@@ -143,7 +143,7 @@ def pack_rows(lengths: Sequence[int], width: int, multiple: int, device: torch.d
     place_P = torch.cat(places)
     fresh_P = torch.ones_like(place_P, dtype=torch.bool)  # a token's first place is its own
     fresh_P[1:] = place_P[1:] != place_P[:-1]
-    bounds = F.pad(lengths_R.cumsum(0), (1, 0)).int().to(device)
+    bounds = F.pad(lengths_R.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
     valid_NS = torch.arange(width) < torch.tensor(lengths, dtype=torch.int64).view(-1, 1)
     return PackedRows(
         qkv_format="thd",
@@ -153,12 +153,12 @@ def pack_rows(lengths: Sequence[int], width: int, multiple: int, device: torch.d
         max_seqlen_kv=max(pieces),
         rows=len(lengths),
         width=width,
-        source_V=valid_NS.flatten().nonzero().squeeze(1).to(device),
-        position_T=(torch.arange(total) - start_R.repeat_interleave(lengths_R)).to(device),
-        padding_T=(torch.arange(total) >= valid).to(device),
+        source_V=valid_NS.flatten().nonzero().squeeze(1).to(device, non_blocking=True),
+        position_T=(torch.arange(total) - start_R.repeat_interleave(lengths_R)).to(device, non_blocking=True),
+        padding_T=(torch.arange(total) >= valid).to(device, non_blocking=True),
         groups=groups,
-        place_P=place_P.to(device),
-        inverse_T=fresh_P.nonzero().squeeze(1).to(device),
+        place_P=place_P.to(device, non_blocking=True),
+        inverse_T=fresh_P.nonzero().squeeze(1).to(device, non_blocking=True),
     )
 
 

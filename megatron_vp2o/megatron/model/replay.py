@@ -173,7 +173,8 @@ class ModelReplay:
         if self.sequence_parallel is None:
             sums_M3 /= groups.tp.size()  # each rank of the group counted all of them
         # all ranks of a replica know its tokens
-        tokens = sums_M3.new_tensor([[valid / (groups.tp.size() * groups.pp.size()), 0.0, 0.0]])
+        tokens = torch.tensor([[valid / (groups.tp.size() * groups.pp.size()), 0.0, 0.0]], dtype=torch.float64)
+        tokens = tokens.to(groups.device, non_blocking=True)
         total_M3 = torch.cat([sums_M3, tokens])
         dist.all_reduce(total_M3, group=groups.world)
         *by_layer, (tokens_all, _, _) = total_M3.tolist()

@@ -20,6 +20,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_vp2o.parallel.groups import Groups
+
 LOAD_BALANCING, Z_LOSS = "moe/load_balancing_loss", "moe/z_loss"
 
 
@@ -154,10 +156,9 @@ class ObservedRouter(TopKRouter):
                 self.local_tokens_per_expert += valid_TE.sum(0)
 
 
-def router_losses(
-    routers: Sequence[Any], names: Sequence[str], layers: int, world: dist.ProcessGroup
-) -> dict[str, float]:
+def router_losses(routers: Sequence[Any], names: Sequence[str], layers: int, groups: Groups) -> dict[str, Tensor]:
     """The step's router losses before their coefficients, mean over MoE layers. A collective over all ranks of the model.
+    What is returned stays on the device, float64 without dimensions.
 
     Args:
         routers: those of this rank's layers.
@@ -167,12 +168,11 @@ def router_losses(
     if not names:
         return {}
     parts = [router.losses for router in routers if getattr(router, "losses", None)]
-    device = routers[0].weight.device if routers else torch.device("cpu")
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=groups.device)
     for losses in parts:
         sums += torch.stack([losses.get(name, sums.new_zeros(())) for name in names])
-    dist.all_reduce(sums, group=world)
-    return {name: total / layers for name, total in zip(names, sums.tolist(), strict=True)}
+    dist.all_reduce(sums, group=groups.world)
+    return dict(zip(names, (sums / layers).unbind(), strict=True))
 
 
 def _summed(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -368,6 +368,91 @@ def _repair_router_losses() -> None:
     TopKRouter.apply_z_loss = apply_z_loss_to_all_tokens
 
 
+def _norm_of_each() -> bool:
+    clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    return bool(clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm")
+
+
+def _norm_on_the_device() -> None:
+    clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+
+    def norm(_: int, __: Any, lists: list[list[torch.Tensor]], *___: Any) -> tuple[torch.Tensor, None]:
+        norms = [norm for tensors in lists for norm in torch._foreach_norm(tensors)]
+        return torch.stack(norms).float().norm().view(1), None
+
+    def scale(_: int, __: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
+        for source, target in zip(*lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+
+
+def _permute_selects() -> bool:
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    return "masked_select" in moe_utils.permute.__code__.co_names
+
+
+def _permute_without_selecting() -> None:
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = moe_utils.permute
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def permute(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        map_TE, rows = given["routing_map"], given["num_out_tokens"]
+        if given["fused"] or given["drop_and_pad"] or not isinstance(rows, int) or map_TE.device.type == "cpu":
+            return original(*args, **kwargs)
+        place_R = map_TE.bool().T.reshape(-1).to(torch.int8).argsort(descending=True, stable=True)[:rows]
+        token_R = place_R % len(map_TE)
+        probs_TE = given["probs"]
+        probs_R = None if probs_TE is None else probs_TE.T.reshape(-1)[place_R]
+        return given["tokens"].index_select(0, token_R), probs_R, token_R
+
+    moe_utils.permute = dispatcher.permute = permute
+
+
+def _counts_tokens_on_the_host() -> bool:
+    distributed: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    return "clamp" not in distributed.finalize_model_grads.__code__.co_names
+
+
+def _divide_without_asking() -> None:
+    package: Any = importlib.import_module("megatron.core.distributed")
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    original = module.finalize_model_grads
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        tokens = given["num_tokens"]
+        if tokens is None:
+            original(*args, **kwargs)
+            return
+        given["num_tokens"] = None
+        original(*call.args, **call.kwargs)
+        groups = given["pg_collection"]
+        if groups is None:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        else:
+            pipeline, data = groups.pp, groups.dp_cp
+        torch.distributed.broadcast(tokens, group=pipeline, group_src=pipeline.size() - 1)
+        torch.distributed.all_reduce(tokens, group=data)
+        for chunk in given["model"]:
+            chunk.scale_gradients(1.0 / tokens.clamp(min=1))
+
+    from megatron.core import parallel_state
+
+    module.finalize_model_grads = package.finalize_model_grads = finalize
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 _ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
@@ -413,5 +498,38 @@ REPAIRS: tuple[Patch, ...] = (
         ),
         apply=_repair_router_losses,
         needed=_router_losses_shrink,
+    ),
+    Patch(
+        name="gradient-norm-waits",
+        why="the norm of all gradients is made of a list of numbers that the host reads from the device, one a parameter",
+        until="transformer-engine or NVIDIA's Apex is installed, or Megatron's own version stays on the device",
+        targets=(
+            "megatron.core.optimizer.clip_grads:l2_norm_impl",
+            "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+        ),
+        sites=(
+            Site("utils.py", 1206, 1331, "torch.norm(torch.tensor(l2))"),
+            Site("utils.py", 1215, 1340, "dst.copy_(src * scale)"),
+        ),
+        apply=_norm_on_the_device,
+        needed=_norm_of_each,
+    ),
+    Patch(
+        name="permutation-waits",
+        why="the rows of tokens that are sent to experts are selected by a mask: the host waits for their number, which it knows",
+        until="they are found by sorting (0.19.2)",
+        targets=("megatron.core.transformer.moe.moe_utils:permute",),
+        sites=(Site("transformer/moe/moe_utils.py", 369, None, "token_indices.masked_select(routing_map)"),),
+        apply=_permute_without_selecting,
+        needed=_permute_selects,
+    ),
+    Patch(
+        name="token-count-waits",
+        why="between backward pass and optimizer the host asks the device whether there was any token",
+        until="gradients are divided by at least one token (0.19.2)",
+        targets=("megatron.core.distributed.finalize_model_grads:finalize_model_grads",),
+        sites=(Site("distributed/finalize_model_grads.py", 495, None, "if num_tokens > 0:"),),
+        apply=_divide_without_asking,
+        needed=_counts_tokens_on_the_host,
     ),
 )

@@ -92,6 +92,11 @@ def joined(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
         stop()
 
 
+def own_device() -> torch.device:
+    """Where this process computes: its GPU, on a machine without CUDA the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def current_groups(timeout: timedelta | None = None) -> Groups:
     """The groups of a world whose model parallelism Megatron has initialised, here or in somebody else's loop.
 
@@ -99,7 +104,6 @@ def current_groups(timeout: timedelta | None = None) -> Groups:
         timeout: of collectives, for groups that are made later; None: torch's default.
     """
     assert dist.group.WORLD is not None
-    cuda = torch.cuda.is_available()
     return Groups(
         world=dist.group.WORLD,
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -109,7 +113,7 @@ def current_groups(timeout: timedelta | None = None) -> Groups:
         etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
         stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        device=own_device(),
         timeout=timeout,
     )
 

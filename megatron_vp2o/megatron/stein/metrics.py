@@ -82,7 +82,7 @@ def means_over_layers(seen: StageObservation | None, layers: int, groups: Groups
     if seen is not None:
         rows = [measure(seen) for measure in METRICS.values()]
         parts = [row.double().sum() for row in (*rows, seen.sums["tokens"])]
-        sums = torch.stack([*parts, parts[0].new_tensor(float(layers))])
+        sums = torch.stack([*parts, torch.full_like(parts[0], layers)])
     if groups.pp.size() > 1:
         dist.all_reduce(sums, group=groups.pp)
     *values, tokens, count = sums.tolist()

@@ -111,7 +111,7 @@ class ExpertPrototypes:
                 range(first.first, first.first + first.experts),
                 first.hidden,
                 PROTOTYPE_SEED,
-            ).to(self.groups.device)
+            ).to(self.groups.device, non_blocking=True)
         else:
             start_LeD = self.state.values_LED[:, self.local].contiguous()
         found = converged_prototypes(

@@ -205,7 +205,7 @@ class SteinTransform:
         )
         attraction_LE = self.gradients.norms()
         repulsion_LE = prototypes.gather(gradient.norms(prototypes.reduce))
-        scale_LE = torch.full_like(repulsion_LE, settings.eta * self._loss_scale())
+        scale_LE = torch.full_like(repulsion_LE, settings.eta) * self._loss_scale()
         if settings.repulsion_scale is RepulsionScale.relative:
             present_LE = repulsion_LE > 0
             scale_LE = torch.where(
@@ -223,8 +223,8 @@ class SteinTransform:
             gradients = [row.of(self.gradients.of(row.parameter)) for row in rows]
             weights.add_to_outputs(gradients, left_LeD2[index], right_e2F)
 
-    def _loss_scale(self) -> float:
-        return float(self.optimizer.get_loss_scale()) if self.optimizer is not None else 1.0
+    def _loss_scale(self) -> Tensor | float:
+        return self.optimizer.get_loss_scale() if self.optimizer is not None else 1.0
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
