@@ -59,6 +59,7 @@ NOT_TRAINED_WITH = {
         ("rollout.engine", "rollout.launch", "rollout.urls"),
         "servers need vLLM, in an environment of its own; tests/rollout",
     ),
+    "rollout.ahead": "servers; tests/rollout/test_ahead.py",
     "rollout.replay": "takes the rollouts of another run; tests/rollout/test_store.py",
     **{
         f"rollout.server.{field.name}": "of servers; tests/rollout/test_vllm.py, test_pool.py"
@@ -224,6 +225,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.stein.monitor=true",
             "rollout.max_batch_size=3",
             "rollout.refresh_interval=2",
+            "rollout.max_age=5",
             "rollout.store=true",
             "rollout.sampling.temperature=0.9",
             "rollout.sampling.top_p=0.95",

@@ -9,7 +9,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_vp2o.config.rollout import EngineKind, RolloutConfig, RouterReplay
-from megatron_vp2o.config.schema import SupervisedConfig, TrainConfig
+from megatron_vp2o.config.schema import (
+    ControlMode,
+    GRPOConfig,
+    SupervisedConfig,
+    TrainConfig,
+    TrustRegionConfig,
+    VP2OConfig,
+)
 
 _HERE = ("127.0.0.1", "localhost", "::1")
 
@@ -29,6 +36,7 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
             f"rollout.router_replay={replay.value} with algorithm=supervised: no rollouts are trained on, whose routes could be "
             "replayed; choose rollout.router_replay=off"
         )
+    yield from _overlap(config)
     if rollout.engine is EngineKind.embedded:
         for setting in named:
             yield f"rollout.{setting} with rollout.engine=embedded: no server would be asked; choose rollout=vllm, or leave it out"
@@ -91,6 +99,49 @@ def servers_on_node(rollout: RolloutConfig, cuda_devices: int, ranks: int) -> It
             f"{ranks} ranks and rollout.server.count={server.count} servers of rollout.server.tensor_parallel="
             f"{server.tensor_parallel} need {ranks + needed} GPUs, and this node has {cuda_devices}: a rank and a server "
             "share none; start fewer ranks (torchrun --nproc-per-node) or fewer servers"
+        )
+
+
+def _overlap(config: TrainConfig) -> Iterator[str]:
+    """Generation beside training, and how old its batches may be."""
+    rollout, algorithm = config.rollout, config.algorithm
+    ahead, most = rollout.ahead, rollout.max_age
+    if not isinstance(algorithm, GRPOConfig):
+        if ahead or most is not None:
+            name = f"rollout.ahead={ahead}" if ahead else f"rollout.max_age={most}"
+            yield f"{name} with algorithm={algorithm.name.value}: no rollouts are trained on; leave it out"
+        return
+    updates = algorithm.minibatches * algorithm.epochs
+    if most is not None and most < ahead * updates:
+        yield (
+            f"rollout.max_age={most} with rollout.ahead={ahead}: a batch is {ahead * updates} optimizer steps old when its turn "
+            f"comes (algorithm.minibatches={algorithm.minibatches}, algorithm.epochs={algorithm.epochs}), so that every one would "
+            f"be generated twice; choose at least {ahead * updates}"
+        )
+    if not ahead:
+        return
+    if rollout.engine is EngineKind.embedded and rollout.replay is None:
+        yield (
+            f"rollout.ahead={ahead} with rollout.engine=embedded: it generates in the learner's processes, which train meanwhile; "
+            "choose rollout=vllm, or rollout.ahead=0"
+        )
+    if isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off:
+        yield from _overlapped_region(ahead, algorithm.trust_region)
+
+
+def _overlapped_region(ahead: int, region: TrustRegionConfig) -> Iterator[str]:
+    """What the trust region measures from the anchor, and what from the samples, which are older."""
+    if region.delta_nats is not None:
+        yield (
+            f"algorithm.trust_region.delta_nats={region.delta_nats:g} with rollout.ahead={ahead}: it compares the distance from "
+            "the actors' present weights with the policy's drift from earlier ones, which generated the batch; choose "
+            "algorithm.trust_region.delta_nats=null, or rollout.ahead=0"
+        )
+    if region.max_policy_drift is not None and region.max_consecutive_rejections < ahead + 2:
+        yield (
+            f"algorithm.trust_region.max_consecutive_rejections={region.max_consecutive_rejections} with rollout.ahead={ahead} and "
+            f"max_policy_drift={region.max_policy_drift:g}: after a rejected step the next {ahead} batches are of weights of "
+            f"before it, and may be rejected as well; choose at least {ahead + 2}"
         )
 
 

@@ -227,6 +227,15 @@ def leave() -> None:
     _watch = _store = None
 
 
+def tell(error: BaseException) -> None:
+    """From any thread: all ranks hear of a failure that this rank's main thread does not know of yet, and end. Does nothing in a
+    world of one process, where the main thread comes to know of it by itself."""
+    if _watch is not None:
+        _watch.tell(error)
+        if _watch.own is not None and _watch.own.kind == Kind.refused.value and _watch.rank != 0:
+            _watch._print(_as_of(_watch.own))  # the main thread will not come to it
+
+
 class ends_all_ranks(AbstractContextManager[None]):
     """An exception that leaves the body ends this process and those of all ranks; in a world of one it goes on its way.
 

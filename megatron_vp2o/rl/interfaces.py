@@ -3,6 +3,7 @@
     Tokenizer, Task        tasks/                      what is asked
     Reward                 rewards/                    what an answer is worth
     RolloutEngine          megatron/actor/, rollout/served.py   who answers
+    GeneratesAhead         rollout/served.py           who answers while the learner trains
     Policy                 megatron/learner/policy.py  who learns
     Objective              rl/objectives.py            from what
     GradientTransform      megatron/stein/transform.py what becomes of the gradients
@@ -147,6 +148,35 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds or started; it is not used any more."""
+        ...
+
+
+class Generating(Protocol):
+    """Rollouts that an engine was asked for, and that come while the caller does something else."""
+
+    def span(self) -> tuple[float, float] | None:
+        """Once they are there: when servers began with them, and when they were through (time.monotonic). None where no server
+        worked at them for this rank."""
+        ...
+
+    def wait(self) -> Rollouts:
+        """The rollouts. Called once, on all ranks in the same order; collective. Raises what `RolloutEngine.generate` raises."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody wants them any more: on this rank nothing is asked for them from now on. `wait` is not called after it."""
+        ...
+
+
+@runtime_checkable
+class GeneratesAhead(Protocol):
+    """A rollout engine that generates while its caller trains."""
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Generating:
+        """Ask for what `RolloutEngine.generate` returns, with the weights of now. Collective, and so is the handle's `wait`; in
+        between the engine uses no process group. The weights may not change before every handle was waited for or cancelled."""
         ...
 
 

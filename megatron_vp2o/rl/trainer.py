@@ -1,6 +1,6 @@
 """The reinforcement-learning step, blind to Megatron and to the engine.
 
-    rollouts -> log-probabilities under the reference -> shaped rewards -> advantages -> batch
+    rollouts (`ahead.py`) -> log-probabilities under the reference -> shaped rewards -> advantages -> batch
       -> forward and backward -> gradient transform -> optimizer step (accepted | halved | rejected)
       -> budget verdict (keep the actors | refresh them) -> metrics
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import GRPOConfig, KLReference, RouterReplay, TrainConfig
 from megatron_vp2o.core.budget import RefreshReason
-from megatron_vp2o.parallel.groups import Groups, max_scalars, sum_scalars
+from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars, sum_scalars
+from megatron_vp2o.rl.ahead import Queued, RolloutQueue, Scored
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps
 from megatron_vp2o.rl.evaluate import evaluate_splits
@@ -45,6 +46,7 @@ from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
 
 REFRESHES, REFRESH_POLICY = "refreshes", "refresh_policy"  # keys of Progress.extra
 POSITION = "position"  # another one: prompts drawn
+QUEUED, AGAIN = "queued", "generated_again"  # further ones: batches asked for and not trained on; samples, as too old
 
 
 class RLTrainer(TrainingLoop):
@@ -83,6 +85,7 @@ class RLTrainer(TrainingLoop):
             config.algorithm, task.tokenizer, config.reward, longest=config.rollout.sampling.max_new_tokens
         )
         self.sampling = config.rollout.sampling
+        self.queue = RolloutQueue(engine, ahead=config.rollout.ahead > 0)
         self.prompts = PromptSchedule(
             task,
             per_step=self.settings.prompts_per_step,
@@ -93,33 +96,76 @@ class RLTrainer(TrainingLoop):
 
     def step(self, step: int, watch: Stopwatch) -> dict[str, float]:
         """One rollout batch and the optimizer steps on it."""
-        with watch("sync"):
-            self._refresh_actors()
-        problems, uids = self.prompts(self.position(step))
-        with Grading(self.task, problems, self.settings.group_size, self.groups) as grading:
+        self._refresh_actors(step, watch)
+        with watch("rollout"):
+            self._ask(step, self.config.rollout.ahead + 1)
+            queued = self._next(step)
+        overlap = self._overlap(queued)
+        with Grading(self.task, queued.problems, self.settings.group_size, self.groups) as grading:
             with watch("rollout"), grading.beside(self.engine):
-                rollouts = self._generate(problems, uids)
+                rollouts = self.queue.wait(queued)
             with watch("reference"):
                 reference_NS = self._score_reference(rollouts)
-                rollouts, recomputed, differences = self._recompute(rollouts)
+                scored = self._scored(queued)
             with watch("reward"):
                 verdicts = grading.verdicts(rollouts)
-                earned, metrics = self._earned(problems, rollouts, verdicts, reference_NS)
+                earned, metrics = self._earned(queued.problems, rollouts, verdicts, reference_NS)
         with watch("train"):
-            self.stepper.observe_rollouts(rollouts)
-            batch = self._batch(rollouts, earned, reference_NS, recomputed)
+            self.stepper.observe_rollouts(scored.rollouts)
+            batch = self._batch(queued, scored, earned, reference_NS)
             updates, rejected = self._update_on(batch, step)
-            metrics |= differences | combine(updates) | self._mismatch(rollouts, updates)
-            metrics |= self._judge_actors(rejected)
+            metrics |= scored.metrics | combine(updates) | self._mismatch(queued, updates)
+            metrics |= self._judge_actors(queued, rejected)
+        metrics |= overlap | self._waited(queued)
         self._count(metrics, watch)
         self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
         return metrics
 
-    def _refresh_actors(self) -> None:
-        progress = self.progress
-        reason = RefreshReason.start if self.engine.version < 0 else self.refresh.reason(progress.actor_age)
+    def run(self) -> int:
+        """See `TrainingLoop.run`. Nothing is asked for any more when it returns, or raises."""
+        try:
+            status = super().run()
+        finally:
+            self.queue.abandon()
+        if self.queue.ahead:  # the first rank may end the servers then
+            any_rank(False, self.groups.world)
+        return status
+
+    def _refresh_actors(self, step: int, watch: Stopwatch) -> None:
+        """Give the actors new weights, if that is due. What they were asked for before comes from the weights of before."""
+        ahead = self.config.rollout.ahead
+        with watch("rollout"):  # a resumed run's actors were asked for these, too
+            self._ask(step, min(ahead, int(self.progress.extra.get(QUEUED, 0))))
+        with watch("sync"):
+            reason = self._refresh_reason()
         if reason is None:
             return
+        for queued in self.queue.batches:
+            with watch("rollout"):
+                self.queue.wait(queued)
+            with watch("reference"):
+                self._scored(queued)
+                self._measure_mismatch(queued)
+        with watch("sync"):
+            self._refresh(reason)
+
+    def _refresh_reason(self) -> RefreshReason | None:
+        progress, rollout = self.progress, self.config.rollout
+        if self.engine.version < 0:
+            return RefreshReason.start
+        reason = self.refresh.reason(progress.actor_age)
+        if reason is None and rollout.max_age is not None:
+            # What is asked for now, when its turn has come.
+            age = self._age(progress.actor_version) + rollout.ahead * self.settings.minibatches * self.settings.epochs
+            return RefreshReason.max_age if age > rollout.max_age else None
+        return reason
+
+    def _age(self, version: int) -> int:
+        """Optimizer steps since weights of this version."""
+        return self.progress.optimizer_steps - version
+
+    def _refresh(self, reason: RefreshReason) -> None:
+        progress = self.progress
         progress.actor_version = progress.optimizer_steps
         self.engine.refresh(progress.actor_version)
         verify_sync(self.policy, self.engine, progress.actor_version, self.groups)
@@ -133,12 +179,53 @@ class RLTrainer(TrainingLoop):
         """Prompts drawn before this step. Kept in checkpoints, because a resumed run may take another number a step."""
         return int(self.progress.extra.get(POSITION, step * self.settings.prompts_per_step))
 
-    def _generate(self, problems: list[Problem], uids: list[int]) -> Rollouts:
+    def _ask(self, step: int, wanted: int) -> None:
+        """Ask for batches until so many are queued, this step's first; none beyond the run's last step."""
+        for number in range(step + len(self.queue), min(step + wanted, self.settings.steps)):
+            self._ask_for(step, number - step)
+
+    def _ask_for(self, step: int, place: int, *, first: bool = False) -> None:
+        """Ask for the batch of that many steps after this one."""
+        problems, uids = self.prompts(self.position(step) + place * self.settings.prompts_per_step)
         sampling = SamplingParams(
             self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
         )
         prompts = [problem.prompt_tokens(self.task.tokenizer) for problem in problems]
-        return self.engine.generate(prompts, uids, sampling, self.settings.group_size)
+        self.queue.ask(problems, prompts, uids, sampling, self.settings.group_size, first=first)
+
+    def _next(self, step: int) -> Queued:
+        """Take this step's batch out of the queue; one that is older than `rollout.max_age` is generated again, by the present
+        actors. These are younger, because they were refreshed otherwise."""
+        rollout = self.config.rollout
+        age = self._age(self.queue.batches[0].version)
+        if rollout.max_age is not None and age > rollout.max_age and rollout.replay is None:
+            self.queue.drop_first()
+            self._ask_for(step, 0, first=True)
+            extra = self.progress.extra
+            extra[AGAIN] = extra.get(AGAIN, 0) + self.settings.prompts_per_step * self.settings.group_size
+        return self.queue.batches.popleft()
+
+    def _overlap(self, queued: Queued) -> dict[str, float]:
+        """How a batch came that was asked for before its step; nothing in a run whose batches are not."""
+        if not self.queue.ahead:
+            return {}
+        self.progress.extra[QUEUED] = len(self.queue)
+        return {
+            "overlap/age": float(self._age(queued.version)),
+            "overlap/queued": float(len(self.queue)),
+            "overlap/again": float(self.progress.extra.get(AGAIN, 0)),
+        }
+
+    def _waited(self, queued: Queued) -> dict[str, float]:
+        """Who waited for whom, at the slowest rank. Collective."""
+        if not self.queue.ahead:
+            return {}
+        seconds = {
+            "overlap/trainer_waited_s": self.queue.waited_s(),
+            "overlap/servers_waited_s": queued.servers_waited_s,
+            "overlap/generation_s": queued.generation_s,
+        }
+        return max_scalars(seconds, self.groups.world)
 
     def _score_reference(self, rollouts: Rollouts) -> Tensor | None:
         """Log-probabilities of the rollouts' tokens under the reference [N, S]; None in a run without one."""
@@ -148,6 +235,13 @@ class RLTrainer(TrainingLoop):
             return None
         # The reference goes its own ways: it is one model, whoever asks, and not one under the actors' routes.
         return self.reference.log_probs(replace(rollouts, routes_NSLK=None), self.sampling.temperature)
+
+    def _scored(self, queued: Queued) -> Scored:
+        """What the weights that generated a batch say of it. The first call comes while the actors still have them."""
+        if queued.scored is None:
+            assert queued.rollouts is not None
+            queued.scored = Scored(*self._recompute(queued.rollouts))
+        return queued.scored
 
     def _recompute(self, rollouts: Rollouts) -> tuple[Rollouts, Recomputed | None, dict[str, float]]:
         """What the trainer makes of the rollouts with the weights that generated them: the routes that it will replay (R2), and
@@ -197,18 +291,16 @@ class RLTrainer(TrainingLoop):
             "rollout/tokens": total["tokens"],
         }
 
-    def _batch(
-        self, rollouts: Rollouts, earned: Earned, reference_NS: Tensor | None, recomputed: Recomputed | None
-    ) -> TrainBatch:
+    def _batch(self, queued: Queued, scored: Scored, earned: Earned, reference_NS: Tensor | None) -> TrainBatch:
         """The rollouts to train on, with their advantages and what else the objective needs."""
-        settings = self.settings
+        settings, rollouts, recomputed = self.settings, scored.rollouts, scored.recomputed
         keep_P = earned.signal_P if settings.filter_uniform_groups else torch.ones_like(earned.signal_P)
         keep_N = keep_P.repeat_interleave(settings.group_size)
         if self.config.reward.mask_truncated:
             keep_N &= rollouts.finished_N
         batch = policy_batch(rollouts, earned.advantages_PG.flatten(), keep_N, self.sampling.temperature)
         batch.row_N = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
-        if self.progress.actor_version == self.progress.optimizer_steps:
+        if self._age(queued.version) == 0:
             batch.engine_logprobs_NS = rollouts.model_logprobs_NS[keep_N]
         if reference_NS is not None:
             batch.reference_logprobs_NS = reference_NS[keep_N]
@@ -255,10 +347,11 @@ class RLTrainer(TrainingLoop):
             taken["optimizer/grad_norm"] = stats.grad_norm
         return metrics | stats.metrics | taken, stats.rejected
 
-    def _judge_actors(self, rejected: bool) -> dict[str, float]:
-        """Tell the refresh policy what this rollout batch found."""
+    def _judge_actors(self, queued: Queued, rejected: bool) -> dict[str, float]:
+        """Tell the refresh policy what this rollout batch found. What is found of the samples of earlier actors says nothing of the
+        present ones."""
         budget = None if self.meter is None else self.meter.read()
-        self.refresh.observe(budget, rejected)
+        self.refresh.observe(budget if queued.version == self.progress.actor_version else None, rejected)
         self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
         if budget is None or budget.sequences == 0:
             return {}
@@ -269,7 +362,7 @@ class RLTrainer(TrainingLoop):
         if REFRESH_POLICY in self.progress.extra:
             self.refresh.load_state_dict(self.progress.extra[REFRESH_POLICY])
 
-    def _mismatch(self, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
+    def _mismatch(self, queued: Queued, updates: list[dict[str, float]]) -> dict[str, float]:
         """How far the engine's log-probabilities are from recomputed ones under the same weights.
 
         With a fresh actor the first update recomputed them anyway; otherwise, or where it had no token, the actor scores some
@@ -277,6 +370,15 @@ class RLTrainer(TrainingLoop):
         """
         if "logprob_mismatch" in updates[0] and updates[0]["tokens"] > 0:
             return {"policy/logprob_mismatch": updates[0]["logprob_mismatch"]}
+        return self._measure_mismatch(queued)
+
+    def _measure_mismatch(self, queued: Queued) -> dict[str, float]:
+        """By the actors, the first time while they still have the weights that generated the batch."""
+        if queued.mismatch is None:
+            queued.mismatch = self._mismatch_of_some(self._scored(queued).rollouts)
+        return queued.mismatch
+
+    def _mismatch_of_some(self, rollouts: Rollouts) -> dict[str, float]:
         some = rollouts.rows(torch.arange(min(self.settings.micro_batch_size, len(rollouts.total_len_N))))
         recomputed_NS = self.engine.log_probs(some, self.sampling.temperature)
         difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else -1.0
@@ -295,7 +397,8 @@ class RLTrainer(TrainingLoop):
             "actor/refreshes": progress.actor_refreshes,
             **{f"actor/refreshes_{reason.value}": self._refreshed(reason) for reason in RefreshReason},
             "time/tokens_per_s": metrics.pop("tokens") / watch.seconds["train"],
-            "time/rollout_tokens_per_s": metrics.pop("rollout/tokens") / watch.seconds["rollout"],
+            "time/rollout_tokens_per_s": metrics.pop("rollout/tokens")
+            / (metrics.get("overlap/generation_s") or watch.seconds["rollout"]),
         }
 
     def _refreshed(self, reason: RefreshReason) -> int:

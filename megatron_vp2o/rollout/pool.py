@@ -2,6 +2,7 @@
 
     update_weights: files -> start what is not running -> every server loads, is probed, and gets the version's label
     generate:       prompts in a queue, some in flight to each server; what fails goes back into the queue (`batch.py`)
+    begin:          the same while the caller does something else (`begun.py`)
     watchers:       one for each server, which alone asks how it is while it is in trouble, and mends it (`members.py`)
 
 A sample counts only if the server says of each of its tokens that weights of the present label made it, and a label is given
@@ -19,20 +20,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import torch
 from torch import Tensor
 
-from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.answers import Asked, BadAnswer, RoutesAsked, Sample
 from megatron_vp2o.rollout.api import Server
 from megatron_vp2o.rollout.batch import Batch, words
+from megatron_vp2o.rollout.begun import Begun
 from megatron_vp2o.rollout.board import Board, News
 from megatron_vp2o.rollout.members import STRIKES, Member
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
@@ -104,6 +105,8 @@ class ServerPool:
         self._probe: Probe | None = None
         self._unusable = "it was given none yet"
         self._closed = False
+        self._turn = asyncio.Lock()  # of the batch that is generated
+        self._batches: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._http: httpx.AsyncClient | None = None
@@ -355,6 +358,13 @@ class ServerPool:
 
         Raises also ValueError for a nucleus: servers do not say what a token's probability is without it.
         """
+        return self.begin(prompts, uids, sampling, group_size).result()
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> Begun:
+        """Ask for what `generate` returns, and go on. Batches are generated one after another, in the order in which they were
+        asked for. Whoever gives other weights waits for them, or cancels them, before."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
         if 0 < sampling.top_p < 1 and sampling.temperature > 0:
@@ -363,10 +373,26 @@ class ServerPool:
             raise RolloutError("the servers are closed: make a new pool")
         if self.version < 0:
             raise SyncError(f"the servers have no usable weights: {self._unusable}")
-        groups = self._do(self._generate(prompts, sampling, group_size)) if prompts else []
-        return self._rollouts(prompts, groups, sampling, group_size)
+        begun = Begun(prompts, sampling, group_size, pad_id=self.pad_id, version=self.version, routes=self.routes)
+        begun.future = self._start(self._generate(prompts, sampling, group_size, begun))
+        return begun
 
     async def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, group_size: int, begun: Begun
+    ) -> list[list[Sample]]:
+        """One batch, when the batches before it have come to their end."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._batches.add(task)
+        task.add_done_callback(self._batches.discard)
+        async with self._turn:
+            begun.started_at = time.monotonic()
+            try:
+                return await self._batch(prompts, sampling, group_size) if prompts else []
+            finally:
+                begun.ended_at = time.monotonic()
+
+    async def _batch(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, group_size: int
     ) -> list[list[Sample]]:
         asked = Asked(self.ends, self.vocabulary, sampling.max_new_tokens, self.label, self.routes)
@@ -378,48 +404,23 @@ class ServerPool:
         batch = Batch(prompts, self.members, ask, attempts=settings.attempts, in_flight=settings.in_flight)
         return await batch.run(settings.batch_timeout_s)
 
-    def _rollouts(
-        self, prompts: Sequence[Sequence[int]], groups: list[list[Sample]], sampling: SamplingParams, group_size: int
-    ) -> Rollouts:
-        width = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
-        count = len(prompts) * group_size
-        tokens_NS = torch.full((count, width), self.pad_id)
-        logprobs_NS = torch.zeros(count, width)
-        prompt_len_N, total_len_N = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-        finished_N = torch.zeros(count, dtype=torch.bool)
-        routes_NSLK = None if self.routes is None else self._no_routes(count, width, self.routes)
-        rows = ((p, sample) for p, group in enumerate(groups) for sample in group)
-        for n, (p, sample) in enumerate(rows):
-            start, end = len(prompts[p]), len(prompts[p]) + len(sample.tokens)
-            tokens_NS[n, :end] = torch.tensor([*prompts[p], *sample.tokens])
-            logprobs_NS[n, start:end] = torch.tensor(sample.logprobs)
-            prompt_len_N[n], total_len_N[n], finished_N[n] = start, end, sample.finished
-            if routes_NSLK is not None:
-                routes_NSLK[n, : end - 1] = torch.from_numpy(sample.routes_TLK.astype("int16"))
-        lengths = prompt_len_N, total_len_N
-        return Rollouts(
-            tokens_NS, *lengths, logprobs_NS, logprobs_NS, finished_N, self.version, routes_NSLK=routes_NSLK
-        )
-
-    @staticmethod
-    def _no_routes(rows: int, width: int, routes: RoutesAsked) -> Tensor:
-        """Room for the routes of all positions, packed, none of them there yet."""
-        dtype = packed_dtype(routes.experts)
-        return torch.full((rows, width, len(routes.layers), routes.topk), sentinel(dtype), dtype=dtype)
-
     # Life
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it in the pool's event loop, and wait for it. Where this thread is interrupted, so is the work."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
-            self._thread.start()
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._start(work)
         try:
             return future.result()
         finally:
             future.cancel()  # does nothing to what is done
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run it in the pool's event loop."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _server(self, member: Member) -> Server:
         if self._http is None:
@@ -481,7 +482,11 @@ class ServerPool:
                 self.folder.rmdir()
 
     async def _end(self) -> None:
-        """End servers side by side, after whatever a watcher was starting."""
+        """Give up what is asked for, and end servers side by side, after whatever a watcher was starting."""
+        batches = list(self._batches)
+        for task in batches:
+            task.cancel()
+        await asyncio.gather(*batches, return_exceptions=True)
         await self._unwatch_all()
         processes = [member.process for member in self.members if member.process is not None]
         await asyncio.gather(*(asyncio.to_thread(process.close) for process in processes))

@@ -8,6 +8,7 @@ snapshot, streamed by all ranks and written by the first. The rank that speaks f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.errors import RolloutError, SyncError, UserError
+from megatron_vp2o.parallel import failure
 from megatron_vp2o.parallel.groups import Groups, first_rank_says, gather_objects, on_replica
 from megatron_vp2o.rl.interfaces import RolloutEngine
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
+from megatron_vp2o.rollout.begun import Begun
 from megatron_vp2o.rollout.pool import ServerPool
 from megatron_vp2o.rollout.protocol import Probe, Receipt
 
@@ -55,6 +58,7 @@ class ServedEngine:
         self.receipt: Receipt | None = None
         self._served = -1  # version of the servers' weights
         self._borrowed = False
+        self._under_way: list[ServedBatch] = []
 
     @property
     def version(self) -> int:
@@ -71,7 +75,8 @@ class ServedEngine:
         self._serve()
 
     def _serve(self) -> None:
-        """Bring the servers to the snapshot's weights. No rank generates meanwhile, because `generate` ends on all together."""
+        """Bring the servers to the snapshot's weights. No rank generates meanwhile: a batch ends on all together."""
+        assert not self._under_way, "servers would get other weights while they generate"
         probe = self._probe()
         said: tuple[str, Any] = ("", None)
         stream = self.stream()
@@ -117,23 +122,30 @@ class ServedEngine:
         """
         if self._borrowed:
             return self.snapshot.generate(prompts, uids, sampling, group_size)
+        return self._begin(prompts, uids, sampling, group_size).wait()
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> ServedBatch:
+        """See `rl.interfaces.GeneratesAhead`. Only the pool's own thread works until `wait`; an error there ends all ranks."""
+        begun = self._begin(prompts, uids, sampling, group_size)
+        begun.tell_of_errors()
+        return begun
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int
+    ) -> ServedBatch:
         if self._served != self.version:  # a resumed run's snapshot came out of its checkpoint
             self._serve()
-
-        def ask() -> tuple[Rollouts | None, str]:
-            assert self.pool is not None
+        begun, problem = None, ""
+        if self.pool is not None:
             try:
-                return self.pool.generate(prompts, uids, sampling, group_size), ""
+                begun = self.pool.begin(prompts, uids, sampling, group_size)
             except UserError as error:
-                return None, str(error)
-
-        rollouts, problem = on_replica(ask, self.groups)
-        problems = list(dict.fromkeys(filter(None, gather_objects(problem, self.groups.world))))
-        if rollouts is None or problems:
-            raise RolloutError("; and of another replica: ".join(problems))
-        if rollouts.routes_NSLK is None:
-            return rollouts
-        return replace(rollouts, routes_NSLK=rollouts.routes_NSLK[:, :, self.stage])
+                problem = str(error)
+        batch = ServedBatch(begun, problem, self.groups, self._under_way, self.stage)
+        self._under_way.append(batch)
+        return batch
 
     def checksum(self) -> int:
         """The snapshot's checksum; that the servers hold the same was proven by the update."""
@@ -161,3 +173,62 @@ class ServedEngine:
         """End the servers that were started."""
         if self.pool is not None:
             self.pool.close()
+
+
+class ServedBatch:
+    """Implements `rl.interfaces.Generating`: a batch under way in the pools of all replicas.
+
+    Args:
+        begun: on ranks that speak for a replica, the pool's; None on others, and where the pool refused.
+        problem: why it refused.
+        under_way: the engine's list, which this leaves when it is over.
+        stage: places of this pipeline stage's layers among those whose routes the rollouts have.
+    """
+
+    def __init__(
+        self, begun: Begun | None, problem: str, groups: Groups, under_way: list[ServedBatch], stage: list[int]
+    ) -> None:
+        self.begun, self.problem, self.groups, self.under_way = begun, problem, groups, under_way
+        self.stage = stage
+        self._awaited = False
+
+    def span(self) -> tuple[float, float] | None:
+        """See `Generating.span`."""
+        if self.begun is None or not self.begun.prompts:
+            return None
+        return self.begun.started_at, self.begun.ended_at
+
+    def tell_of_errors(self) -> None:
+        """Nobody waits for it yet. Where it fails, all ranks come to know, whatever they are doing."""
+
+        def tell(future: Future[Any]) -> None:
+            if not self._awaited and not future.cancelled() and (error := future.exception()) is not None:
+                failure.tell(error)
+
+        if self.begun is not None:
+            self.begun.future.add_done_callback(tell)
+
+    def wait(self) -> Rollouts:
+        """See `Generating.wait`. Raises RolloutError on all ranks where a replica did not get its rollouts."""
+        self._awaited = True
+
+        def result() -> tuple[Rollouts | None, str]:
+            try:
+                return (None, self.problem) if self.begun is None else (self.begun.result(), "")
+            except UserError as error:
+                return None, str(error)
+
+        rollouts, problem = on_replica(result, self.groups)
+        problems = list(dict.fromkeys(filter(None, gather_objects(problem, self.groups.world))))
+        self.under_way.remove(self)
+        if rollouts is None or problems:
+            raise RolloutError("; and of another replica: ".join(problems))
+        if rollouts.routes_NSLK is None:
+            return rollouts
+        return replace(rollouts, routes_NSLK=rollouts.routes_NSLK[:, :, self.stage])
+
+    def cancel(self) -> None:
+        """See `Generating.cancel`."""
+        if self.begun is not None:
+            self.begun.future.cancel()
+        self.under_way.remove(self)

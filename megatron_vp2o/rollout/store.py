@@ -17,7 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.parallel.groups import Groups, any_rank
-from megatron_vp2o.rl.interfaces import RolloutEngine
+from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, RolloutEngine
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -195,20 +195,48 @@ class StoredEngine:
         """See `RolloutEngine.generate`. Raises RolloutError where a replay lacks the batch."""
         if self._borrowed:
             return self.engine.generate(prompts, uids, sampling, group_size)
-        asked = _digest([list(map(list, prompts)), list(uids), asdict(sampling), group_size])
-        if self.replayed is not None:
-            return self._replay(asked, uids)
-        if self.store is None:
-            return self.engine.generate(prompts, uids, sampling, group_size)
-        key = _digest([asked, self.version, self.engine.checksum()])
-        found = self._routed(self.store.read(key))
-        if not any_rank(found is None, self.groups.world):
-            assert found is not None
-            logger.info("rollouts of version %d are taken from %s", self.version, self.store.path)
-            return to_rollouts(found, self.groups.device)
-        rollouts = self.engine.generate(prompts, uids, sampling, group_size)
-        self.store.append([key, asked], to_arrays(rollouts))
+        keys = self._keys(prompts, uids, sampling, group_size)
+        rollouts = self._found(keys, uids)
+        if rollouts is None:
+            rollouts = self.engine.generate(prompts, uids, sampling, group_size)
+            self._keep(keys, rollouts)
         return rollouts
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
+    ) -> StoredBatch:
+        """See `rl.interfaces.GeneratesAhead`; the engine must be one, but for a replay. A batch is on disk when `wait` returns."""
+        keys = self._keys(prompts, uids, sampling, group_size)
+        rollouts = self._found(keys, uids)
+        if rollouts is not None:
+            return StoredBatch(rollouts)
+        assert isinstance(self.engine, GeneratesAhead), "rollout.ahead is refused with engines that cannot"
+        return StoredBatch(
+            None, self.engine.begin(prompts, uids, sampling, group_size), lambda got: self._keep(keys, got)
+        )
+
+    def _keys(
+        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int
+    ) -> list[str]:
+        """Of a batch of the present weights, and last of what is asked, whatever weights answer."""
+        asked = _digest([list(map(list, prompts)), list(uids), asdict(sampling), group_size])
+        return [asked] if self.store is None else [_digest([asked, self.version, self.engine.checksum()]), asked]
+
+    def _found(self, keys: Sequence[str], uids: Sequence[int]) -> Rollouts | None:
+        """What need not be generated; None on all ranks or on none. Collective."""
+        if self.replayed is not None:
+            return self._replay(keys[-1], uids)
+        if self.store is None:
+            return None
+        found = self._routed(self.store.read(keys[0]))
+        if any_rank(found is None, self.groups.world) or found is None:
+            return None
+        logger.info("rollouts of version %d are taken from %s", self.version, self.store.path)
+        return to_rollouts(found, self.groups.device)
+
+    def _keep(self, keys: Sequence[str], rollouts: Rollouts) -> None:
+        if self.store is not None:
+            self.store.append(keys, to_arrays(rollouts))
 
     def _routed(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
         """What was stored as the engine's own rollouts would be, with routes or without; None where routes are missing."""
@@ -265,6 +293,39 @@ class StoredEngine:
             if file is not None:
                 file.close()
         self.engine.close()
+
+
+class StoredBatch:
+    """Implements `rl.interfaces.Generating`.
+
+    Args:
+        rollouts: those that were found; None: `generating` brings them, and `keep` writes them.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts | None,
+        generating: Generating | None = None,
+        keep: Callable[[Rollouts], None] | None = None,
+    ) -> None:
+        self.rollouts, self.generating, self.keep = rollouts, generating, keep
+
+    def span(self) -> tuple[float, float] | None:
+        return None if self.generating is None else self.generating.span()
+
+    def wait(self) -> Rollouts:
+        """See `Generating.wait`; they are on disk then."""
+        if self.rollouts is not None:
+            return self.rollouts
+        assert self.generating is not None and self.keep is not None
+        rollouts = self.generating.wait()
+        self.keep(rollouts)
+        return rollouts
+
+    def cancel(self) -> None:
+        """See `Generating.cancel`."""
+        if self.generating is not None:
+            self.generating.cancel()
 
 
 def _digest(value: Any) -> str:

@@ -13,6 +13,7 @@ from megatron_vp2o.tracking.metric import (
     MISMATCH,
     NATS,
     NONE,
+    OVERLAP,
     RATE,
     REGION,
     REINFORCEMENT,
@@ -209,6 +210,53 @@ SECTIONS: tuple[Section, ...] = (
                 FRACTION,
                 "tokens whose weight a bound truncated or set to 0",
                 "training steps of runs with algorithm.mismatch.correction",
+                REINFORCEMENT,
+            ),
+        ),
+    ),
+    Section(
+        "Overlap",
+        (
+            Metric(
+                "overlap/age",
+                "steps",
+                "optimizer steps from the weights that generated the batch to the beginning of training on it",
+                OVERLAP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/queued",
+                COUNT,
+                "later batches that servers had been asked for when training on this one began",
+                OVERLAP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/again",
+                "sequences",
+                "rollouts generated again so far, because they were older than rollout.max_age",
+                OVERLAP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/trainer_waited_s",
+                SECONDS,
+                "the trainer waited for rollouts; of the slowest rank",
+                OVERLAP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/servers_waited_s",
+                SECONDS,
+                "servers had nothing to do for the rank that waited longest, between the batch before and this one",
+                OVERLAP,
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/generation_s",
+                SECONDS,
+                "servers took for the batch; 0 where it was in the store",
+                OVERLAP,
                 REINFORCEMENT,
             ),
         ),
@@ -415,7 +463,7 @@ SECTIONS: tuple[Section, ...] = (
         "Time",
         (
             Metric("time/step_s", SECONDS, "the training step, without evaluation and checkpoint", STEP),
-            Metric("time/rollout_s", SECONDS, "generating the rollouts", STEP, REINFORCEMENT),
+            Metric("time/rollout_s", SECONDS, "generating the rollouts, or waiting for them", STEP, REINFORCEMENT),
             Metric(
                 "time/reference_s", SECONDS, "scoring the rollouts under the reference (0 without)", STEP, REINFORCEMENT
             ),
@@ -429,7 +477,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "time/rollout_tokens_per_s",
                 RATE,
-                "tokens generated in a second of `time/rollout_s`",
+                "tokens generated in a second of `time/rollout_s`, with rollout.ahead of `overlap/generation_s`",
                 STEP,
                 REINFORCEMENT,
             ),

@@ -17,6 +17,8 @@ from megatron_vp2o.config.schema import (
     ServerConfig,
     SupervisedConfig,
     TrainConfig,
+    TrustRegionConfig,
+    VP2OConfig,
 )
 from megatron_vp2o.config.validate import validate
 from megatron_vp2o.config.validate_rollout import servers_on_node
@@ -87,6 +89,37 @@ def test_what_servers_cannot_do(tmp_path: Path) -> None:
     config = served(tmp_path, urls=["http://127.0.0.1:8000"])
     config.algorithm = SupervisedConfig()
     assert "rollout.engine=vllm with algorithm=supervised" in refused(config)
+
+
+def test_generation_beside_training(tmp_path: Path) -> None:
+    """What cannot work names the setting, its value and the way out; what can is not refused."""
+    urls = ["http://127.0.0.1:8000"]
+    assert refused(served(tmp_path, urls=urls, ahead=1)) == ""
+    embedded = TrainConfig(algorithm=GRPOConfig(), rollout=RolloutConfig(ahead=1), run_dir=str(tmp_path / "run"))
+    said = "rollout.ahead=1 with rollout.engine=embedded: it generates in the learner's processes"
+    assert said in refused(embedded) and "choose rollout=vllm, or rollout.ahead=0" in refused(embedded)
+    supervised = TrainConfig(
+        algorithm=SupervisedConfig(), rollout=RolloutConfig(ahead=1), run_dir=str(tmp_path / "run")
+    )
+    assert "rollout.ahead=1 with algorithm=supervised" in refused(supervised)
+    supervised.rollout = RolloutConfig(max_age=3)
+    assert "rollout.max_age=3 with algorithm=supervised" in refused(supervised)
+    assert "rollout.ahead=2" in refused(served(tmp_path, urls=urls, ahead=2))
+    for minibatches, most in ((1, 1), (4, 8), (4, 7)):
+        config = served(tmp_path, urls=urls, ahead=1, max_age=most)
+        config.algorithm = GRPOConfig(minibatches=minibatches, epochs=2)
+        updates = 2 * minibatches
+        assert (f"choose at least {updates}" in refused(config)) == (most < updates)
+    for region, said in (
+        (TrustRegionConfig(delta_nats=0.1), "algorithm.trust_region.delta_nats=0.1 with rollout.ahead=1"),
+        (TrustRegionConfig(max_policy_drift=0.1, max_consecutive_rejections=2), "choose at least 3"),
+        (TrustRegionConfig(max_policy_drift=0.1, max_consecutive_rejections=3), ""),
+    ):
+        config = served(tmp_path, urls=urls, ahead=1)
+        config.algorithm = VP2OConfig(trust_region=region)
+        assert said in refused(config) if said else refused(config) == ""
+        config.rollout.ahead = 0
+        assert refused(config) == ""
 
 
 def test_launching_needs_an_environment_and_ports(tmp_path: Path) -> None:

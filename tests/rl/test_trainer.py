@@ -81,6 +81,10 @@ class Made:
         kl_reference: KLReference = KLReference.none,
         reference: bool = False,
         replay: RouterReplay = RouterReplay.off,
+        rollout: dict[str, Any] | None = None,
+        engine: type[FakeEngine] = FakeEngine,
+        meter: Any = None,
+        mismatch: Any = None,
         **settings: Any,
     ) -> None:
         settings = {"prompts_per_step": PROMPTS, "group_size": GROUP, "steps": 9, "micro_batch_size": 5, **settings}
@@ -89,7 +93,9 @@ class Made:
             algorithm=algorithm,
             reward=reward or RewardConfig(),
             rollout=RolloutConfig(
-                sampling=SamplingConfig(temperature=0.8, top_p=0.9, max_new_tokens=8), router_replay=replay
+                sampling=SamplingConfig(temperature=0.8, top_p=0.9, max_new_tokens=8),
+                router_replay=replay,
+                **(rollout or {}),
             ),
             seed=7,
         )
@@ -98,7 +104,7 @@ class Made:
         if right is not None:
             self.task.right = right
         self.policy = FakePolicy(self.log, skips=skips)
-        self.engine = FakeEngine(self.log, self.policy)
+        self.engine = engine(self.log, self.policy)
         self.stepper = FakeStepper(self.log, self.policy, rejects=rejects)
         self.refresh = refresh or FakeRefresh(self.log)
         self.trainer = RLTrainer(
@@ -115,6 +121,8 @@ class Made:
             transform=self.transform,
             stepper=self.stepper,
             samples=samples,
+            meter=meter,
+            mismatch=mismatch,
         )
 
     def transform(self) -> dict[str, float]:

@@ -141,11 +141,15 @@ class State:
             self.served += 1
         return _spoilt(answer, kind)
 
+    def draws(self, prompt: list[int], index: int) -> Any:
+        """Where a sample's random numbers come from."""
+        return np.random.default_rng([*prompt, index]) if FIXED else self.random
+
     def sample(self, index: int, prompt: list[int], settings: dict[str, Any]) -> dict[str, Any]:
         tokens: list[int] = []
         content: list[dict[str, Any]] = []
         last = prompt[-1]
-        drawn = np.random.default_rng([*prompt, index]) if FIXED else self.random
+        drawn = self.draws(prompt, index)
         while len(tokens) < settings["max_tokens"]:
             logp = self.log_probs(last, settings["temperature"])
             with self.lock:
@@ -263,10 +267,15 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
 
-if __name__ == "__main__":
-    Handler.state = State(Path(sys.argv[1]))
+def serve(state: State, port: int) -> None:
+    """For ever."""
+    Handler.state = state
     ThreadingHTTPServer.daemon_threads = True
     ThreadingHTTPServer.request_queue_size = (
         1024  # as vLLM's; with socketserver's 5, connections of a burst wait for seconds
     )
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    serve(State(Path(sys.argv[1])), int(sys.argv[2]))

@@ -59,10 +59,14 @@ class Ranks:
             pool.adopt(version, owner.label, [member.lost for member in owner.members])
 
     def generate(self) -> list[Rollouts]:
-        def ask(pool: ServerPool, prompts: Sequence[Sequence[int]]) -> Rollouts:
-            return pool.generate(prompts, range(len(prompts)), SAMPLING, GROUP)
+        """Of each rank two batches, the second of which is asked for before the first is there."""
 
-        return list(self.threads.map(ask, self.pools, self.prompts))
+        def ask(pool: ServerPool, prompts: Sequence[Sequence[int]]) -> list[Rollouts]:
+            parts = [prompts[:6], prompts[6:]]
+            begun = [pool.begin(part, range(len(part)), SAMPLING, GROUP) for part in parts]
+            return [one.result() for one in begun]
+
+        return [rollouts for both in self.threads.map(ask, self.pools, self.prompts) for rollouts in both]
 
     def samples(self) -> int:
         return sum(member.samples for pool in self.pools for member in pool.members)
