@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import EngineKind, RouterReplay, ServerConfig, TrainConfig
+from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
@@ -27,6 +28,7 @@ from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.interfaces import RolloutEngine, Tokenizer
 from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.board import meet
+from megatron_vp2o.rollout.host import RemoteProcess, find_hosts
 from megatron_vp2o.rollout.launch import (
     ServerProcess,
     free_port,
@@ -91,7 +93,7 @@ def _engine(
             members,
             shapes=model.hf_tensors(),
             describe=describe,
-            folder=_weights_folder(config),
+            folder=_weights_folder(config, first=groups.rank == 0),
             ends=tokenizer.eos_ids,
             vocabulary=policy.valid_vocab,
             pad_id=tokenizer.pad_id,
@@ -125,11 +127,13 @@ def _routes(config: TrainConfig, snapshot: MegatronEngine, model: Architecture) 
 
 
 def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Member]:
-    """The servers; the first rank's have their processes."""
+    """The servers; the first rank's have their processes. Collective."""
     rollout = config.rollout
     if not rollout.launch:
         return [Member(url.rstrip("/")) for url in rollout.urls]
     server = rollout.server
+    if server.hosts:
+        return _on_hosts(config, groups)
     ports = [free_port() if server.port is None else server.port + number for number in range(server.count)]
     ports = first_rank_says(ports, groups.world)
     if groups.rank != 0:
@@ -145,6 +149,24 @@ def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Me
         _launched(config, groups, dtype, n, port, share)
         for n, (port, share) in enumerate(zip(ports, shares, strict=True))
     ]
+
+
+def _on_hosts(config: TrainConfig, groups: Groups) -> list[Member]:
+    """Servers of hosts, to which the first rank is connected. Raises RolloutError on all ranks if they do not come."""
+    server, links, problem = config.rollout.server, [], ""
+    if groups.rank == 0:
+        folder = Path(server.meeting_dir or Path(config.run_dir) / "servers")
+        try:
+            links = find_hosts(folder, server.hosts, server.count, 60 * server.startup_minutes)
+        except RolloutError as error:
+            problem = str(error)
+    urls, problem = first_rank_says(([link.urls for link in links], problem), groups.world)
+    if problem:
+        raise RolloutError(problem)
+    if groups.rank != 0:
+        return [Member(url) for of_host in urls for url in of_host]
+    processes = [RemoteProcess(link, number) for link in links for number in range(server.count)]
+    return [Member(process.url, process) for process in processes]
 
 
 def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: int, port: int, gpus: str) -> Member:
@@ -164,10 +186,15 @@ def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: i
     return Member(process.url, process)
 
 
-def _weights_folder(config: TrainConfig) -> Path:
+def _weights_folder(config: TrainConfig, *, first: bool) -> Path:
     named = config.rollout.server.weights_dir
     if named is not None:
         return Path(named)
+    if config.rollout.server.hosts:  # other machines, which do not see this one's memory
+        shared = Path(config.run_dir).resolve() / "weights"
+        if first:  # what a trainer that was killed has left
+            shutil.rmtree(shared, ignore_errors=True)
+        return shared
     folder = default_folder(Path(config.run_dir))
     for other in folder.parent.glob("*-*") if folder.parent != Path(config.run_dir) else ():
         owner = other.name.rpartition("-")[2]

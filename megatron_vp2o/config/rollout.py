@@ -37,7 +37,14 @@ class ServerConfig:
     """vLLM servers (docs/rollouts.md)."""
 
     count: Annotated[int, Range(1, 1024)] = 1
-    """Servers to launch on the first rank's machine."""
+    """Servers to launch: on the first rank's machine, or on each host."""
+    hosts: Annotated[int, Range(0, 4096)] = 0
+    """Processes of `python -m megatron_vp2o.serve`, on this and other machines, that launch the servers, `count` each; the run
+    waits for all of them. 0: the first rank launches them. The launcher sets it (executor.servers)."""
+    meeting_dir: Optional[str] = None
+    """Folder where the run and its hosts of servers find each other, seen by all; null: `servers` in the run folder."""
+    idle_minutes: Annotated[float, Range(0.01, 10080)] = 10.0
+    """How long a host waits for a trainer that has gone without a goodbye, before it ends; its servers end at once."""
     python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment that has vLLM (`make vllm-env`); servers to launch run in it."""
     port: Annotated[Optional[int], Range(1024, 65535)] = None
@@ -59,13 +66,13 @@ class ServerConfig:
     sync_timeout_s: Annotated[float, Range(0.1, 10**6)] = 300.0
     """How long each part of a weight update may take."""
     startup_minutes: Annotated[float, Range(0.01, 10080)] = 10.0
-    """How long a launched server may take until it answers."""
+    """How long a launched server may take until it answers, and all hosts until they are there."""
     silence_s: Annotated[float, Range(1, 10**6)] = 30.0
     """How long a launched server may leave looks at its health (/health) unanswered before it is taken for dead and restarted. A
     server that is only busy answers them."""
     weights_dir: Optional[str] = None
     """Folder through which weights travel, seen by trainer and servers under the same path; null: in shared memory (/dev/shm)
-    where there is some, else in the run folder."""
+    where there is some and the first rank has launched the servers, else in the run folder."""
     probe_tolerance: Annotated[Optional[float], Range(1e-9, 1000)] = None
     """After each weight update: largest difference of a token's log-probability between server and trainer, in nats; null: 1e-4
     with float32, 0.25 with bfloat16."""

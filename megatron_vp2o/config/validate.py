@@ -75,6 +75,7 @@ def validate(
         problems.extend([*_packages(config), *reward_outside(config), *rollout_outside(config)])
     if cuda_devices is not None:
         problems.extend(_devices(config, cuda_devices, local_world_size))
+        problems.extend(servers_on_node(config.rollout, cuda_devices, local_world_size, world_size))
     _refuse(problems)
 
 
@@ -297,8 +298,6 @@ def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> I
             f"{local_world_size} processes on a node with {cuda_devices} GPUs: "
             f"start at most {cuda_devices} (torchrun --nproc-per-node)"
         )
-    else:
-        yield from servers_on_node(config.rollout, cuda_devices, local_world_size)
 
 
 def _host_memory(config: TrainConfig, local_world_size: int) -> Iterator[str]:

@@ -63,6 +63,11 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
         )
     if rollout.launch:
         yield from _not_split(config)
+    elif rollout.server.hosts:
+        yield (
+            f"rollout.server.hosts={rollout.server.hosts} with rollout.launch=false: no server would be launched on them; set "
+            "rollout.launch=true, or rollout.server.hosts=0"
+        )
     seen: set[str] = set()
     for url in rollout.urls:
         problem = _bad_url(url)
@@ -90,11 +95,20 @@ def _not_split(config: TrainConfig) -> Iterator[str]:
             )
 
 
-def servers_on_node(rollout: RolloutConfig, cuda_devices: int, ranks: int) -> Iterator[str]:
-    """A problem if servers that the run starts beside its ranks find too few GPUs on this node."""
+def servers_on_node(rollout: RolloutConfig, cuda_devices: int, ranks: int, world_size: int) -> Iterator[str]:
+    """Problems of servers that the run starts beside its ranks: too few GPUs on this node, ranks on other nodes."""
     server = rollout.server
-    needed = server.count * server.tensor_parallel if rollout.launch else 0
-    if ranks + needed > cuda_devices:
+    if not rollout.launch or server.hosts:
+        return
+    if world_size > ranks:
+        yield (
+            "rollout.launch=true with rollout.server.hosts=0 starts servers on the first rank's machine, and "
+            f"{world_size - ranks} of {world_size} ranks are on others, which cannot reach them: launch with "
+            "executor.servers=split, nodes or job, or set "
+            "rollout.server.hosts (docs/launching.md)"
+        )
+    needed = server.count * server.tensor_parallel
+    if cuda_devices and ranks + needed > cuda_devices:
         yield (
             f"{ranks} ranks and rollout.server.count={server.count} servers of rollout.server.tensor_parallel="
             f"{server.tensor_parallel} need {ranks + needed} GPUs, and this node has {cuda_devices}: a rank and a server "
@@ -158,12 +172,12 @@ def _bad_url(url: str) -> str:
     return "has a path" if parts.path.strip("/") or parts.query else ""
 
 
-def rollout_outside(config: TrainConfig) -> Iterator[str]:
-    """What launching needs of this machine: an environment with vLLM, and free ports."""
+def rollout_outside(config: TrainConfig, *, host: bool = False) -> Iterator[str]:
+    """What launching needs of this machine: an environment with vLLM, and free ports; `host`: where hosts launch, on this one."""
     rollout = config.rollout
     if rollout.replay is not None and not any(Path(rollout.replay).glob("rank*.bin")):
         yield f"rollout.replay={rollout.replay} holds no rank*.bin: name the folder `rollouts` of a run that had rollout.store=true"
-    if rollout.engine is not EngineKind.vllm or not rollout.launch:
+    if rollout.engine is not EngineKind.vllm or not rollout.launch or (rollout.server.hosts and not host):
         return
     if problem := _no_vllm(rollout.server.python):
         yield (

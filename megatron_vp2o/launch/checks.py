@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.launch.settings import ExecutorSettings, SlurmSettings, TorchrunSettings
+from megatron_vp2o.launch.settings import (
+    JOB,
+    NODES,
+    SPLIT,
+    ExecutorSettings,
+    SlurmSettings,
+    TorchrunSettings,
+    job_nodes,
+)
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 _ENVIRONMENT = re.compile(r"[A-Za-z_]\w*")
@@ -72,7 +80,7 @@ def _at_least(executor: ExecutorSettings, low: int, *names: str) -> Iterator[str
 
 
 def _slurm(executor: SlurmSettings) -> Iterator[str]:
-    yield from _at_least(executor, 1, "nodes", "gpus_per_node", "cpus_per_node")
+    yield from _at_least(executor, 1, "nodes", "gpus_per_node", "cpus_per_node", "server_nodes")
     yield from _at_least(executor, 0, "retries", "signal_lead_s")
     if not 1024 <= executor.rendezvous_port <= 65000:
         yield f"executor.rendezvous_port={executor.rendezvous_port} must be between 1024 and 65000"
@@ -81,6 +89,13 @@ def _slurm(executor: SlurmSettings) -> Iterator[str]:
             f"executor.ranks_per_node={executor.ranks_per_node} exceeds executor.gpus_per_node={executor.gpus_per_node}: "
             "a rank needs a GPU of its own"
         )
+    if executor.servers == "colocated":
+        yield (
+            "executor.servers=colocated: servers that share GPUs with ranks would have to give them back for each training step "
+            "(vLLM's sleep mode), which vLLM has on GPUs only and nobody has tried here: choose split, nodes or job"
+        )
+    elif executor.servers not in (None, SPLIT, NODES, JOB):
+        yield f"executor.servers={executor.servers} is none of {SPLIT}, {NODES}, {JOB} and null: choose one"
     limit = seconds(executor.time)
     if limit is None:
         yield f"executor.time={executor.time} is no time limit: write [DAYS-]HOURS:MINUTES:SECONDS, as 04:00:00"
@@ -121,6 +136,10 @@ def _cluster(executor: SlurmSettings) -> Iterator[str]:
     if found is None:
         yield "executor=slurm: sinfo gets no answer, so no Slurm controller can be reached from this machine"
         return
+    most = max(job_nodes(executor), executor.server_nodes if executor.servers == JOB else 0)
+    what = f"executor.nodes={executor.nodes}"
+    if most > executor.nodes:
+        what += f" with executor.server_nodes={executor.server_nodes}"
     sizes: dict[str, int] = {}
     for name, nodes in (line.split() for line in found.splitlines() if line.strip()):
         sizes[name] = sizes.get(name, 0) + int(nodes)
@@ -129,13 +148,13 @@ def _cluster(executor: SlurmSettings) -> Iterator[str]:
             near = difflib.get_close_matches(executor.partition, sizes, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(sizes))}"
             yield f"executor.partition={executor.partition}: this cluster has no such partition; {hint}"
-        elif executor.nodes > sizes[executor.partition]:
+        elif most > sizes[executor.partition]:
             yield (
-                f"executor.nodes={executor.nodes} exceeds the {sizes[executor.partition]} nodes of "
+                f"{what} exceeds the {sizes[executor.partition]} nodes of "
                 f"executor.partition={executor.partition}: ask for fewer"
             )
-    elif executor.nodes > max(sizes.values(), default=0):
-        yield f"executor.nodes={executor.nodes} exceeds the nodes of every partition ({sizes}): ask for fewer"
+    elif most > max(sizes.values(), default=0):
+        yield f"{what} exceeds the nodes of every partition ({sizes}): ask for fewer"
     yield from _account(executor)
     if executor.container_image is not None and "--container-image" not in (_ask("srun", "--help") or ""):
         yield (

@@ -20,8 +20,18 @@ import psutil
 from megatron_vp2o.config.status import PREEMPTED
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.launch.jobs import Job
-from megatron_vp2o.launch.scripts import DONE, NODE, STOPPED, TRAIN, batch_lines, local_script, node_script
-from megatron_vp2o.launch.settings import ExecutorSettings, SlurmSettings
+from megatron_vp2o.launch.scripts import (
+    DONE,
+    NODE,
+    STOPPED,
+    TRAIN,
+    batch_lines,
+    local_script,
+    node_script,
+    servers_step,
+    step,
+)
+from megatron_vp2o.launch.settings import ExecutorSettings, SlurmSettings, job_nodes
 
 JOB_FOLDER = "/nemo_run"
 """The job's folder as NeMo-Run mounts it into containers; without one it puts the real path in its place."""
@@ -66,7 +76,7 @@ def launch(jobs: Sequence[Job], executor: ExecutorSettings, *, title: str, dryru
                         nemo_run.Script(inline=_script(job, executor, number, folders)),
                         executor=_executor(nemo_run, job, executor, folder),
                         name=job.name,
-                        dependencies=[names[other] for other in job.after] or None,
+                        dependencies=[names[other] for other in _waits_for(job)] or None,
                         tail_logs=True,
                     )
                 if dryrun:
@@ -84,6 +94,10 @@ def launch(jobs: Sequence[Job], executor: ExecutorSettings, *, title: str, dryru
             reason = " ".join((error.result.stderr or error.result.stdout).split())
             raise ConfigError(f"Slurm refused a job: {reason}") from error
     return _outcome(jobs, folder)
+
+
+def _waits_for(job: Job) -> tuple[str, ...]:
+    return (job.served_by,) if job.served_by is not None else job.after
 
 
 def _script(job: Job, executor: ExecutorSettings, number: int, folders: dict[str, str]) -> str:
@@ -104,7 +118,14 @@ def _executor(nemo_run: Any, job: Job, executor: ExecutorSettings, folder: Path)
         mounts = [f"{workdir}:{workdir}", *executor.container_mounts]
     # srun does not take the number of CPUs from its job.
     cpus = [] if executor.cpus_per_node is None else [f"--cpus-per-task={executor.cpus_per_node}"]
-    nodes = 1 if job.shell is not None else executor.nodes
+    nodes = 1 if job.shell is not None else executor.server_nodes if job.serves else job_nodes(executor)
+    beside, image = "", executor.container_image
+    if job.servers:
+        log = f"{folder / job.name}/log-servers_%j_${{SLURM_RESTART_COUNT:-0}}.out"
+        beside = servers_step(job, executor, workdir=workdir, log=log)
+        where += step(executor.nodes)
+    if job.serves:
+        image = executor.server_container_image or image
     return nemo_run.SlurmExecutor(
         account=executor.account,
         partition=executor.partition,
@@ -116,9 +137,11 @@ def _executor(nemo_run: Any, job: Job, executor: ExecutorSettings, folder: Path)
         cpus_per_task=executor.cpus_per_node,
         mem=executor.memory,
         exclusive=executor.exclusive or None,
-        signal=f"USR1@{executor.signal_lead_s}" if job.shell is None and executor.signal_lead_s else None,
+        signal=f"USR1@{executor.signal_lead_s}"
+        if job.shell is None and not job.serves and executor.signal_lead_s
+        else None,
         job_name_prefix="vp2o-",
-        container_image=executor.container_image,
+        container_image=image,
         container_mounts=mounts,
         # Else the image's values of these would win.
         container_env=list(executor.environment) or None,
@@ -128,7 +151,8 @@ def _executor(nemo_run: Any, job: Job, executor: ExecutorSettings, folder: Path)
             **executor.sbatch_args,
         },
         retries=executor.retries,
-        setup_lines=batch_lines(executor, stopped=str(folder / job.name / STOPPED)),
+        setup_lines=batch_lines(executor, stopped=str(folder / job.name / STOPPED), job=job, servers=beside),
+        dependency_type="after" if job.served_by is not None else "afterok",
         tunnel=nemo_run.LocalTunnel(job_dir=str(folder.parents[1])),
         packager=nemo_run.Packager(),
         poll_estimated_start_time=False,
@@ -137,7 +161,8 @@ def _executor(nemo_run: Any, job: Job, executor: ExecutorSettings, folder: Path)
 
 def _print_scripts(job: Job, executor: ExecutorSettings, folder: Path) -> None:
     if isinstance(executor, SlurmSettings):
-        after = f", after {', '.join(job.after)} (--dependency=afterok)" if job.after else ""
+        kind = "after" if job.served_by is not None else "afterok"
+        after = f", after {', '.join(_waits_for(job))} (--dependency={kind})" if _waits_for(job) else ""
         print(f"##### {job.name}: the batch script{after}")
         print((folder / f"{job.name}_sbatch.sh").read_text().rstrip())
         print(f"##### {job.name}: what srun starts on each node")
@@ -149,7 +174,7 @@ def _print_scripts(job: Job, executor: ExecutorSettings, folder: Path) -> None:
 def _tell(experiment: Any, jobs: Sequence[Job], folder: Path) -> None:
     for job, submitted in zip(jobs, experiment.jobs, strict=True):
         number = submitted.handle.partition("://")[2].split("/")[1]
-        after = f", after {', '.join(job.after)}" if job.after else ""
+        after = f", after {', '.join(_waits_for(job))}" if _waits_for(job) else ""
         print(f"submitted {job.name} as Slurm job {number}{after}")
         print(f"  run: {job.run_dir}")
         print(f"  logs: {folder / job.name}/log-*_{number}_*.out")

@@ -37,6 +37,10 @@ class TorchrunSettings(ExecutorSettings):
     """How often torchrun starts all ranks again, from the last checkpoint, after one of them has died."""
 
 
+SPLIT, NODES, JOB = "split", "nodes", "job"
+"""Values of `executor.servers`."""
+
+
 @dataclass
 class SlurmSettings(TorchrunSettings):
     """A Slurm job: one torchrun agent on each of its nodes."""
@@ -73,12 +77,24 @@ class SlurmSettings(TorchrunSettings):
     """How often a failed job is queued again (every earlier start counts, whatever it was for)."""
     rendezvous_port: int = 29500
     """Port on the first node at which torchrun's agents meet; further jobs of the same launch take the following ones."""
+    servers: Optional[str] = None
+    """Where the rollout servers of a recipe with rollout.launch=true are: `split`, on each node of the run, on the GPUs that ranks
+    leave; `nodes`, on further nodes of the same job; `job`, in a job of their own. null: beside the first rank, with one node."""
+    server_nodes: int = 1
+    """Nodes for servers, with servers=nodes or servers=job; each has `rollout.server.count` servers."""
+    server_container_image: Optional[str] = None
+    """Image that servers run in, with vLLM; null: that of the run."""
     setup: list[str] = field(default_factory=list)
     """Shell lines of the batch script before the run starts, as `module load cuda`."""
     sbatch_args: dict[str, str] = field(default_factory=dict)
     """Further sbatch options, `executor.sbatch_args={constraint: h100, reservation: mine}`."""
     srun_args: list[str] = field(default_factory=list)
     """Further srun options, `executor.srun_args=['--mpi=none']`."""
+
+
+def job_nodes(executor: SlurmSettings) -> int:
+    """Nodes of a run's job."""
+    return executor.nodes + (executor.server_nodes if executor.servers == NODES else 0)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def server_count(config: TrainConfig) -> int:
     rollout = config.rollout
     if rollout.engine is not EngineKind.vllm:
         return 0
-    return rollout.server.count if rollout.launch else len(rollout.urls)
+    return rollout.server.count * max(1, rollout.server.hosts) if rollout.launch else len(rollout.urls)
 
 
 def server_gpus(config: TrainConfig) -> int:

@@ -30,6 +30,8 @@ def main() -> int:
     asked, wake = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.write(wake, b"x"))
+    # Slurm asks the ranks of a job to save by this signal to all of its processes; a server inherits that it is ignored.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         parent_ends = os.pidfd_open(parent)
     except ProcessLookupError:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from megatron_vp2o.errors import RolloutError
 
@@ -137,6 +138,34 @@ def keep_port(port: int, address: str = "127.0.0.1") -> socket.socket | None:
         keeper.close()
         return None
     return keeper
+
+
+class Launched(Protocol):
+    """A server that the run starts and ends, here (`ServerProcess`) or by a host (`host.RemoteProcess`)."""
+
+    starts: int
+    started_at: float
+    """time.monotonic()."""
+    prepared: bool
+    """For whoever starts it to note; False again after each start."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def running(self) -> bool: ...
+
+    def start(self, model: Path) -> None:
+        """Start it with the model in a folder; it is not ready yet when this returns. Does nothing after `close`."""
+
+    def stop(self) -> None:
+        """End all of its processes and wait for that."""
+
+    def close(self) -> None:
+        """`stop` for good."""
+
+    def last_words(self) -> str:
+        """The end of its log, for an error message."""
 
 
 class ServerProcess:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from enum import Enum
 
-from megatron_vp2o.rollout.launch import ServerProcess
+from megatron_vp2o.rollout.launch import Launched
 
 STRIKES = 3
 """Bad answers in a row after which a server is not asked any more, and is restarted if it is ours."""
@@ -44,7 +44,7 @@ class Member:
         process: what started it; None: it is somebody else's, or another rank's.
     """
 
-    def __init__(self, url: str, process: ServerProcess | None = None) -> None:
+    def __init__(self, url: str, process: Launched | None = None) -> None:
         self.url, self.process = url, process
         self.state = State.ready
         self.strikes = 0  # bad answers in a row

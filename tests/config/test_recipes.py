@@ -53,9 +53,13 @@ def test_help_shows_first_what_has_been_run():
 
 
 def world_size(name: str) -> int:
-    """Processes that a recipe's name asks for (`..._64xh100`); one where it names no hardware."""
+    """Processes for which a recipe's name leaves GPUs (`..._64xh100`) beside its servers; one where it names no hardware."""
     hardware = re.search(r"_(\d+)x[a-z]+\d+$", name)
-    return int(hardware[1]) if hardware else 1
+    if hardware is None:
+        return 1
+    rollout = compose(name).rollout
+    servers = rollout.server.count * rollout.server.hosts if rollout.launch else 0
+    return int(hardware[1]) - servers * rollout.server.tensor_parallel
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -85,6 +89,13 @@ def test_recipe_is_valid(name, tmp_path, monkeypatch):
         Path(config.task.tokenizer).mkdir(parents=True, exist_ok=True)  # a Hugging Face folder is both
     validate(config, world_size(name))
     assert (config.name, config.run_dir) == (name, f"runs/{name}")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "_served_" in name])
+def test_recipes_with_servers_are_the_others_on_fewer_ranks(name):
+    served, plain = compose(name), compose(name.replace("_served_", "_countdown4_"))
+    assert served.rollout.launch and served.rollout.server.hosts > 0 and world_size(name) == 32
+    assert dataclasses.replace(served, rollout=plain.rollout, name=plain.name, run_dir=plain.run_dir) == plain
 
 
 LARGE_TWINS = [name for name in recipe_names() if re.match(r"vp2o_.*k_\d+xh100$", name)]

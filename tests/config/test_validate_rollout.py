@@ -148,8 +148,15 @@ def test_ranks_and_servers_share_no_gpu(tmp_path: Path) -> None:
     server = ServerConfig(count=2, tensor_parallel=2, python=sys.executable)
     rollout = RolloutConfig(engine=EngineKind.vllm, launch=True, server=server)
     for ranks, gpus in ((4, 8), (5, 8), (1, 5), (1, 4)):
-        said = list(servers_on_node(rollout, gpus, ranks))
+        said = list(servers_on_node(rollout, gpus, ranks, ranks))
         assert said == [] if ranks + 4 <= gpus else f"need {ranks + 4} GPUs, and this node has {gpus}" in said[0]
+    (far,) = servers_on_node(rollout, 0, 2, 6)
+    assert "and 4 of 6 ranks are on others, which cannot reach them" in far
+    server.hosts = 3
+    assert list(servers_on_node(rollout, 2, 2, 6)) == []
+    named = served(tmp_path, urls=["http://127.0.0.1:8000"])
+    named.rollout.server.hosts = 1
+    assert "rollout.server.hosts=1 with rollout.launch=false" in refused(named)
     config = served(tmp_path, launch=True)
     config.rollout.server.tensor_parallel = 3
     assert "model.num_attention_heads=4 is not divisible by rollout.server.tensor_parallel=3: choose" in refused(config)

@@ -172,3 +172,51 @@ def test_the_page_lists_the_settings_as_they_are() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "launching.md").read_text(encoding="utf-8")
     table = section("`executor=slurm`", "executor.", SlurmSettings, level=3)
     assert table in page, f"docs/launching.md should end with\n\n{table}"
+
+
+SERVED = ["init_from=null", "rollout=vllm", "rollout.launch=true"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 8])
+@pytest.mark.parametrize("placed", ["split", "nodes", "job"])
+def test_servers_know_the_run_and_the_run_its_hosts(nodes: int, placed: str) -> None:
+    slurm = ["executor=slurm", f"executor.nodes={nodes}", f"executor.servers={placed}", "executor.server_nodes=3"]
+    *others, run = jobs(GRPO, *slurm, *SERVED, "executor.ranks_per_node=2")
+    hosts = nodes if placed == "split" else 3
+    assert f"rollout.server.hosts={hosts}" in run.arguments
+    if placed == "job":
+        (servers,) = others
+        assert servers.serves and servers.arguments == run.arguments and run.served_by == servers.name
+        assert run.meeting == servers.meeting == str(Path(f"runs/{GRPO}/servers").resolve())
+    else:
+        ranks = ("--ranks", "2") if placed == "split" else ()
+        assert others == [] and run.servers == (*ranks, *run.arguments)
+
+
+def test_only_stages_that_generate_have_servers() -> None:
+    """The servers' job waits for the stage before, and the next stage for the run alone."""
+    slurm = ["executor=slurm", "executor.servers=job"]
+    chain = jobs(
+        None, f"stages=[{WARM_UP},{GRPO},'touch x']", *slurm, f"{GRPO}:rollout=vllm", f"{GRPO}:rollout.launch=true"
+    )
+    assert [(job.name, job.after, job.served_by) for job in chain] == [
+        (WARM_UP, (), None),
+        (f"{GRPO}-servers", (WARM_UP,), None),
+        (GRPO, (), f"{GRPO}-servers"),
+        ("command2", (GRPO,), None),
+    ]
+
+
+def test_servers_that_nobody_could_reach_or_place_are_refused() -> None:
+    slurm = ["executor=slurm", "executor.nodes=2"]
+    assert "rollout.launch=true on executor.nodes=2: the first rank's servers could not be reached" in refusal(
+        GRPO, *slurm, *SERVED
+    )
+    assert "executor.servers=nodes, and no recipe of this launch starts servers" in refusal(
+        WARM_UP, *slurm, "executor.servers=nodes"
+    )
+    full = [*slurm, *SERVED, "executor.servers=split", "executor.gpus_per_node=8", "executor.ranks_per_node=6"]
+    said = "a node would have 6 ranks and rollout.server.count=3 servers of rollout.server.tensor_parallel=1, which need 9 GPUs"
+    assert said in refusal(GRPO, *full, "rollout.server.count=3")
+    assert jobs(GRPO, *full, "rollout.server.count=2")
+    assert jobs(GRPO, *slurm, *SERVED, "executor.servers=nodes", "executor.gpus_per_node=8", "rollout.server.count=8")

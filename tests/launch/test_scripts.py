@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vp2o.launch.jobs import Job
-from megatron_vp2o.launch.scripts import batch_lines, local_script, node_script
-from megatron_vp2o.launch.settings import ExecutorSettings, SlurmSettings, TorchrunSettings
+from megatron_vp2o.launch.scripts import batch_lines, local_script, node_script, servers_step, step
+from megatron_vp2o.launch.settings import ExecutorSettings, SlurmSettings, TorchrunSettings, job_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = Job("name", ("--config-name", "recipe", "notes='a b'", "evaluation.pass_at=[1,4]"), "runs/name")
@@ -219,3 +219,135 @@ def test_a_launch_on_this_machine_is_interrupted_and_goes_on(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "told").read_text() == "one two\n"
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000040"
+
+
+SERVED = Job("name", ("--config-name", "recipe"), "runs/name", servers=("--ranks", "4", "--config-name", "recipe"))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 8])
+@pytest.mark.parametrize("placed", ["split", "nodes"])
+def test_servers_and_ranks_have_the_nodes_that_are_theirs(nodes: int, placed: str) -> None:
+    """Together all nodes of the job; each as often as the placement says."""
+    executor = SlurmSettings(nodes=nodes, servers=placed, server_nodes=3, ranks_per_node=4, environment={"A": "b"})
+    found = shlex.split(servers_step(SERVED, executor, workdir="/w", log="/l/%j"))
+    assert found[:3] == ["command", "srun", "--output=/l/%j"] and "--chdir=/w" in found
+    assert found[-6:] == ["-m", "megatron_vp2o.serve", *SERVED.servers]
+
+    def nodes_of(flags: list[str]) -> set[int]:
+        options = dict(flag.lstrip("-").split("=") for flag in flags if "=" in flag)
+        assert options["ntasks"] == options["nodes"] and "--overlap" in flags
+        return set(range(int(options["relative"]), int(options["relative"]) + int(options["nodes"])))
+
+    servers, ranks = nodes_of([word for word in found if word != "A=b"]), nodes_of(step(nodes))
+    assert servers | ranks == set(range(job_nodes(executor)))
+    assert ranks == set(range(nodes)) and (servers == ranks if placed == "split" else not servers & ranks)
+    image = SlurmSettings(
+        container_image="run", server_container_image="vllm", container_mounts=["/d:/d"], environment={"A": "b"}
+    )
+    inside = shlex.split(servers_step(SERVED, image, workdir="/w", log="/l"))
+    assert {
+        "--container-image=vllm",
+        "--container-mounts=/w:/w,/d:/d",
+        "--container-workdir=/w",
+        "--container-env=A",
+    } <= set(inside)
+    assert inside[inside.index("-u") - 1] == "python"
+
+
+def _beside(folder: Path, servers: str, run: str) -> tuple[int, str, float]:
+    """Status, output and seconds of a batch script whose steps do that; `gone` is written by steps that scancel kills."""
+    for name, does in {"scancel": f'echo "$@" >> {folder}/scancel.log; touch {folder}/killed', "srun": run}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    lines = batch_lines(SlurmSettings(requeue=False), stopped=str(folder / "s"), servers=servers)
+    script = f"{lines}\nsrun bash x\nexit $?\n"
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "head_node_ip": "10.0.0.1"}
+    begin = time.monotonic()
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("servers", "run", "status", "told"),
+    [
+        ("sleep 1", "sleep 3; exit 4", 4, False),  # goodbye: the run goes on to its own end
+        ("sleep 600", "sleep 1; exit 0", 0, False),  # the end of the run ends them
+        ("sleep 600", "sleep 1; exit 3", 3, False),
+        ("bash -c 'sleep 1; exit 9'", "until [ -e {folder}/killed ]; do sleep 0.1; done; exit 137", 9, True),
+    ],
+)
+def test_servers_and_run_of_a_job_end_together(tmp_path: Path, servers: str, run: str, status: int, told: bool) -> None:
+    code, output, seconds = _beside(tmp_path, servers, run.format(folder=tmp_path))
+    assert code == status and seconds < 30
+    assert ("error: the rollout servers ended with status 9" in output) is told
+    assert (tmp_path / "scancel.log").exists() is told
+
+
+@pytest.mark.parametrize(
+    ("status", "stopped", "retries", "asked"),
+    [
+        (0, False, 0, ["cancel 41"]),
+        (1, False, 0, ["cancel 41"]),
+        (1, False, 2, []),  # Slurm starts the run again, and the servers wait
+        (0, True, 0, ["requeue 41", "requeue 7"]),
+    ],
+)
+def test_a_job_of_servers_shares_the_fate_of_its_run(
+    tmp_path: Path, status: int, stopped: bool, retries: int, asked: list[str]
+) -> None:
+    (tmp_path / "slurm_job").write_text("41\n")
+    job = Job("name", (), "runs/name", served_by="name-servers", meeting=str(tmp_path))
+    for name, does in {
+        "scancel": f'echo "cancel $@" >> {tmp_path}/log',
+        "scontrol": f'echo "$@" >> {tmp_path}/log',
+        "squeue": "echo RUNNING",
+        "srun": f"{'touch ' + str(tmp_path / 'stopped') if stopped else 'true'}; exit {status}",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = batch_lines(SlurmSettings(), stopped=str(tmp_path / "stopped"), job=job)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "head_node_ip": "x",
+        "TORCHX_MAX_RETRIES": str(retries),
+    }
+    done = subprocess.run(["bash", "-c", f"{lines}\nsrun bash x\nexit $?"], env=environment, timeout=30)
+    assert done.returncode == status
+    log = tmp_path / "log"
+    assert (log.read_text().splitlines() if log.exists() else []) == asked
+
+
+@needs_nemo_run
+@pytest.mark.parametrize(("nodes", "placed"), [(1, "split"), (2, "nodes"), (8, "job")])
+def test_the_dry_run_prints_servers(tmp_path: Path, nodes: int, placed: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_vp2o.launch", "--config-name", "countdown_tiny_grpo", "--dryrun"),
+            *("init_from=null", "rollout=vllm", "rollout.launch=true", "executor=slurm", f"executor.nodes={nodes}"),
+            *(f"executor.servers={placed}", "executor.server_nodes=2", f"executor.log_dir={tmp_path}/launches"),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    scripts = re.findall(r"^#!/bin/bash\n.*?(?=^#####)", done.stdout, flags=re.MULTILINE | re.DOTALL)
+    assert len(scripts) == (2 if placed == "job" else 1)
+    for script in scripts:
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    sizes = {"split": ["1"], "nodes": ["4"], "job": ["2", "8"]}[placed]
+    assert re.findall(r"^#SBATCH --nodes=(\d+)", done.stdout, flags=re.MULTILINE) == sizes
+    hosts = 1 if placed == "split" else 2
+    starts = [line for line in done.stdout.splitlines() if "-m megatron_vp2o.serve " in line]
+    assert len(starts) == 1 and f"rollout.server.hosts={hosts}" in starts[0]
+    if placed == "job":
+        assert starts[0].startswith("exec ")
+        assert "after countdown_tiny_grpo-servers (--dependency=after)" in done.stdout
+        assert "trap with_servers EXIT" in done.stdout
+    else:
+        assert "command srun" in starts[0] and "log-servers_%j" in starts[0]
+        (main,) = (line for line in done.stdout.splitlines() if line.startswith("srun --output"))
+        assert f"--overlap --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --relative=0 bash" in main

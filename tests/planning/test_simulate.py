@@ -12,6 +12,7 @@ from megatron_vp2o.config.register import recipe_names
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.planning.hardware import Assumptions, hardware_of
 from megatron_vp2o.planning.memory import static_memory
+from megatron_vp2o.planning.servers import ranks_on
 from megatron_vp2o.planning.simulate import (
     Trace,
     built_parameters,
@@ -46,7 +47,7 @@ def built_differently(names: list[str]) -> list[str]:
     for name in names:
         config = compose(name)
         parts = (config.model, config.parallel, config.algorithm, config.optimizer, config.rollout)
-        first.setdefault(repr((hardware_of(name), parts)), name)
+        first.setdefault(repr((ranks_on(config, hardware_of(name)[0]), parts)), name)
     return list(first.values())
 
 
@@ -59,7 +60,7 @@ def test_longer_responses_build_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", built_differently([name for name in LARGE if name not in LONG]))
 def test_every_large_recipe_is_built_and_steps(name: str) -> None:
-    gpus, _ = hardware_of(name)
+    gpus = ranks_on(compose(name), hardware_of(name)[0])
     config = shallow(compose(name), 2)
     vocabulary = padded_vocabulary(config)
     traces = traced(config, [0, gpus - 1], gpus)

@@ -1,0 +1,139 @@
+"""Rollout servers in a real Slurm: beside the ranks, on nodes and in a job of their own; who ends what (make test-slurm).
+
+The servers compute with transformers (`tests/rollout/hf_server.py`), so that a whole run trains through them without vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.test_slurm import ROOT, Submitted, launch
+from tests.slurm.test_slurm import pytestmark as pytestmark
+
+SMALL = [
+    *("model=micro", "init_from=null", "task.train_size=20", "task.validation_size=4", "task.test_size=4"),
+    *("evaluation.problems=4", "evaluation.samples=2", "evaluation.pass_at=[1,2]", "evaluation.interval=0"),
+    *(
+        "algorithm.prompts_per_step=4",
+        "algorithm.group_size=4",
+        "algorithm.minibatches=1",
+        "algorithm.micro_batch_size=4",
+    ),
+    *("algorithm.mismatch.measure=true", "rollout.sampling.max_new_tokens=8", "logging.tensorboard=false", "threads=1"),
+    *("optimizer.lr_warmup_steps=1", "rollout=vllm", "rollout.launch=true", "rollout.server.startup_minutes=4"),
+]
+SECONDS = 20.0
+"""Within which everything ends after one part has, on a busy machine; Slurm itself takes some of them."""
+
+
+class Served(Submitted):
+    """A launch of the tiny recipe with servers; the last of its jobs trains."""
+
+    def __init__(self, folder: Path, *settings: str, steps: int = 2) -> None:
+        self.folder, self.run_dir, self.dies = folder, folder / "run", folder / "die"
+        python = folder / "python"
+        python.write_text(
+            f'#!/bin/bash\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {ROOT}/tests/rollout/hf_server.py "$@"\n'
+        )
+        python.chmod(0o755)
+        environment = f"executor.environment={{OMP_NUM_THREADS: 1, VP2O_HF_DIES: '{self.dies}'}}"
+        done = launch(
+            *("--config-name", "countdown_tiny_grpo", f"run_dir={self.run_dir}", f"rollout.server.python={python}"),
+            *(f"executor.log_dir={folder}/launches", environment, "executor.time=00:20:00", f"algorithm.steps={steps}"),
+            *(*SMALL, *settings),
+        )
+        assert done.returncode == 0, done.stderr
+        *self.others, number = re.findall(r"as Slurm job (\d+)", done.stdout)
+        super().__init__(number)
+
+    def output(self) -> str:
+        files = sorted([*self.folder.rglob("*.out"), *self.folder.rglob("server-*.log")])
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+    def record(self) -> list[dict[str, float]]:
+        file = self.run_dir / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def reaches(self, step: int) -> None:
+        self.until(lambda: any(line["step"] >= step for line in self.record()), f"step {step}")
+
+    def processes(self, what: str) -> list[psutil.Process]:
+        """Of this launch: hf_server, megatron_vp2o.serve, megatron_vp2o.train."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = process.cmdline()
+                ours = any(what in word for word in line) and str(self.run_dir) in " ".join(line)
+                if ours and not any("guard.py" in word or "srun" in word for word in line):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def check_trained(self, steps: int, servers: int) -> None:
+        record = self.record()
+        assert [line["step"] for line in record] == list(range(steps + 1)), self.output()
+        assert all(line["mismatch/kl"] < 1e-8 and line["mismatch/logprob_p999"] < 1e-4 for line in record[1:])
+        logs = list(self.run_dir.glob("server-*.log"))
+        assert len(logs) == servers and all("--- start 1 on port" in log.read_text() for log in logs)
+
+    def check_nothing_is_left(self, within: float = SECONDS) -> None:
+        deadline = time.monotonic() + within
+        while left := [
+            p for what in ("hf_server", "megatron_vp2o.serve", "megatron_vp2o.train") for p in self.processes(what)
+        ]:
+            assert time.monotonic() < deadline, (left, self.output())
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("placed", ["split", "nodes", "job"])
+def test_a_run_trains_through_its_servers_and_ends_with_them(tmp_path: Path, placed: str) -> None:
+    nodes = ["executor.nodes=2"] if placed == "split" else ["executor.nodes=1", "executor.server_nodes=1"]
+    job = Served(tmp_path, *nodes, f"executor.servers={placed}")
+    assert job.ends() == "COMPLETED", job.output()
+    job.check_trained(2, servers=2 if placed == "split" else 1)
+    job.check_nothing_is_left()
+    for other in job.others:
+        assert Submitted(other).ends() in ("COMPLETED", "CANCELLED")
+
+
+@pytest.mark.parametrize("placed", ["nodes", "job"])
+def test_a_cancelled_run_leaves_no_server(tmp_path: Path, placed: str) -> None:
+    job = Served(
+        tmp_path, "executor.nodes=1", f"executor.servers={placed}", "rollout.server.idle_minutes=0.1", steps=500
+    )
+    job.reaches(1)
+    assert job.processes("hf_server")
+    subprocess.run(["scancel", "--signal=KILL", "--full", job.id], check=True)
+    job.check_nothing_is_left()
+    assert job.ends() in ("CANCELLED", "FAILED")
+    for other in job.others:
+        assert Submitted(other).ends() in ("COMPLETED", "CANCELLED")
+
+
+def test_hosts_that_end_with_an_error_end_the_run(tmp_path: Path) -> None:
+    job = Served(tmp_path, "executor.nodes=1", "executor.servers=nodes", steps=500)
+    job.reaches(1)
+    for process in job.processes("megatron_vp2o.serve"):
+        process.kill()
+    begin = time.monotonic()
+    job.check_nothing_is_left()
+    assert job.ends() == "FAILED", job.output()
+    print(f"{time.monotonic() - begin:.1f} s")
+    assert "error: the rollout servers ended with status" in job.output()
+
+
+def test_servers_that_cannot_start_end_the_run_with_their_own_words(tmp_path: Path) -> None:
+    (tmp_path / "die").touch()
+    job = Served(tmp_path, "executor.nodes=1", "executor.servers=nodes", "executor.max_restarts=0")
+    assert job.ends() == "FAILED"
+    assert re.search(r"error: no server took version 0: .*on host \S+: .*hf_server: told not to start", job.output())
+    job.check_nothing_is_left()
