@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vp2o.config.compose import compose
-from megatron_vp2o.config.schema import Precision, TrainConfig
+from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.validate_rollout import rollout_outside, rollout_problems
 from megatron_vp2o.errors import ConfigError, UserError
 from megatron_vp2o.hf.reader import read_models_of_checkpoints
@@ -22,8 +22,8 @@ from megatron_vp2o.rollout.launch import (
     ServerProcess,
     free_port,
     gpu_shares,
+    run_command,
     visible_gpus,
-    vllm_command,
     vllm_environment,
 )
 
@@ -77,16 +77,7 @@ def make_host(config: TrainConfig, address: str, ranks: int) -> Host:
     # A host must not import torch to count them: it would take a GPU's memory, and seconds.
     gpus = visible_gpus(len(list(Path("/dev").glob("nvidia[0-9]*"))))
     shares = gpu_shares(gpus, ranks, server.count, server.tensor_parallel) if gpus else [""] * server.count
-    command = vllm_command(
-        server.python,
-        dtype="bfloat16" if config.model.precision is Precision.bf16 else "float32",
-        max_model_len=config.model.max_sequence_length,
-        max_num_seqs=server.max_num_seqs,
-        cpu=not gpus,
-        arguments=list(server.args),
-        tensor_parallel=server.tensor_parallel,
-        address=address,
-    )
+    command = run_command(config, cpu=not gpus, address=address)
     run_dir = Path(config.run_dir)
     processes = []
     for number, share in enumerate(shares):

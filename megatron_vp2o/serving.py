@@ -33,8 +33,8 @@ from megatron_vp2o.rollout.launch import (
     ServerProcess,
     free_port,
     gpu_shares,
+    run_command,
     visible_gpus,
-    vllm_command,
     vllm_environment,
 )
 from megatron_vp2o.rollout.members import Member
@@ -86,7 +86,7 @@ def _engine(
 
     dtype = policy.model.config.params_dtype
     routes, stage = _routes(config, snapshot, model)
-    members = _members(config, groups, dtype)
+    members = _members(config, groups)
     pool, board = None, meet(groups)
     if groups.is_data_source:
         pool = ServerPool(
@@ -126,7 +126,7 @@ def _routes(config: TrainConfig, snapshot: MegatronEngine, model: Architecture) 
     return RoutesAsked(layers, int(own.num_moe_experts), int(own.moe_router_topk)), stage
 
 
-def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Member]:
+def _members(config: TrainConfig, groups: Groups) -> list[Member]:
     """The servers; the first rank's have their processes. Collective."""
     rollout = config.rollout
     if not rollout.launch:
@@ -146,8 +146,7 @@ def _members(config: TrainConfig, groups: Groups, dtype: torch.dtype) -> list[Me
         else gpu_shares(visible_gpus(torch.cuda.device_count()), ranks, server.count, server.tensor_parallel)
     )
     return [
-        _launched(config, groups, dtype, n, port, share)
-        for n, (port, share) in enumerate(zip(ports, shares, strict=True))
+        _launched(config, groups, n, port, share) for n, (port, share) in enumerate(zip(ports, shares, strict=True))
     ]
 
 
@@ -169,20 +168,10 @@ def _on_hosts(config: TrainConfig, groups: Groups) -> list[Member]:
     return [Member(process.url, process) for process in processes]
 
 
-def _launched(config: TrainConfig, groups: Groups, dtype: torch.dtype, number: int, port: int, gpus: str) -> Member:
-    on_cpu, rollout = groups.device.type == "cpu", config.rollout
-    command = vllm_command(
-        rollout.server.python,
-        dtype=str(dtype).removeprefix("torch."),
-        max_model_len=config.model.max_sequence_length,
-        max_num_seqs=rollout.server.max_num_seqs,
-        cpu=on_cpu,
-        arguments=list(rollout.server.args),
-        tensor_parallel=rollout.server.tensor_parallel,
-        routes=rollout.router_replay is RouterReplay.R3,
-    )
+def _launched(config: TrainConfig, groups: Groups, number: int, port: int, gpus: str) -> Member:
+    on_cpu = groups.device.type == "cpu"
     log = Path(config.run_dir) / f"server{number}.log"
-    process = ServerProcess(command, vllm_environment(on_cpu, gpus), port, log)
+    process = ServerProcess(run_command(config, cpu=on_cpu), vllm_environment(on_cpu, gpus), port, log)
     return Member(process.url, process)
 
 

@@ -90,6 +90,7 @@ ROOMS: dict[str, set[str]] = {
 }
 COMPOSITION = {
     "session",
+    "serve",
     "serving",
     "train",
     "evaluate",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_vp2o.config.schema import Precision, RouterReplay, TrainConfig
 from megatron_vp2o.errors import RolloutError
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -61,6 +62,22 @@ def vllm_command(
     if tensor_parallel > 1:
         own += ["--tensor-parallel-size", str(tensor_parallel)]
     return vllm_server(python, "policy", [*own, *arguments], cpu=cpu, address=address)
+
+
+def run_command(config: TrainConfig, *, cpu: bool, address: str = "127.0.0.1") -> Command:
+    """How a server of a run is started, wherever that is."""
+    server = config.rollout.server
+    return vllm_command(
+        server.python,
+        dtype="bfloat16" if config.model.precision is Precision.bf16 else "float32",
+        max_model_len=config.model.max_sequence_length,
+        max_num_seqs=server.max_num_seqs,
+        cpu=cpu,
+        arguments=list(server.args),
+        tensor_parallel=server.tensor_parallel,
+        address=address,
+        routes=config.rollout.router_replay is RouterReplay.R3,
+    )
 
 
 def routes_arguments(cpu: bool) -> tuple[str, ...]:

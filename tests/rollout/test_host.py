@@ -174,3 +174,26 @@ def test_strangers_are_told_nothing(tmp_path: Path) -> None:
 def test_own_address_can_be_listened_on() -> None:
     with socket.create_server((own_address(), 0)) as listener:
         socket.create_connection(listener.getsockname(), timeout=5).close()
+
+
+def test_a_host_is_refused_where_no_run_would_come(tmp_path: Path) -> None:
+    """By its command line, which is that of the run; without torch, which the servers' machine may lack."""
+    run = [
+        sys.executable,
+        "-m",
+        "megatron_vp2o.serve",
+        "--config-name",
+        "countdown_tiny_grpo",
+        f"run_dir={tmp_path}/run",
+    ]
+    served = ["rollout=vllm", "rollout.launch=true", f"rollout.server.python={sys.executable}"]
+    for more, said in (
+        ([], "rollout.launch=false and rollout.server.hosts=0: the run waits for no host of servers"),
+        (served, "rollout.launch=true and rollout.server.hosts=0: the run waits for no host of servers"),
+        ([*served, "rollout.server.hosts=1"], f"rollout.server.python={sys.executable} has no vLLM"),
+    ):
+        done = subprocess.run([*run, *more], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+    code = "import sys, megatron_vp2o.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
