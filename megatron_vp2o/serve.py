@@ -82,7 +82,7 @@ def make_host(config: TrainConfig, address: str, ranks: int) -> Host:
     processes = []
     for number, share in enumerate(shares):
         port = free_port(address) if server.port is None else server.port + number
-        log = run_dir / f"server-{address}-{number}.log"
+        log = run_dir / f"server-{address}-{port}.log"
         processes.append(ServerProcess(command, vllm_environment(not gpus, share), port, log, address))
     return Host(processes, address, meeting_folder(config), 60 * server.idle_minutes)
 

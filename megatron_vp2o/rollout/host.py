@@ -221,10 +221,10 @@ class Link:
             try:
                 self._lines.send({"do": do, "server": server, "model": model, "number": number})
             except OSError as error:
-                self._lose(str(error))
+                self.leave(str(error))
                 return
             if not self._news.wait_for(lambda: number in self._done or self.gone, timeout):
-                self._lose(f"it did not {do} a server within {timeout:g} s")
+                self.leave(f"it did not {do} a server within {timeout:g} s")
             self._done.discard(number)
 
     def end(self) -> None:
@@ -234,9 +234,10 @@ class Link:
                 with contextlib.suppress(OSError):
                     self._lines.send({"do": "end"})
                 self._news.wait_for(lambda: self.gone, 30.0)  # it ends them first
-                self._lose("the run has ended")
+                self.leave("the run has ended")
 
-    def _lose(self, why: str) -> None:
+    def leave(self, why: str) -> None:
+        """End the connection without a goodbye: the host ends its servers, and waits for another trainer."""
         with self._news:
             if not self.gone:
                 self.gone = why
@@ -263,7 +264,7 @@ class Link:
                             self._done.add(said["done"])
                     self._news.notify_all()
         except (OSError, ValueError) as error:  # ValueError: closed by another thread
-            self._lose(str(error))
+            self.leave(str(error))
 
 
 class RemoteProcess:
@@ -293,9 +294,12 @@ class RemoteProcess:
         """End it and wait for that."""
         self.link.ask("stop", self.number)
 
-    def close(self) -> None:
-        """End it for good, and its host with it."""
-        self.link.end()
+    def close(self, *, well: bool = True) -> None:
+        """End it for good, and its host with it; not `well`: the host stays, for a run that is started again."""
+        if well:
+            self.link.end()
+        else:
+            self.link.leave("the run has ended with an error")
 
     def last_words(self) -> str:
         """Why it does not run."""
@@ -339,7 +343,7 @@ def find_hosts(folder: Path, hosts: int, count: int, timeout_s: float) -> list[L
                 )
     except RolloutError:
         for link in links.values():
-            link._lose("the run did not start")
+            link.leave("the run did not start")
         raise
     return [links[name] for name in sorted(links)]
 

@@ -178,8 +178,8 @@ class Launched(Protocol):
     def stop(self) -> None:
         """End all of its processes and wait for that."""
 
-    def close(self) -> None:
-        """`stop` for good."""
+    def close(self, *, well: bool = True) -> None:
+        """`stop` for good; not `well`: the run ends with an error, and whoever started it may start it again."""
 
     def last_words(self) -> str:
         """The end of its log, for an error message."""
@@ -252,7 +252,7 @@ class ServerProcess:
         with self._lock:
             self._stop()
 
-    def close(self) -> None:
+    def close(self, *, well: bool = True) -> None:
         """`stop` for good, and give its port back."""
         with self._lock:
             self._closed = True

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -104,7 +105,7 @@ class ServerPool:
         self._weights: WeightSet | None = None
         self._probe: Probe | None = None
         self._unusable = "it was given none yet"
-        self._closed = False
+        self._closed, self._well = False, True
         self._turn = asyncio.Lock()  # of the batch that is generated
         self._batches: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -465,8 +466,9 @@ class ServerPool:
         return list(await asyncio.gather(*(self._server(member).healthy() for member in self.members)))
 
     def close(self) -> None:
-        """End the servers that are ours, and delete the weights' files."""
+        """End the servers that are ours, and delete the weights' files. While an exception is handled, the run counts as failed."""
         self._closed = True
+        self._well = sys.exc_info()[0] is None
         if self._loop is not None and self._thread is not None:
             self._do(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -474,7 +476,7 @@ class ServerPool:
             self._loop = None
         for member in self.members:
             if member.process is not None:
-                member.process.close()
+                member.process.close(well=self._well)
         if self._weights is not None:
             self._weights.remove()
             self._weights = None
@@ -489,7 +491,7 @@ class ServerPool:
         await asyncio.gather(*batches, return_exceptions=True)
         await self._unwatch_all()
         processes = [member.process for member in self.members if member.process is not None]
-        await asyncio.gather(*(asyncio.to_thread(process.close) for process in processes))
+        await asyncio.gather(*(asyncio.to_thread(process.close, well=self._well) for process in processes))
         if self._http is not None:
             await self._http.aclose()
             self._http = None
