@@ -176,7 +176,10 @@ srun() {
         status=$?
         if [ "$status" -ne 0 ]; then
             echo "error: the rollout servers ended with status $status, see their log: the run ends, too" >&2
-            scancel --signal=KILL "$SLURM_JOB_ID"  # its steps, not this script
+            # Each step by itself: scancel would end the whole job by this signal, and slowly.
+            for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep '[.][0-9]*$'); do
+                scancel --signal=KILL "$step"
+            done
             wait "$run"
             return "$status"
         fi

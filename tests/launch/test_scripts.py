@@ -256,7 +256,8 @@ def test_servers_and_ranks_have_the_nodes_that_are_theirs(nodes: int, placed: st
 
 def _beside(folder: Path, servers: str, run: str) -> tuple[int, str, float]:
     """Status, output and seconds of a batch script whose steps do that; `gone` is written by steps that scancel kills."""
-    for name, does in {"scancel": f'echo "$@" >> {folder}/scancel.log; touch {folder}/killed', "srun": run}.items():
+    cancel = f'echo "$@" >> {folder}/scancel.log; touch {folder}/killed'
+    for name, does in {"scancel": cancel, "squeue": "printf '7.batch\\n7.0\\n7.12\\n'", "srun": run}.items():
         (folder / name).write_text(f"#!/bin/bash\n{does}\n")
         (folder / name).chmod(0o755)
     lines = batch_lines(SlurmSettings(requeue=False), stopped=str(folder / "s"), servers=servers)
@@ -280,7 +281,9 @@ def test_servers_and_run_of_a_job_end_together(tmp_path: Path, servers: str, run
     code, output, seconds = _beside(tmp_path, servers, run.format(folder=tmp_path))
     assert code == status and seconds < 30
     assert ("error: the rollout servers ended with status 9" in output) is told
-    assert (tmp_path / "scancel.log").exists() is told
+    log = tmp_path / "scancel.log"
+    killed = log.read_text().splitlines() if log.exists() else []
+    assert killed == (["--signal=KILL 7.0", "--signal=KILL 7.12"] if told else [])
 
 
 @pytest.mark.parametrize(
