@@ -57,6 +57,8 @@ class Plan:
     assumed: Assumptions
     knobs: list[str]
     servers: ServerPlan | None = None
+    ahead: bool = False
+    """Whether the servers generate the next batch while this one is trained on (rollout.ahead)."""
 
     @property
     def fits(self) -> bool:
@@ -64,14 +66,19 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of a synchronous step: generation, then training."""
+        """Of a step as the recipe has it."""
+        return self.overlapped_seconds if self.ahead else self.synchronous_seconds
+
+    @property
+    def synchronous_seconds(self) -> float:
+        """Of a step in which generation comes first, and then training."""
         return sum(self.times.values())
 
     @property
     def overlapped_seconds(self) -> float:
         """Of a step while whose training the servers generate the next batch, and neither waits but for the longer of the two."""
         generating, syncing = self.times.get(GENERATION, 0.0), self.times.get(SYNC, 0.0)
-        return max(generating, self.step_seconds - generating - syncing) + syncing
+        return max(generating, self.synchronous_seconds - generating - syncing) + syncing
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,6 +91,7 @@ class Plan:
             "fits": self.fits,
             "total_flops": self.flops.total,
             "step_seconds": self.step_seconds,
+            "synchronous_seconds": self.synchronous_seconds,
             "overlapped_seconds": self.overlapped_seconds,
         }
 
@@ -148,6 +156,7 @@ def plan(
         assumed=assumed,
         knobs=savings(config, total, device, vocab_size, assumed) if knobs and needed.peak > capacity else [],
         servers=servers,
+        ahead=servers is not None and config.rollout.ahead > 0,
     )
 
 

@@ -69,7 +69,8 @@ def _servers(plan: Plan, servers: ServerPlan) -> list[str]:
         f"  {servers.tokens_per_second:.0f} tokens/s a server, {servers.servers * servers.tokens_per_second:.0f} in all",
         f"  a synchronisation: {servers.transferred / GIB:.1f} GiB are written in {servers.write_seconds:.1f} s and read in "
         f"{servers.read_seconds:.1f} s",
-        f"  a step: {plan.step_seconds:.1f} s synchronous; {plan.overlapped_seconds:.1f} s if generation ran beside training",
+        f"  a step: {plan.synchronous_seconds:.1f} s with generation before training (rollout.ahead=0), "
+        f"{plan.overlapped_seconds:.1f} s with both side by side (rollout.ahead=1)",
     ]
 
 

@@ -104,6 +104,9 @@ def test_the_plan_shares_gpus_and_counts_the_servers_time(capsys: pytest.Capture
     assert made.times["forward and backward"] == alone.times["forward and backward"]
     training = made.step_seconds - made.times[GENERATION] - made.times[SYNC]
     assert made.overlapped_seconds == pytest.approx(max(training, made.times[GENERATION]) + made.times[SYNC])
+    assert made.step_seconds == made.synchronous_seconds == sum(made.times.values())
+    ahead = plan(compose(QWEN, [*overrides, "rollout.ahead=1"]), 64, "h100")
+    assert ahead.step_seconds == ahead.overlapped_seconds == made.overlapped_seconds < made.step_seconds
     slow = plan(compose(QWEN, [*overrides, "rollout.refresh_interval=4"]), 64, "h100")
     assert slow.times[SYNC] == made.times[SYNC] / 4
     assert "32 ranks train, 32 GPUs are the servers'" in describe(made)
