@@ -56,7 +56,7 @@ class Served(Submitted):
 
     def output(self) -> str:
         files = sorted([*self.folder.rglob("*.out"), *self.folder.rglob("server-*.log")])
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-20000:]}" for file in files)
 
     def record(self) -> list[dict[str, float]]:
         file = self.run_dir / "metrics.jsonl"
