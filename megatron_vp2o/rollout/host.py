@@ -122,9 +122,10 @@ class Host:
         """Serve trainers until one says goodbye, none comes back, or `ask_to_end`. Returns why it ended."""
         try:
             deadline: float | None = None
+            awaited: list[Any] = [self._listener, self._asked]
             while True:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                ready = select.select([self._listener, self._asked], [], [], left)[0]
+                ready = select.select(awaited, [], [], left)[0]
                 if self._asked in ready:
                     return "it was asked to end"
                 if not ready:
