@@ -267,14 +267,14 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
 
-def serve(state: State, port: int) -> None:
+def serve(state: State, port: int, address: str = "127.0.0.1") -> None:
     """For ever."""
     Handler.state = state
     ThreadingHTTPServer.daemon_threads = True
     ThreadingHTTPServer.request_queue_size = (
         1024  # as vLLM's; with socketserver's 5, connections of a burst wait for seconds
     )
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    ThreadingHTTPServer((address, port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ import shutil
 import sys
 import tempfile
 import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the file is run as it stands
-from fake_server import Handler, State
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the file is run as it stands
+from tests.rollout.fake_server import State, serve
 
 DIES = Path(os.environ.get("VP2O_HF_DIES", "/nowhere"))
 
@@ -96,7 +95,4 @@ if __name__ == "__main__":
     for name in ("model", "host", "port"):
         parser.add_argument(f"--{name}", required=True)
     options, _ = parser.parse_known_args()
-    Handler.state = Model(Path(options.model))
-    ThreadingHTTPServer.daemon_threads = True
-    ThreadingHTTPServer.request_queue_size = 1024
-    ThreadingHTTPServer((options.host, int(options.port)), Handler).serve_forever()
+    serve(Model(Path(options.model)), int(options.port), options.host)
