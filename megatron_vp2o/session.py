@@ -22,10 +22,8 @@ from megatron_vp2o.config.names import CHECKPOINTS  # noqa: E402
 from megatron_vp2o.config.schema import (  # noqa: E402
     ControlMode,
     DataSource,
-    EngineKind,
     GRPOConfig,
     KLReference,
-    MismatchCorrection,
     Resume,
     RouterReplay,
     SupervisedConfig,
@@ -33,7 +31,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     VP2OConfig,
 )
 from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
-from megatron_vp2o.config.validate import validate, validate_prompts, validate_vocabulary  # noqa: E402
+from megatron_vp2o.config.validate import compares_rollouts, validate, validate_prompts, validate_vocabulary  # noqa: E402
 from megatron_vp2o.config.validate_algorithm import optimizer_steps  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
@@ -314,19 +312,11 @@ def _reinforcement(run: Run, settings: GRPOConfig) -> RLTrainer:
         stepper=run.stepper,
         meter=BudgetMeter(vp2o.budget, run.groups) if vp2o is not None and metered else None,
         samples=run.samples,
-        mismatch=MismatchControl(settings.mismatch, run.groups) if _compared(config, settings) else None,
+        mismatch=MismatchControl(settings.mismatch, run.groups) if compares_rollouts(config) else None,
     )
     if reference is not None:
         trainer.identities[REFERENCE] = weights_identity(reference.actor, run.groups, run.policy.model_vocab)
     return trainer
-
-
-def _compared(config: TrainConfig, settings: GRPOConfig) -> bool:
-    """Whether all rollouts are recomputed with the actors' weights."""
-    if settings.mismatch.correction is not MismatchCorrection.none:
-        return True
-    measure = settings.mismatch.measure
-    return config.rollout.engine is not EngineKind.embedded if measure is None else measure
 
 
 def _refresh_policy(config: TrainConfig, vp2o: VP2OConfig | None) -> RefreshPolicy:

@@ -20,8 +20,10 @@ from megatron_vp2o.config.ranges import as_yaml, range_problems
 from megatron_vp2o.config.schema import (
     DataSource,
     Dispatcher,
+    EngineKind,
     GRPOConfig,
     Implementation,
+    MismatchCorrection,
     RouterScore,
     SupervisedConfig,
     TrainConfig,
@@ -131,6 +133,17 @@ def validate_vocabulary(config: TrainConfig, tokenizer_size: int) -> None:
 def solves_task(config: TrainConfig) -> bool:
     """Whether the run trains on its task: not where its tokens come from files."""
     return not isinstance(config.algorithm, SupervisedConfig) or config.algorithm.data.source is DataSource.task
+
+
+def compares_rollouts(config: TrainConfig) -> bool:
+    """Whether all rollouts are recomputed with the actors' weights, in one more forward pass, for `mismatch/*`."""
+    algorithm = config.algorithm
+    if not isinstance(algorithm, GRPOConfig):
+        return False
+    measure = algorithm.mismatch.measure
+    if algorithm.mismatch.correction is not MismatchCorrection.none:
+        return True
+    return config.rollout.engine is not EngineKind.embedded if measure is None else measure
 
 
 def data_parallel_size(config: TrainConfig, world_size: int) -> int:

@@ -10,10 +10,11 @@ from megatron_vp2o.config.schema import (
     EngineKind,
     GRPOConfig,
     KLReference,
+    RouterReplay,
     SupervisedConfig,
     TrainConfig,
 )
-from megatron_vp2o.config.validate import data_parallel_size
+from megatron_vp2o.config.validate import compares_rollouts, data_parallel_size
 from megatron_vp2o.planning.hardware import Assumptions
 
 CHARACTERS = 104
@@ -103,12 +104,17 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
         updates=updates,
         micro_batches=updates * micro_batches,
         micro_rows=micro,
-        scored=float(algorithm.kl_reference is KLReference.initial),
+        scored=float(algorithm.kl_reference is KLReference.initial) + float(_recomputed(config)),
         decoded=rollouts if config.rollout.engine is EngineKind.embedded else 0,
         decoded_at_once=min(config.rollout.max_batch_size, rollouts),
         evaluated=True,
         packed=packed,
     )
+
+
+def _recomputed(config: TrainConfig) -> bool:
+    """Whether rollouts are scored with the actor's weights: for `mismatch/*`, or for their routes."""
+    return compares_rollouts(config) or config.rollout.router_replay is RouterReplay.R2
 
 
 def padded_vocabulary(config: TrainConfig, tokenizer_size: int | None = None) -> int:

@@ -101,7 +101,11 @@ def test_the_plan_shares_gpus_and_counts_the_servers_time(capsys: pytest.Capture
     assert made.rank == alone.rank and made.flops.decoding == 0
     assert made.times[GENERATION] == made.servers.seconds and "decoding" not in made.times
     assert made.times[SYNC] == made.sync_seconds >= 4 * made.servers.transferred / 1e9
-    assert made.times["forward and backward"] == alone.times["forward and backward"]
+    assert alone.flops.scoring == 0 < made.flops.scoring  # servers' rollouts are recomputed, unless that is turned off
+    unmeasured = plan(compose(QWEN, [*overrides, "algorithm.mismatch.measure=false"]), 64, "h100")
+    assert unmeasured.times["forward and backward"] == alone.times["forward and backward"]
+    replayed = [*overrides, "algorithm.mismatch.measure=false", "rollout.router_replay=R2"]
+    assert plan(compose(QWEN, replayed), 64, "h100").flops.scoring == made.flops.scoring
     training = made.step_seconds - made.times[GENERATION] - made.times[SYNC]
     assert made.overlapped_seconds == pytest.approx(max(training, made.times[GENERATION]) + made.times[SYNC])
     assert made.step_seconds == made.synchronous_seconds == sum(made.times.values())
