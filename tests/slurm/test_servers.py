@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_vp2o.launch.scripts import batch_lines, step
+from megatron_vp2o.launch.settings import SlurmSettings
 from tests.slurm.test_slurm import ROOT, Submitted, launch
 from tests.slurm.test_slurm import pytestmark as pytestmark
 
@@ -92,6 +94,37 @@ class Served(Submitted):
         ]:
             assert time.monotonic() < deadline, (left, self.output())
             time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("servers", "run", "status"),
+    [
+        ("sleep 3; exit 9", 'trap "" TERM USR1; while :; do sleep 1; done', 9),  # it would not end by itself
+        ("sleep 600", "sleep 2; exit 0", 0),
+        ("sleep 2; exit 0", "sleep 5; exit 4", 4),
+    ],
+)
+def test_steps_of_one_job_end_together(tmp_path: Path, servers: str, run: str, status: int) -> None:
+    """What the batch script of a run with servers does, with steps that end as told."""
+    beside = f"command srun {' '.join(step(1, 1))} bash -c '{servers}'"
+    lines = batch_lines(SlurmSettings(requeue=False), stopped=f"{tmp_path}/stopped", servers=beside)
+    main = f"srun {' '.join(step(1))} bash -c '{run}'\nexitcode=$?\necho ended at $SECONDS s\nexit $exitcode"
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\nhead_node_ip=x\n{lines}\n{main}\n")
+    words = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        f"--output={tmp_path}/out",
+        f"{tmp_path}/job.sh",
+    ]
+    job = Submitted(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
+    assert job.ends() == ("COMPLETED" if status == 0 else "FAILED")
+    assert job.shown("ExitCode") == f"{status}:0"
+    said = (tmp_path / "out").read_text()
+    assert ("error: the rollout servers ended with status 9" in said) is (status == 9)
+    ended = re.search(r"ended at (\d+) s", said)
+    assert ended is not None and int(ended[1]) < SECONDS, said
 
 
 @pytest.mark.parametrize("placed", ["split", "nodes", "job"])
