@@ -36,6 +36,7 @@ from megatron_vp2o.rollout.api import Server
 from megatron_vp2o.rollout.batch import Batch, words
 from megatron_vp2o.rollout.begun import Begun
 from megatron_vp2o.rollout.board import Board, News
+from megatron_vp2o.rollout.connections import OneEach
 from megatron_vp2o.rollout.members import STRIKES, Member
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
 from megatron_vp2o.rollout.pulse import EVERY_S, Pulse
@@ -425,10 +426,10 @@ class ServerPool:
 
     def _server(self, member: Member) -> Server:
         if self._http is None:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
             timeout = httpx.Timeout(self.settings.request_timeout_s, connect=10.0)
             secure = any(member.url.startswith("https:") for member in self.members)  # reading certificates takes 50 ms
-            self._http = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, verify=secure)
+            transport = OneEach(keep_s=KEEP_ALIVE_S, verify=secure)
+            self._http = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
         return Server(member.url, self._http)
 
     def check(self) -> None:
