@@ -50,7 +50,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python verl-env test-verl diagnostics-page install install-dev run run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data test-lm-eval smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python verl-env test-verl diagnostics-page install install-dev run countdown run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data test-lm-eval smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -65,11 +65,18 @@ install-dev: python ## ... and with what the tests need
 	@$(INSTALL) --extras dev
 	@$(PY) tools/nltk_data.py
 
-run: install ## Install, warm up on demonstrations, reinforce with GRPO and with VP2O, write the report
+run: install ## Install, warm up on demonstrations, reinforce with GRPO, VP2O and GRPO with repelled answers, write the report
+	$(TRAIN) --config-name open_path_tiny_supervised $(RUNARGS)
+	$(TRAIN) --config-name open_path_tiny_grpo $(RUNARGS)
+	$(TRAIN) --config-name open_path_tiny_vp2o $(RUNARGS)
+	$(TRAIN) --config-name open_path_tiny_grpo_answers $(RUNARGS)
+	$(PY) tools/report.py $(addprefix runs/open_path_tiny_,supervised grpo vp2o grpo_answers)
+
+countdown: install ## 3-number countdown: warm-up, GRPO and VP2O, report
 	$(TRAIN) --config-name countdown_tiny_supervised $(RUNARGS)
 	$(TRAIN) --config-name countdown_tiny_grpo $(RUNARGS)
 	$(TRAIN) --config-name countdown_tiny_vp2o $(RUNARGS)
-	$(PY) tools/report.py runs/countdown_tiny_supervised runs/countdown_tiny_grpo runs/countdown_tiny_vp2o
+	$(PY) tools/report.py $(addprefix runs/countdown_tiny_,supervised grpo vp2o)
 
 run-rows: python ## Your own rows, on a laptop: questions and an untrained checkpoint, warm-up, GRPO with math-verify, export, transformers
 	@$(INSTALL) --extras dev,rows,rewards
@@ -80,7 +87,7 @@ run-rows: python ## Your own rows, on a laptop: questions and an untrained check
 	$(PY) tools/report.py runs/rows_tiny_supervised runs/rows_tiny_grpo
 
 DEMO = optimizer.lr=6e-3 algorithm.steps=40 evaluation.interval=5 checkpoint.interval=0
-demo-trust-region: install ## After `make run`: a learning rate 30 times too large, unclipped and under the trust region
+demo-trust-region: install ## After `make countdown`: a learning rate 30 times too large, unclipped and under the trust region
 	$(TRAIN) --config-name countdown_tiny_grpo name=unclipped $(DEMO) \
 		algorithm.clip_epsilon_low=1 algorithm.clip_epsilon_high=1e9 $(RUNARGS)
 	$(TRAIN) --config-name countdown_tiny_vp2o name=trust_region $(DEMO) \
@@ -135,7 +142,7 @@ test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: c
 	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py tests/rollout/test_vllm_routes.py \
 		tests/evaluation/test_launched.py --durations=0 $(TESTARGS)
 
-soak: install-dev ## After `make run`: 40 faults, 100 of servers, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
+soak: install-dev ## After `make countdown`: 40 faults, 100 of servers, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)
 	VP2O_ROLLOUT_FAULTS=100 $(PY) -m pytest tests/rollout/test_soak.py -s $(TESTARGS)
 	VP2O_OVERLAP_KILLS=5 $(PY) -m pytest tests/rollout/test_ahead.py -s $(TESTARGS)
 	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \
