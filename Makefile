@@ -50,7 +50,7 @@ TRAIN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 INSTALL = $(BASE) tools/install.py --venv $(VENV) --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)'
 
 .DEFAULT_GOAL := help
-.PHONY: help python verl-env test-verl diagnostics-page install install-dev run countdown run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data test-lm-eval smoke lint docs plan simulate bench bench-peers gpu-check wheels wheel clean
+.PHONY: help python verl-env test-verl diagnostics-page install install-dev run countdown run-rows study demo-trust-region test install-launch launch test-slurm vllm-env test-vllm soak eval eval-data test-lm-eval smoke lint docs plan simulate bench bench-peers gpu-check gpu-rehearsal wheels wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -187,6 +187,9 @@ bench-peers: install ## Time a GRPO step of TRL's and ours in turn (own environm
 
 gpu-check: ## On a CUDA machine: tests marked gpu, benchmarks, in stages (WHEELS=folder of wheels)
 	@PYTHON='$(PYTHON)' WHEELS='$(WHEELS)' bash tools/gpu_check.sh
+
+gpu-rehearsal: wheels ## What make gpu-check does before the first CUDA call, with the packages of such an image (Python 3.12; gigabytes)
+	@BASE='$(BASE)' WHEELS='$(WHEELS)' bash tools/gpu_rehearsal.sh
 
 wheels: install ## Fetch into WHEELS what a CUDA machine without a package index lacks (tools/gpu_wheels.txt)
 	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

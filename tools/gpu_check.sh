@@ -9,13 +9,13 @@ python=${PYTHON:-python3}
 wheels=${WHEELS:-wheels}
 
 reason=$("$python" - <<'PY' 2>/dev/null
-import sys
+import os, sys
 try:
     import torch
 except ModuleNotFoundError:
     sys.exit(print(f"{sys.executable} has no torch"))
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "GPU_REHEARSAL" not in os.environ:
     print(f"no CUDA device (torch {torch.__version__})")
 elif sys.version_info[:2] != (3, 12):
     print(f"Python {sys.version.split()[0]}; 3.12 is what megatron-core's current line needs")
@@ -35,4 +35,7 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
         exit 1
 fi
 export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
+if [[ -n ${GPU_REHEARSAL:-} ]]; then # tools/gpu_rehearsal.sh: no device is here, and none is needed yet
+    exec "$python" -m tools.gpu_rehearsal ${CHECKARGS:-}
+fi
 exec "$python" -m tools.gpu_check ${CHECKARGS:-}

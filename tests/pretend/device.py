@@ -7,7 +7,7 @@ operation is really computed. Two things are checked that a CPU never notices:
 - waiting. Whatever makes the host wait for a GPU is written down with the line that asked for it (`Waits`): values that are read,
   tensors that are copied to the CPU, or from it without `non_blocking`, shapes that depend on values.
 
-`become()` registers the device for the rest of the process, and points megatron.core's CUDA at it.
+Importing this module registers the device for the rest of the process; `megatron.py` beside it points megatron.core's CUDA at it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 NAME = "pretend"
 ROOT = Path(__file__).resolve().parent.parent.parent
+_LIBRARY_FOLDER = f"{ROOT / 'megatron_vp2o'}/"
 aten = torch.ops.aten
 
 
@@ -44,7 +45,7 @@ class Wait:
 
 @dataclass
 class Waits:
-    """What was written down since `clear`."""
+    """What was written down since `counts` was cleared last."""
 
     counts: Counter[Wait] = field(default_factory=Counter)
     phase: str = ""
@@ -68,20 +69,17 @@ WAITS = Waits()
 
 
 def _asking_line() -> str:
-    """The innermost frame of the library, and the one of Megatron below it if Megatron asked."""
-    found: list[str] = []
+    """The innermost function of the library on the stack, and what it called of Megatron, if Megatron asked."""
+    asked_by_megatron = ""
     frame = sys._getframe(2)
     while frame is not None:
-        name = frame.f_code.co_filename
-        for package in ("megatron_vp2o", "megatron/core"):
-            if f"/{package}/" in name:
-                short = package + name.rpartition(f"/{package}")[2]
-                found.append(f"{short}:{frame.f_code.co_qualname}")
-                if package == "megatron_vp2o":
-                    return " < ".join(reversed(found[:1] + found[-1:] if len(found) > 1 else found))
-                break
+        file, function = frame.f_code.co_filename, frame.f_code.co_qualname
+        if file.startswith(_LIBRARY_FOLDER):
+            return f"{file[len(str(ROOT)) + 1 :]}:{function}" + asked_by_megatron
+        if not asked_by_megatron and "/megatron/core/" in file:
+            asked_by_megatron = f" < megatron/core/{file.rpartition('/megatron/core/')[2]}:{function}"
         frame = frame.f_back  # type: ignore[assignment]
-    return " < ".join(reversed(found[:1])) or "elsewhere"
+    return asked_by_megatron or "elsewhere"
 
 
 # --- the tensor -------------------------------------------------------------------------------------------------------

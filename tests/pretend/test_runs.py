@@ -125,6 +125,7 @@ def test_the_step_computes_what_it_computes_on_the_cpu(plain: tuple[Path, Any], 
         (2, ["parallel.distributed_optimizer=true", "model.precision=bf16"]),
         (2, ["parallel.overlap_grad_reduce=true"]),
     ],
+    ids=lambda value: f"{value}" if isinstance(value, int) else "+".join(value),
 )
 def test_other_settings(ranks: int, overrides: list[str], tmp_path: Path) -> None:
     steps = run(tmp_path / "run", *overrides, ranks=ranks)
