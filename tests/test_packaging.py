@@ -128,8 +128,34 @@ def test_an_unsupported_python_is_refused_in_one_line_with_the_fix(tmp_path: Pat
 
 def test_help_lists_every_phony_target_that_a_user_may_want() -> None:
     shown = run("make", "help").stdout
-    for target in ("install", "run", "test", "lint", "bench", "bench-peers", "gpu-check", "docs", "clean"):
+    for target in (
+        "install",
+        "run",
+        "test",
+        "lint",
+        "bench",
+        "bench-peers",
+        "gpu-check",
+        "gpu-rehearsal",
+        "docs",
+        "clean",
+    ):
         assert f"make {target} " in shown
+
+
+def test_a_rehearsal_without_wheels_or_with_too_many_ends_before_anything_is_made(tmp_path: Path) -> None:
+    def rehearse() -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "BASE": sys.executable, "WHEELS": str(tmp_path), "REHEARSAL_ENV": str(tmp_path / "env")}
+        return subprocess.run(
+            ["bash", "tools/gpu_rehearsal.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
+
+    done = rehearse()
+    assert done.returncode == 1 and done.stderr == f"gpu-rehearsal: no wheels in {tmp_path}; make wheels fetches them\n"
+    (tmp_path / "large.whl").write_bytes(bytes(41 * 2**20))
+    done = rehearse()
+    assert done.returncode == 1 and "take 41 MiB; at most 40 can be carried" in done.stderr
+    assert not (tmp_path / "env").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA runs the real thing")

@@ -185,7 +185,7 @@ def _made(value: Any, given: dict[int, Tensor]) -> Any:
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
-_BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
+_BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 _INDEXED_BY_CPU = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 _NO_SCALARS = {aten.cat.default, aten.stack.default, aten.index_select.default, aten.gather.default}
 
@@ -240,8 +240,8 @@ def _count_waits(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         WAITS.add("repeat_interleave without output_size: a shape that depends on values")
     elif func is aten._to_copy.default and _stays_on_cpu(kwargs):
         WAITS.add("a copy to the CPU")
-    elif func is aten.copy_.default:
-        target, source, *rest = args
+    elif func in (aten.copy_.default, aten._foreach_copy_.default):
+        (target, source), rest = (part[0] if isinstance(part, (list, tuple)) else part for part in args[:2]), args[2:]
         blocking = not (rest[0] if rest else kwargs.get("non_blocking", False))
         if not isinstance(target, PretendTensor):
             WAITS.add("a copy to the CPU")

@@ -33,6 +33,7 @@ def become() -> None:
         waiting.synchronize = _synchronize  # type: ignore[method-assign]
     cpu.TORCH.cuda.synchronize = lambda *_: _synchronize(None)
     cpu.enable_cpu()
+    torch.distributed.Backend.backend_capability["gloo"].append(NAME)  # gloo gets the tensors that are held
 
     from megatron_vp2o.megatron.platform import world
 
