@@ -19,7 +19,7 @@ from megatron_vp2o.rewards.grade import Grade, RowError
 from megatron_vp2o.rewards.graders import make_grader
 from megatron_vp2o.rewards.graders.base import Grader
 from megatron_vp2o.rewards.graders.choice import chosen_letter
-from megatron_vp2o.rewards.graders.math import boxed
+from megatron_vp2o.rewards.graders.text import boxed
 
 NOT_CHECKED = "not checked"
 """How the reason of an answer begins of which something could not be checked here, and so counts as failed."""

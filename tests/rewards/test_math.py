@@ -10,7 +10,8 @@ import pytest
 import sympy
 
 from megatron_vp2o.rewards.grade import RowError
-from megatron_vp2o.rewards.graders.math import Math, arithmetic, boxed
+from megatron_vp2o.rewards.graders.math import Math, arithmetic
+from megatron_vp2o.rewards.graders.text import boxed
 from tests.rewards.math_pairs import PAIRS, disagreements
 
 KNOWN = {  # listed in docs/rewards.md

@@ -19,13 +19,12 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 from megatron_vp2o.rewards.grade import Grade, RowError, right, wrong
 from megatron_vp2o.rewards.graders.base import Grader, answer_text
-from megatron_vp2o.rewards.graders.text import solution
+from megatron_vp2o.rewards.graders.text import boxed, solution
 
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*percent\s*\}|percent)\s*$", re.IGNORECASE)
 _QUANTITY = re.compile(r"([-+]?\d[\d.,/]*)\s+[A-Za-z][A-Za-z./^\d ]*")
 """A number and a unit in plain letters, which LaTeX would read as a product of variables."""
-_BOXED = "\\boxed{"
 _OPERATIONS = {ast.Add: sympy.Add, ast.Mult: sympy.Mul, ast.Pow: sympy.Pow}
 
 
@@ -53,17 +52,6 @@ class Math(Grader):
         if verify(list(wanted), found, timeout_seconds=None, allow_set_relation_comp=True):
             return right(answer)
         return wrong("another value")
-
-
-def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, without white space; None where there is none that is closed."""
-    begin = text.rfind(_BOXED)
-    depth, start = 1, begin + len(_BOXED)
-    for end in range(start, len(text) if begin >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return "".join(text[start:end].split())
-    return None
 
 
 @lru_cache(maxsize=256)

@@ -91,3 +91,17 @@ def check_pattern(name: str, pattern: str) -> str | None:
 
 
 __all__ = ["Exact", "Format", "Length", "Regex", "RowError", "check_pattern", "solution"]
+
+
+_BOXED = "\\boxed{"
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} holds, without white space; None where there is none that is closed."""
+    begin = text.rfind(_BOXED)
+    depth, start = 1, begin + len(_BOXED)
+    for end in range(start, len(text) if begin >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return "".join(text[start:end].split())
+    return None
