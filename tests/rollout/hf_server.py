@@ -1,13 +1,11 @@
 """A stand-in for vLLM that computes with transformers: `hf_server.py --model FOLDER --host ADDRESS --port PORT ...`.
 
-So a whole run trains through it where there is no vLLM. It speaks what `fake_server.py` speaks. VP2O_HF_DIES=FILE: it ends with
-status 9 at the next prompt once that file is there, and every later start does at once.
+So a whole run trains through it where there is no vLLM. It speaks what `fake_server.py` speaks.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -17,8 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the file is run as it stands
 from tests.rollout.fake_server import State, serve
-
-DIES = Path(os.environ.get("VP2O_HF_DIES", "/nowhere"))
 
 
 class Model(State):
@@ -50,8 +46,6 @@ class Model(State):
         self.folder = Path(info["folder"])
 
     def generate(self, body: dict[str, Any]) -> Any:
-        if DIES.exists():
-            os._exit(9)
         with self.turn, self.torch.inference_mode():
             return self._generate(body["token_ids"], body["sampling_params"])
 
@@ -89,8 +83,6 @@ class Model(State):
 
 
 if __name__ == "__main__":
-    if DIES.exists():
-        sys.exit("hf_server: told not to start")
     parser = argparse.ArgumentParser()
     for name in ("model", "host", "port"):
         parser.add_argument(f"--{name}", required=True)
