@@ -188,6 +188,7 @@ class ServerPool:
                 if process is not None:
                     if not process.running or pulse.why or number == tries - 1:
                         await asyncio.to_thread(process.start, weights.folder)
+                        pulse.forget()  # whoever goes on with this server while it starts must not start it again
                         self.restarts += process.starts > 1
                     await self._until_it_answers(member)
                 pulse.forget()
