@@ -208,6 +208,7 @@ class RLTrainer(TrainingLoop):
     def _overlap(self, queued: Queued) -> dict[str, float]:
         """How a batch came that was asked for before its step; nothing in a run whose batches are not."""
         if not self.queue.ahead:
+            self.progress.extra.pop(QUEUED, None)  # of a run that went on without overlap
             return {}
         self.progress.extra[QUEUED] = len(self.queue)
         return {

@@ -177,3 +177,20 @@ def test_a_run_that_is_asked_to_stop_leaves_nothing_and_goes_on(tmp_path: Path) 
         train(run_dir, urls, *more, "resume=must")
     assert _timeless(run_dir) == _timeless(tmp_path / "whole")
     assert read(run_dir)["overlap/queued"][-1] == 0
+
+
+@LONG[0]
+@LONG[1]
+def test_a_replay_of_such_a_run_updates_bit_for_bit(tmp_path: Path) -> None:
+    """The embedded engine may look ahead then: nothing is generated."""
+    more = [
+        "algorithm=vp2o",
+        "algorithm.trust_region.delta=0.5",
+        "algorithm.steps=4",
+        "algorithm.mismatch.measure=true",
+    ]
+    with servers() as urls:
+        train(tmp_path / "stored", urls, *more)
+    replayed = ["rollout=in_process", "rollout.ahead=1", f"rollout.replay={tmp_path}/stored/rollouts"]
+    train(tmp_path / "replayed", [], *more, *replayed)
+    assert _timeless(tmp_path / "replayed") == _timeless(tmp_path / "stored")

@@ -59,7 +59,7 @@ def servers(seconds: float = 0.0, count: int = 1) -> Iterator[list[str]]:
 def command(run_dir: Path, urls: list[str], *more: str, ranks: int = 1) -> list[str]:
     """A run, as a user starts it."""
     torchrun = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    named = [f"run_dir={run_dir}", f"rollout.urls=[{','.join(urls)}]"]
+    named = [f"run_dir={run_dir}", *([f"rollout.urls=[{','.join(urls)}]"] if urls else [])]
     return [sys.executable, *torchrun, "-m", "megatron_vp2o.train", *OVERLAPPED, *named, *more]
 
 
