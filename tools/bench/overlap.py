@@ -1,6 +1,6 @@
 """A step with rollout.ahead=1 over one without, where servers generate as long as the trainer trains.
 
-    python -m tools.bench overlap [--steps 8 --prompts 64 --group 8]
+    python -m tools.bench overlap [--steps 8 --prompts 64 --group 8 --epochs 16]
 
 The servers are those of the tests, which wait and compute nothing (tests/rollout/any_model_server.py): how long a batch takes is
 set to what a first run took for everything of a step but generation and synchronisation. Actors are refreshed each step. Medians,
@@ -31,6 +31,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--prompts", type=int, default=64, help="of a step")
     parser.add_argument("--group", type=int, default=8, help="responses of a prompt")
+    parser.add_argument(
+        "--epochs", type=int, default=16, help="passes over a batch, so that a tiny model trains for seconds"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder:
 
@@ -41,8 +44,17 @@ def main(arguments: list[str]) -> int:
                     f"algorithm.steps={options.steps}",
                     f"algorithm.prompts_per_step={options.prompts}",
                 ),
-                *(f"algorithm.group_size={options.group}", f"rollout.ahead={ahead}", "evaluation.interval=0"),
-                *("checkpoint.interval=0", "rollout.store=false", "rollout.server.in_flight=1000"),
+                *(
+                    f"algorithm.group_size={options.group}",
+                    f"rollout.ahead={ahead}",
+                    f"algorithm.epochs={options.epochs}",
+                ),
+                *(
+                    "evaluation.interval=0",
+                    "checkpoint.interval=0",
+                    "rollout.store=false",
+                    "rollout.server.in_flight=1000",
+                ),
             ]
             with servers(wait) as urls:
                 train(Path(folder) / name, urls, *settings)
@@ -55,6 +67,6 @@ def main(arguments: list[str]) -> int:
 
         first = run("measured", 0, 0.0)
         wait = max(0.0, first["step"] - first["sync"] - 2 * first["rollout"])
-        plain, overlapped = run("ahead=0", 0, wait), run("ahead=1", 1, wait)
+        plain, overlapped = run("ahead0", 0, wait), run("ahead1", 1, wait)
     print(f"a step with rollout.ahead=1 takes {100 * overlapped['step'] / plain['step']:.0f} % of one without")
     return 0
