@@ -204,6 +204,7 @@ def test_a_server_is_dead_before_it_is_asked(harness: VLLMHarness, victim: str) 
     start = time.monotonic()
     wait_for(lambda: pool.restarts == restarts + 1, 100)
     print(f"{victim}: replaced after {time.monotonic() - start:.0f} s")
+    wait_for(lambda: pool.members[0].mends == 1, 400)  # an update before that removes the weights from which it starts
     pool.update_weights(harness.weights(1), 2, harness.probe(1))
     harness.check(1)
     assert pool.restarts == restarts + 1 and not any(alive(pid) for pid in processes)
