@@ -104,7 +104,7 @@ class PretendTensor(torch.Tensor):
         made.held = held
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -136,7 +136,7 @@ class PretendTensor(torch.Tensor):
         return f"pretend {self.held!r}"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = dict(kwargs or {})
         tensors: list[Tensor] = []
         _collect(args, tensors)
@@ -152,7 +152,7 @@ class PretendTensor(torch.Tensor):
             kwargs["device"] = torch.device("cpu")
             kwargs.pop("pin_memory", None)
         out = func(*_held(args), **{name: _held(value) for name, value in kwargs.items()})
-        given = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, PretendTensor)}
+        given: dict[int, Tensor] = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, PretendTensor)}
         given.update((id(tensor), tensor) for tensor in tensors)
         return out if to_cpu else _made(out, given)
 

@@ -18,7 +18,6 @@ if ON_CPU not in os.environ:
 from megatron_vp2o import session
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
-from megatron_vp2o.rl.loop import Stopwatch
 from megatron_vp2o.rl.trainer import RLTrainer
 from tests.pretend.device import WAITS, Wait
 from tests.small_run import SMALL
@@ -35,24 +34,24 @@ def run(recipe: str, run_dir: str, overrides: list[str]) -> dict[str, Any]:
     where: set[str] = set()
     originals = RLTrainer.step, RLTrainer._refresh_actors, MegatronEngine.generate
 
-    def step(self: RLTrainer, number: int, watch: Stopwatch) -> dict[str, float]:
+    def step(self: RLTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
         WAITS.counts.clear()
         with WAITS.during(STEP):
-            metrics = originals[0](self, number, watch)
+            metrics = originals[0](self, *args, **kwargs)
         steps.append({"metrics": metrics, "waits": _listed(WAITS.counts)})
         models = self.policy.model, self.engine.actor  # type: ignore[attr-defined]
         where.update(str(tensor.device) for model in models for tensor in (*model.parameters(), *model.buffers()))
         return metrics
 
-    def refresh(self: RLTrainer) -> None:
+    def refresh(self: RLTrainer, *args: Any, **kwargs: Any) -> None:
         with WAITS.during(REFRESH):
-            originals[1](self)
+            originals[1](self, *args, **kwargs)
 
     def generate(self: MegatronEngine, *args: Any, **kwargs: Any) -> Any:
         with WAITS.during(GENERATION):
             return originals[2](self, *args, **kwargs)
 
-    RLTrainer.step, RLTrainer._refresh_actors, MegatronEngine.generate = step, refresh, generate  # type: ignore[method-assign]
+    RLTrainer.step, RLTrainer._refresh_actors, MegatronEngine.generate = step, refresh, generate  # type: ignore[assignment, method-assign]
     try:
         config = compose(recipe, [*SMALL, f"run_dir={run_dir}", "init_from=null", *overrides])
         status = session.train(config)

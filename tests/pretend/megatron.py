@@ -30,7 +30,7 @@ def become() -> None:
         dataclasses.replace(patch, apply=own[patch.name]) if patch.name in own else patch for patch in cpu.PATCHES
     )
     for waiting in (cpu.Stream, cpu.Event):
-        waiting.synchronize = _synchronize  # type: ignore[method-assign]
+        waiting.synchronize = _synchronize  # type: ignore[assignment, method-assign]
     cpu.TORCH.cuda.synchronize = lambda *_: _synchronize(None)
     cpu.enable_cpu()
     torch.distributed.Backend.backend_capability["gloo"].append(NAME)  # gloo gets the tensors that are held
