@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {
     "verl": "megatron_vp2o.plugins.verl.",
     "vllm": "megatron_vp2o.rollout.server_side.",
+    "math_verify": "megatron_vp2o.rewards.graders.math",
 }
-"""Packages that are no part of this environment, and the modules that run in the programs that bring them."""
+"""Packages that this environment lacks, and the modules that need them: of other programs, and of an extra."""
 
 
 def main() -> int:
