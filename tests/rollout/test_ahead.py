@@ -152,7 +152,7 @@ def _ages(lines: list[dict[str, Any]]) -> list[float]:
 
 def _timeless(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of a record without what depends on how fast things were; a step that was repeated has two equal lines."""
-    by_step = {}
+    by_step: dict[int, dict[str, Any]] = {}
     for line in without_times(run_dir):
         kept = {key: value for key, value in line.items() if not (key.startswith("overlap/") and key.endswith("_s"))}
         assert by_step.setdefault(line["step"], kept) == kept

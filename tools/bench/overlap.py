@@ -23,7 +23,9 @@ PHASES = ("step", "rollout", "reference", "reward", "train", "sync")
 def seconds_of(run_dir: Path) -> dict[str, float]:
     """Medians of the phases of a step."""
     record = read(run_dir)
-    return {phase: statistics.median(map(float, record[f"time/{phase}_s"][2:])) for phase in PHASES}
+    return {
+        phase: statistics.median([float(value or 0.0) for value in record[f"time/{phase}_s"][2:]]) for phase in PHASES
+    }
 
 
 def main(arguments: list[str]) -> int:
