@@ -166,11 +166,13 @@ class ServerPool:
         """Bring every server to new weights, side by side. Returns what went wrong, and marks who is lost."""
         await self._unwatch_all()  # whatever a watcher was doing was for the old weights
         old, self._weights, self._probe = self._weights, new, probe
-        if old is not None:
-            old.remove()
         for member in self.members:
             member.renew()
-        told = await asyncio.gather(*(self._bring(member, label) for member in self.members))
+        try:
+            told = await asyncio.gather(*(self._bring(member, label) for member in self.members))
+        finally:
+            if old is not None:
+                old.remove()  # not before: a server that was starting anew reads it
         for member, problem in zip(self.members, told, strict=True):
             if problem:
                 member.lose(problem)

@@ -169,7 +169,7 @@ class GroupedSequentialMLP(SequentialMLP):
 
     def uses_grouped_products(self, device: torch.device) -> bool:
         """Whether a forward pass on this device takes all experts in one product."""
-        return device.type != "cpu" if self.grouped is None else self.grouped
+        return device.type not in ("cpu", "meta") if self.grouped is None else self.grouped
 
     @torch.no_grad()
     def stack_weights(self) -> None:

@@ -172,6 +172,7 @@ def execute(
                 user=user,
                 group=user,
                 extra_groups=[] if user is not None else None,
+                process_group=0,
                 cwd="/",
                 env={"PATH": "/usr/bin:/bin"},
             )
@@ -199,7 +200,7 @@ def _wait(
             break
         timed_out = time.monotonic() > deadline
         if timed_out or any(os.fstat(output).st_size > most for output in outputs):
-            os.kill(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # a sandbox that is still starting has a second process, which waits for it
             pid, status, usage = os.wait4(process.pid, 0)
             break
         time.sleep(pause)
