@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import pickle
+import select
 import selectors
 import socket
 import subprocess
@@ -402,6 +403,8 @@ class WorkerPool:
         """Seconds that a late worker is still due, because it wants to run and others had the processor; 0 if none."""
         limit = self._time_limits[worker.tasks[0].item.reward]
         state, seconds = process_state(worker.pid)
+        if select.select([worker.connection], [], [], 0)[0]:
+            return 0.05  # its answer came after this turn had looked
         used = seconds - worker.cpu
         if state not in "RD" or used >= limit or self._now - worker.began > PATIENCE * limit:
             return 0.0

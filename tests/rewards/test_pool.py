@@ -152,6 +152,18 @@ def test_a_busy_machine_makes_no_answer_late() -> None:
     assert grades == {n: Grade(1.0) for n in range(4)}
 
 
+def test_an_answer_that_comes_while_the_pool_looks_at_its_worker_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool was kept from the processor between its look for answers and its look at a late worker."""
+
+    def late_look(pid: int) -> tuple[str, float]:
+        time.sleep(1.0)
+        return "S", 0.0
+
+    monkeypatch.setattr("megatron_vp2o.rewards.pool.process_state", late_look)
+    with make_pool("computes", batch=1, timeout_s=0.1, workers=1) as pool:
+        assert dict(pool.grade([item(0, "right")])) == {0: Grade(1.0)}
+
+
 def test_no_process_is_left_when_the_pool_is_closed() -> None:
     with make_pool("misbehaving", timeout_s=100.0, batch=1) as pool:
         assert pool._nursery is not None

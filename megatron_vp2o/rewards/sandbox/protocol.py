@@ -200,7 +200,9 @@ def _wait(
             break
         timed_out = time.monotonic() > deadline
         if timed_out or any(os.fstat(output).st_size > most for output in outputs):
-            os.killpg(process.pid, signal.SIGKILL)  # a sandbox that is still starting has a second process, which waits for it
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # a sandbox that is still starting has a second process, which waits for it
             pid, status, usage = os.wait4(process.pid, 0)
             break
         time.sleep(pause)
