@@ -104,9 +104,9 @@ class RolloutConfig:
     """Most sequences that the embedded engine decodes at once on one data-parallel rank; bounds the KV cache."""
     refresh_interval: Annotated[int, COUNT] = 1
     """Rollout batches generated with one version of the actor weights before they are refreshed."""
-    ahead: Annotated[int, Range(0, 1)] = 0
-    """Rollout batches that servers generate while the trainer still trains on an earlier one (docs/rollouts.md, Overlap); 0: they
-    are generated when they are needed."""
+    ahead: Annotated[int, Range(0, 64)] = 0
+    """Rollout batches that servers are asked for before the trainer needs them, so that they generate while it trains
+    (docs/rollouts.md, Overlap); 0: a batch is generated when it is needed."""
     max_age: Annotated[Optional[int], COUNT] = None
     """Most optimizer steps from the weights that generated a batch to the beginning of training on it. Actors are refreshed so that
     batches stay within it; one that does not, after settings were changed, is generated again. null: no bound."""

@@ -6,17 +6,25 @@
 
 So which weights generate a batch follows from the steps alone, and not from who was faster: batch t is of the actors of step
 t - ahead. With `ahead` = 0 the queue is empty between steps, and the engine generates when it is waited for.
+
+With `ahead` > 1 batches of earlier actors may wait in the queue when a checkpoint is written. Nobody has those actors' weights when
+the run goes on, so the batches, and what their weights said of them, are taken from disk (`interfaces.Recalls`).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, RolloutEngine
+import numpy as np
+import torch
+
+from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, Recalls, RolloutEngine
 from megatron_vp2o.rl.mismatch import Recomputed
 from megatron_vp2o.rl.types import Problem, Rollouts, SamplingParams
 
@@ -36,12 +44,35 @@ class Queued:
 
     problems: list[Problem]
     version: int  # of the actors' weights when it was asked for
+    weights: str  # name of these, where the engine keeps batches on disk (`Recalls.asked_of`), else empty
     generating: Generating
     rollouts: Rollouts | None = None  # once it was waited for
     scored: Scored | None = None
     mismatch: dict[str, float] | None = None  # `policy/logprob_mismatch`, once it was measured
     generation_s: float = 0.0  # how long servers took for this rank's prompts, once it was waited for
     servers_waited_s: float = 0.0  # how long they had nothing to do for this rank before
+    noted: bool = False  # `scored` and `mismatch` are on disk
+
+    def notes(self) -> dict[str, Any]:
+        """What the weights that generated it said of it, as numpy arrays."""
+        scored, arrays = self.scored, {}
+        assert scored is not None
+        if scored.recomputed is not None:
+            arrays["recomputed"] = scored.recomputed.logprobs_NS.cpu().numpy()
+            if scored.recomputed.weight_NS is not None:
+                arrays["weight"] = scored.recomputed.weight_NS.cpu().numpy()
+        if scored.rollouts is not self.rollouts and scored.rollouts.routes_NSLK is not None:
+            arrays["routes"] = scored.rollouts.routes_NSLK.cpu().numpy()
+        return arrays | {"metrics": np.array(json.dumps([scored.metrics, self.mismatch]))}
+
+    def take_notes(self, rollouts: Rollouts, arrays: dict[str, Any]) -> None:
+        """The reverse of `notes`, for a batch that was recalled."""
+        tensors = {name: torch.from_numpy(arrays[name]) for name in ("recomputed", "weight", "routes") if name in arrays}
+        recomputed = Recomputed(tensors["recomputed"], tensors.get("weight")) if "recomputed" in tensors else None
+        metrics, self.mismatch = json.loads(str(arrays["metrics"]))
+        routed = replace(rollouts, routes_NSLK=tensors["routes"]) if "routes" in tensors else rollouts
+        self.scored = Scored(routed, recomputed, metrics)
+        self.rollouts, self.noted = rollouts, True
 
 
 class Deferred:
@@ -98,8 +129,38 @@ class RolloutQueue:
             generating: Generating = self.engine.begin(prompts, uids, sampling, group_size)
         else:
             generating = Deferred(partial(self.engine.generate, prompts, uids, sampling, group_size))
-        queued = Queued(problems, version, generating)
+        weights = self.engine.asked_of(generating) if self.ahead and isinstance(self.engine, Recalls) else ""
+        queued = Queued(problems, version, weights, generating)
         (self.batches.appendleft if first else self.batches.append)(queued)
+
+    def recall(
+        self,
+        problems: list[Problem],
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        *,
+        version: int,
+        weights: str,
+    ) -> bool:
+        """Queue a batch that earlier actors, of this version and name, were asked for. Returns whether it is on disk, with what
+        these actors said of it. Collective."""
+        if not weights or not isinstance(self.engine, Recalls):
+            return False
+        found = self.engine.recall(prompts, uids, sampling, group_size, weights)
+        if found is None or found[1] is None:
+            return False
+        queued = Queued(problems, version, weights, found[0])
+        queued.take_notes(found[0].wait(), found[1])
+        self.batches.append(queued)
+        return True
+
+    def note(self, queued: Queued) -> None:
+        """Keep what the weights that generated a batch said of it: they are about to be given up, and the batch stays."""
+        if queued.weights and not queued.noted and isinstance(self.engine, Recalls):
+            self.engine.note(queued.generating, queued.notes())
+            queued.noted = True
 
     def wait(self, queued: Queued) -> Rollouts:
         """The rollouts of a batch, which may be the first call for it or a later one. Collective."""

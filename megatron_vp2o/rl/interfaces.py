@@ -4,6 +4,7 @@
     Reward                 rewards/                    what an answer is worth
     RolloutEngine          megatron/actor/, rollout/served.py   who answers
     GeneratesAhead         rollout/served.py           who answers while the learner trains
+    Recalls                rollout/store.py            who still knows what earlier weights answered
     Policy                 megatron/learner/policy.py  who learns
     Objective              rl/objectives.py            from what
     GradientTransform      megatron/stein/transform.py what becomes of the gradients
@@ -177,6 +178,31 @@ class GeneratesAhead(Protocol):
     ) -> Generating:
         """Ask for what `RolloutEngine.generate` returns, with the weights of now. Collective, and so is the handle's `wait`; in
         between the engine uses no process group. The weights may not change before every handle was waited for or cancelled."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """A rollout engine that keeps its batches on disk, so that those of weights which it no longer holds can be had again."""
+
+    def asked_of(self, generating: Generating) -> str:
+        """Names the weights that a batch was asked of, the same on all ranks; empty where it is not kept."""
+        ...
+
+    def recall(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        weights: str,
+    ) -> tuple[Generating, dict[str, Any] | None] | None:
+        """What the weights of this name were asked for, with what `note` was given of it. None on all ranks where a rank lacks
+        the batch; no notes on all ranks where a rank lacks them. Collective."""
+        ...
+
+    def note(self, generating: Generating, arrays: dict[str, Any]) -> None:
+        """Keep numpy arrays with a batch that was waited for."""
         ...
 
 

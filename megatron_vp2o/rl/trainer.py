@@ -46,7 +46,7 @@ from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
 
 REFRESHES, REFRESH_POLICY = "refreshes", "refresh_policy"  # keys of Progress.extra
 POSITION = "position"  # another one: prompts drawn
-QUEUED, AGAIN = "queued", "generated_again"  # further ones: batches asked for and not trained on; samples, as too old
+QUEUED, AGAIN = "queued", "generated_again"  # further ones: [version, weights] of batches not trained on yet; samples
 
 
 class RLTrainer(TrainingLoop):
@@ -133,19 +133,20 @@ class RLTrainer(TrainingLoop):
 
     def _refresh_actors(self, step: int, watch: Stopwatch) -> None:
         """Give the actors new weights, if that is due. What they were asked for before comes from the weights of before."""
-        ahead = self.config.rollout.ahead
-        with watch("rollout"):  # a resumed run's actors were asked for these, too
-            self._ask(step, min(ahead, int(self.progress.extra.get(QUEUED, 0))))
+        with watch("rollout"):
+            self._ask_for_what_was_queued(step)
         with watch("sync"):
             reason = self._refresh_reason()
         if reason is None:
             return
-        for queued in self.queue.batches:
+        for place, queued in enumerate(self.queue.batches):
             with watch("rollout"):
                 self.queue.wait(queued)
             with watch("reference"):
                 self._scored(queued)
                 self._measure_mismatch(queued)
+                if place:  # the first one is trained on in this step
+                    self.queue.note(queued)
         with watch("sync"):
             self._refresh(reason)
 
@@ -186,12 +187,37 @@ class RLTrainer(TrainingLoop):
 
     def _ask_for(self, step: int, place: int, *, first: bool = False) -> None:
         """Ask for the batch of that many steps after this one."""
+        self.queue.ask(*self._asked(step, place), first=first)
+
+    def _asked(
+        self, step: int, place: int
+    ) -> tuple[list[Problem], list[list[int]], list[int], SamplingParams, int]:
+        """Problems, prompts and what else an engine is told of the batch of that many steps after this one."""
         problems, uids = self.prompts(self.position(step) + place * self.settings.prompts_per_step)
         sampling = SamplingParams(
             self.sampling.temperature, self.sampling.top_p, self.sampling.max_new_tokens, self.config.seed
         )
         prompts = [problem.prompt_tokens(self.task.tokenizer) for problem in problems]
-        self.queue.ask(problems, prompts, uids, sampling, self.settings.group_size, first=first)
+        return problems, prompts, uids, sampling, self.settings.group_size
+
+    def _ask_for_what_was_queued(self, step: int) -> None:
+        """In a run that goes on: batches of the actors' present weights are asked for again, and are on disk if they were waited
+        for; those of earlier weights are on disk, or else generated again by the present ones."""
+        kept: Any = self.progress.extra.get(QUEUED, [])
+        if isinstance(kept, int):  # of a checkpoint before rollout.ahead could be more than 1
+            kept = [[self.progress.actor_version, ""]] * kept
+        for place in range(len(self.queue), min(self.config.rollout.ahead, len(kept), self.settings.steps - step)):
+            version, weights = kept[place]
+            if version != self.progress.actor_version:
+                if self.queue.recall(*self._asked(step, place), version=version, weights=weights):
+                    continue
+                if self.config.rollout.replay is None:
+                    self._count_again()
+            self._ask_for(step, place)
+
+    def _count_again(self) -> None:
+        extra = self.progress.extra
+        extra[AGAIN] = extra.get(AGAIN, 0) + self.settings.prompts_per_step * self.settings.group_size
 
     def _next(self, step: int) -> Queued:
         """Take this step's batch out of the queue; one that is older than `rollout.max_age` is generated again, by the present
@@ -201,8 +227,7 @@ class RLTrainer(TrainingLoop):
         if rollout.max_age is not None and age > rollout.max_age and rollout.replay is None:
             self.queue.drop_first()
             self._ask_for(step, 0, first=True)
-            extra = self.progress.extra
-            extra[AGAIN] = extra.get(AGAIN, 0) + self.settings.prompts_per_step * self.settings.group_size
+            self._count_again()
         return self.queue.batches.popleft()
 
     def _overlap(self, queued: Queued) -> dict[str, float]:
@@ -210,7 +235,7 @@ class RLTrainer(TrainingLoop):
         if not self.queue.ahead:
             self.progress.extra.pop(QUEUED, None)  # of a run that went on without overlap
             return {}
-        self.progress.extra[QUEUED] = len(self.queue)
+        self.progress.extra[QUEUED] = [[queued.version, queued.weights] for queued in self.queue.batches]
         return {
             "overlap/age": float(self._age(queued.version)),
             "overlap/queued": float(len(self.queue)),

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.errors import RolloutError
-from megatron_vp2o.parallel.groups import Groups, any_rank
+from megatron_vp2o.parallel.groups import Groups, any_rank, gather_objects
 from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, RolloutEngine
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams
 
@@ -195,7 +195,7 @@ class StoredEngine:
         """See `RolloutEngine.generate`. Raises RolloutError where a replay lacks the batch."""
         if self._borrowed:
             return self.engine.generate(prompts, uids, sampling, group_size)
-        keys = self._keys(prompts, uids, sampling, group_size)
+        keys = self._keys(prompts, uids, sampling, group_size, self._present())
         rollouts = self._found(keys, uids)
         if rollouts is None:
             rollouts = self.engine.generate(prompts, uids, sampling, group_size)
@@ -206,21 +206,62 @@ class StoredEngine:
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> StoredBatch:
         """See `rl.interfaces.GeneratesAhead`; the engine must be one, but for a replay. A batch is on disk when `wait` returns."""
-        keys = self._keys(prompts, uids, sampling, group_size)
+        weights = self._present()
+        keys = self._keys(prompts, uids, sampling, group_size, weights)
         rollouts = self._found(keys, uids)
         if rollouts is not None:
-            return StoredBatch(rollouts)
+            return StoredBatch(rollouts, key=keys[0], weights=weights)
         assert isinstance(self.engine, GeneratesAhead), "rollout.ahead is refused with engines that cannot"
-        return StoredBatch(
-            None, self.engine.begin(prompts, uids, sampling, group_size), lambda got: self._keep(keys, got)
-        )
+        begun = self.engine.begin(prompts, uids, sampling, group_size)
+        return StoredBatch(None, begun, lambda got: self._keep(keys, got), keys[0], weights)
+
+    def asked_of(self, generating: Generating) -> str:
+        """See `rl.interfaces.Recalls.asked_of`."""
+        assert isinstance(generating, StoredBatch)
+        return generating.weights
+
+    def recall(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        weights: str,
+    ) -> tuple[StoredBatch, dict[str, Any] | None] | None:
+        """See `rl.interfaces.Recalls.recall`."""
+        if self.store is None:
+            return None
+        key = self._keys(prompts, uids, sampling, group_size, weights)[0]
+        found, notes = self._routed(self.store.read(key)), self.store.read(_notes(key))
+        if any_rank(found is None, self.groups.world) or found is None:
+            return None
+        if any_rank(notes is None, self.groups.world):
+            notes = None
+        return StoredBatch(to_rollouts(found, self.groups.device), key=key, weights=weights), notes
+
+    def note(self, generating: Generating, arrays: dict[str, Any]) -> None:
+        """See `rl.interfaces.Recalls.note`."""
+        if self.store is not None:
+            assert isinstance(generating, StoredBatch)
+            self.store.append([_notes(generating.key)], arrays)
 
     def _keys(
-        self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        weights: str,
     ) -> list[str]:
-        """Of a batch of the present weights, and last of what is asked, whatever weights answer."""
+        """Of a batch of the weights of this name, and last of what is asked, whatever weights answer."""
         asked = _digest([list(map(list, prompts)), list(uids), asdict(sampling), group_size])
-        return [asked] if self.store is None else [_digest([asked, self.version, self.engine.checksum()]), asked]
+        return [asked] if self.store is None else [_digest([asked, weights]), asked]
+
+    def _present(self) -> str:
+        """Name of the present weights; empty where nothing is stored. Collective."""
+        if self.store is None:
+            return ""
+        return _digest([self.version, gather_objects(self.engine.checksum(), self.groups.world)])
 
     def _found(self, keys: Sequence[str], uids: Sequence[int]) -> Rollouts | None:
         """What need not be generated; None on all ranks or on none. Collective."""
@@ -300,6 +341,8 @@ class StoredBatch:
 
     Args:
         rollouts: those that were found; None: `generating` brings them, and `keep` writes them.
+        key: in the store.
+        weights: name of those that it was asked of.
     """
 
     def __init__(
@@ -307,8 +350,11 @@ class StoredBatch:
         rollouts: Rollouts | None,
         generating: Generating | None = None,
         keep: Callable[[Rollouts], None] | None = None,
+        key: str = "",
+        weights: str = "",
     ) -> None:
         self.rollouts, self.generating, self.keep = rollouts, generating, keep
+        self.key, self.weights = key, weights
 
     def span(self) -> tuple[float, float] | None:
         return None if self.generating is None else self.generating.span()
@@ -326,6 +372,11 @@ class StoredBatch:
         """See `Generating.cancel`."""
         if self.generating is not None:
             self.generating.cancel()
+
+
+def _notes(key: str) -> str:
+    """Key of what was noted of a batch."""
+    return f"notes of {key}"
 
 
 def _digest(value: Any) -> str:

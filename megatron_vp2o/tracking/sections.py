@@ -234,7 +234,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "overlap/again",
                 "sequences",
-                "rollouts generated again so far, because they were older than rollout.max_age",
+                "rollouts generated again so far, because they were older than rollout.max_age, or a resumed run did not find them",
                 OVERLAP,
                 REINFORCEMENT,
             ),

@@ -104,11 +104,11 @@ def test_generation_beside_training(tmp_path: Path) -> None:
     assert "rollout.ahead=1 with algorithm=supervised" in refused(supervised)
     supervised.rollout = RolloutConfig(max_age=3)
     assert "rollout.max_age=3 with algorithm=supervised" in refused(supervised)
-    assert "rollout.ahead=2" in refused(served(tmp_path, urls=urls, ahead=2))
-    for minibatches, most in ((1, 1), (4, 8), (4, 7)):
-        config = served(tmp_path, urls=urls, ahead=1, max_age=most)
+    assert "rollout.ahead=65" in refused(served(tmp_path, urls=urls, ahead=65))
+    for ahead, minibatches, most in ((1, 1, 1), (1, 4, 8), (1, 4, 7), (3, 2, 12), (3, 2, 11)):
+        config = served(tmp_path, urls=urls, ahead=ahead, max_age=most)
         config.algorithm = GRPOConfig(minibatches=minibatches, epochs=2)
-        updates = 2 * minibatches
+        updates = ahead * 2 * minibatches
         assert (f"choose at least {updates}" in refused(config)) == (most < updates)
     for region, said in (
         (TrustRegionConfig(delta_nats=0.1), "algorithm.trust_region.delta_nats=0.1 with rollout.ahead=1"),

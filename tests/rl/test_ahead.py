@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import MismatchConfig
+from megatron_vp2o.config.schema import MismatchConfig, RouterReplay
 from megatron_vp2o.core.budget import Budget, RefreshReason
+from megatron_vp2o.core.choices import MismatchCorrection
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.mismatch import MismatchControl
 from megatron_vp2o.rl.refresh import EveryBatches
 from megatron_vp2o.rl.types import Rollouts
-from tests.rl.fakes import FakeEngine, FakeRefresh, groups_of
+from tests.rl.fakes import FakeEngine, FakeRefresh, groups_of, rollouts_of
 from tests.rl.test_trainer import GROUP, PROMPTS, Made
 
 
@@ -105,16 +106,16 @@ REASONS = [None, None, None, RefreshReason.drift, RefreshReason.ess]
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_any_run_takes_each_batch_once_of_the_weights_of_the_step_before(groups: Groups, seed: int) -> None:
+def test_any_run_takes_each_batch_once_of_the_weights_of_so_many_steps_before(groups: Groups, seed: int) -> None:
     random = Random(seed)
-    steps, minibatches = random.randrange(1, 10), random.randrange(1, 3)
+    steps, minibatches, ahead = random.randrange(1, 10), random.randrange(1, 3), random.randrange(1, 5)
     reasons = [random.choice(REASONS) for _ in range(steps)]
     control = MismatchControl(MismatchConfig(stop_kl=None), groups) if random.random() < 0.5 else None
     refresh = FakeRefresh([], reasons=list(reasons))
     made = Made(
         groups,
         refresh=refresh,
-        rollout={"ahead": 1},
+        rollout={"ahead": ahead},
         engine=AheadEngine,
         meter=Meter(),
         mismatch=control,
@@ -130,13 +131,13 @@ def test_any_run_takes_each_batch_once_of_the_weights_of_the_step_before(groups:
         learner.append(made.trainer.progress.optimizer_steps)
         metrics.append(made.step())
         actors.append(engine.version)
-    assert engine.begun == [(n * PROMPTS, actors[max(0, n - 1)]) for n in range(steps)]
+    assert engine.begun == [(n * PROMPTS, actors[max(0, n - ahead)]) for n in range(steps)]
     assert not engine.under_way and list(dict.fromkeys(trained(made))) == list(range(steps))
-    assert [m["overlap/age"] for m in metrics] == [learner[n] - actors[max(0, n - 1)] for n in range(steps)]
-    assert [m["overlap/queued"] for m in metrics] == [float(n + 1 < steps) for n in range(steps)]
+    assert [m["overlap/age"] for m in metrics] == [learner[n] - actors[max(0, n - ahead)] for n in range(steps)]
+    assert [m["overlap/queued"] for m in metrics] == [float(min(ahead, steps - n - 1)) for n in range(steps)]
     assert all("policy/logprob_mismatch" in m for m in metrics)
     assert all(("mismatch/kl" in m) == (control is not None) for m in metrics)
-    own = [actors[max(0, n - 1)] == actors[n] for n in range(steps)]
+    own = [actors[max(0, n - ahead)] == actors[n] for n in range(steps)]
     seen = [None if budget is None else budget.drift for budget, _ in refresh.observed]
     assert seen == [float(n + 1) if own[n] else None for n in range(steps)]
     compared = [batch.engine_logprobs_NS is not None for batch in made.policy.batches]
@@ -244,3 +245,124 @@ def test_a_run_that_ends_leaves_nothing_under_way(groups: Groups, monkeypatch: p
         made.trainer.run()
     engine: Any = made.engine
     assert not engine.under_way and made.log[-1] == "cancel 9"
+
+
+class Stored(Handle):
+    """A batch under way, and the name of what was asked for."""
+
+    asked: tuple[int, str]
+    said: dict[str, Any] | None = None
+
+    def wait(self) -> Rollouts:
+        if self in self.engine.under_way:
+            super().wait()
+            self.engine.disk[self.asked] = self
+        return self.rollouts
+
+
+@dataclass
+class RecallingEngine(AheadEngine):
+    """Keeps what was waited for on a disk, which outlives it."""
+
+    disk: dict[tuple[int, str], Stored] = field(default_factory=dict)
+
+    def begin(self, prompts: Any, uids: Any, sampling: Any, group_size: int = 1) -> Stored:
+        kept = self.disk.get((uids[0], str(self.version)))
+        if kept is not None:
+            self.log.append(f"found {uids[0]}")
+            return kept
+        self.begun.append((uids[0], self.version))
+        generator = torch.Generator().manual_seed(100 * uids[0] + self.version)
+        rollouts = rollouts_of(generator, len(prompts) * group_size, version=self.version)
+        handle = Stored(self, rollouts, list(uids))
+        handle.asked = uids[0], str(self.version)
+        self.under_way.append(handle)
+        return handle
+
+    def asked_of(self, generating: Any) -> str:
+        return str(generating.asked[1])
+
+    def recall(self, prompts: Any, uids: Any, sampling: Any, group_size: int, weights: str) -> Any:
+        kept = self.disk.get((uids[0], weights))
+        return None if kept is None else (kept, kept.said)
+
+    def note(self, generating: Any, arrays: dict[str, Any]) -> None:
+        assert generating.asked in self.disk, "its rollouts are not on the disk yet"
+        generating.said = arrays
+
+
+def test_a_resumed_run_has_the_batches_of_weights_that_nobody_has_any_more(groups: Groups) -> None:
+    """With what those weights said of them. From a checkpoint before the moment at which the run was killed."""
+    recalled = sum(_resumed_with_a_disk(groups, Random(seed)) for seed in range(25))
+    assert recalled >= 15
+
+
+def _resumed_with_a_disk(groups: Groups, random: Random) -> int:
+    """One run, and one that goes on; both are alike. Returns how many batches of earlier weights were queued."""
+    steps, ahead, interval = 9, random.randrange(2, 5), random.randrange(1, 4)
+    saved = random.randrange(1, steps)
+    killed = random.randrange(saved, steps)
+    replay = random.choice([RouterReplay.off, RouterReplay.R2])
+    settings = MismatchConfig(correction=random.choice(list(MismatchCorrection)), stop_kl=None)
+
+    def run() -> Made:
+        made = Made(
+            groups,
+            refresh=EveryBatches(interval),
+            rollout={"ahead": ahead},
+            replay=replay,
+            engine=RecallingEngine,
+            mismatch=MismatchControl(settings, groups),
+            steps=steps,
+            filter_uniform_groups=False,
+        )
+        made.engine.mismatch = 0.125
+        return made
+
+    whole, first, second = run(), run(), run()
+    lines = [whole.step() for _ in range(steps)]
+    for number in range(killed):
+        if number == saved:
+            checkpoint = copy.deepcopy(vars(first.trainer.progress)), *states(first)
+        first.step()
+    if killed == saved:  # at once
+        checkpoint = copy.deepcopy(vars(first.trainer.progress)), *states(first)
+    second.trainer.restore(copy.deepcopy(checkpoint[0]))
+    for part, state in zip((second.engine, second.policy, second.stepper), checkpoint[1:], strict=True):
+        vars(part).update(state)
+    second.engine.disk = first.engine.disk  # type: ignore[attr-defined]
+    rest = [second.step() for _ in range(steps - saved)]
+    for line, wanted in zip(rest, lines[saved:], strict=True):
+        assert _timeless(line) == _timeless(wanted)
+    for batch, wanted_batch in zip(second.policy.batches, whole.policy.batches[saved:], strict=True):
+        for name, tensor in vars(wanted_batch).items():
+            same = getattr(batch, name)
+            assert torch.equal(same, tensor) if isinstance(tensor, Tensor) else same == tensor, name
+    assert all(line["overlap/again"] == 0 for line in rest)
+    queued = checkpoint[0]["extra"]["queued"]
+    return sum(version != checkpoint[0]["actor_version"] for version, _ in queued)
+
+
+def states(made: Made) -> list[dict[str, Any]]:
+    """What a checkpoint brings back of the stand-ins."""
+    return [
+        {name: getattr(made.engine, name) for name in ("version", "weights")},
+        {name: getattr(made.policy, name) for name in ("weights", "stepped")},
+        {"calls": made.stepper.calls},
+    ]
+
+
+def test_what_earlier_actors_generated_and_is_not_on_disk_is_generated_again(groups: Groups) -> None:
+    def run() -> Made:
+        return Made(groups, refresh=EveryBatches(1), rollout={"ahead": 3}, engine=RecallingEngine, steps=9)
+
+    first, second = run(), run()
+    for _ in range(4):
+        first.step()
+    second.trainer.restore(copy.deepcopy(vars(first.trainer.progress)))
+    vars(second.engine).update(states(first)[0])
+    metrics = [second.step() for _ in range(5)]
+    # Three are queued: two of earlier weights, and one of the present ones, which is no loss.
+    assert second.engine.begun[:3] == [(12, 3), (15, 3), (18, 3)]  # type: ignore[attr-defined]
+    assert [m["overlap/again"] for m in metrics] == [2 * PROMPTS * GROUP] * 5
+    assert {n for n, _ in second.engine.begun} == {3 * n for n in range(4, 9)}  # type: ignore[attr-defined]

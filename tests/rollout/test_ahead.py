@@ -1,7 +1,7 @@
 """Generation beside training, by pools of fake servers and in whole runs.
 
-A run of one process is killed once; with VP2O_OVERLAP_KILLS so often (`make soak`: 5), and runs of two processes as well, and a
-run is asked to stop. VP2O_ROLLOUT_SEED (0) draws the moments.
+A run of one process with three batches ahead is killed once; with VP2O_OVERLAP_KILLS so often (`make soak`: 5), and runs of two
+processes with one batch ahead as well, and a run is asked to stop. VP2O_ROLLOUT_SEED (0) draws the moments.
 """
 
 from __future__ import annotations
@@ -111,13 +111,17 @@ def kill_after(process: psutil.Popen, run_dir: Path, lines: int, seconds: float)
 
 
 @pytest.mark.timeout(400 + 300 * KILLS)
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[*LONG, pytest.mark.distributed])])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, ranks: int) -> None:
-    """At any moment, with evaluations and checkpoints between the steps. What is on disk is not generated again."""
+@pytest.mark.parametrize(
+    ("ranks", "ahead"), [(1, 3), *(pytest.param(2, ahead, marks=[*LONG, pytest.mark.distributed]) for ahead in (1, 3))]
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, ranks: int, ahead: int) -> None:
+    """At any moment, with evaluations and checkpoints between the steps. What is on disk is not generated again, also where other
+    weights had generated it than the checkpoint has."""
     more = [
+        f"rollout.ahead={ahead}",
         "algorithm=vp2o",
         "algorithm.trust_region.delta=0.5",
-        "algorithm.budget.max_age=2",
+        f"algorithm.budget.max_age={1 if ahead > 1 else 2}",  # batches of several weights are queued, or of one
         f"algorithm.steps={STEPS}",
     ]
     rng = random.Random(SEED)
@@ -125,12 +129,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, ranks: 
         whole = tmp_path / "whole"
         train(whole, urls, *more, ranks=ranks)
         wanted = _timeless(whole)
-        assert wanted[1]["overlap/age"] == 0 and max(_ages(wanted)) >= 2
+        assert wanted[1]["overlap/age"] == 0 and max(_ages(wanted)) >= ahead
         asked = int(answers(urls[0], "/served"))
         for number in range(KILLS):
             run_dir = tmp_path / f"killed{number}"
             lines, seconds = rng.randrange(2, STEPS), rng.random()
-            told = f"seed {SEED}, {ranks} ranks: killed {seconds:.2f} s after line {lines}"
+            told = f"seed {SEED}, {ranks} ranks, {ahead} ahead: killed {seconds:.2f} s after line {lines}"
             with (tmp_path / "output").open("wb") as output:
                 started = psutil.Popen(
                     command(run_dir, urls, *more, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output

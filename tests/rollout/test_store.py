@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,50 @@ def test_rollouts_without_routes_are_not_replayed_as_if_they_had_some(tmp_path: 
     replayed = StoredEngine(Counting(True), groups, replay=tmp_path / "plain", routes=True)  # type: ignore[arg-type]
     with pytest.raises(RolloutError, match=r"have no routes, which rollout\.router_replay=R3 needs"):
         replayed.generate(*asked)
+
+
+class Ahead(Counting):
+    """It generates while nobody waits, with weights that are a number."""
+
+    weights = 7
+
+    def checksum(self) -> int:
+        return self.weights
+
+    def begin(self, prompts: Any, uids: Any, sampling: Any, group_size: int = 1) -> Any:
+        self.calls += 1
+        rollouts = draw(100 * self.weights + uids[0])
+        return SimpleNamespace(wait=lambda: rollouts, span=lambda: None, cancel=lambda: None)
+
+
+def test_batches_of_weights_that_are_gone_come_back_by_name(tmp_path: Path) -> None:
+    """In another process, with what was noted of them; those of other weights, prompts or settings do not."""
+    groups: Any = SimpleNamespace(rank=0, world=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
+    sampling = SamplingParams(1.0, 1.0, 4, seed=0)
+    engine: Any = Ahead(False)
+    first, names = StoredEngine(engine, groups, folder=tmp_path), []
+    for weights in (7, 8):
+        engine.weights = weights
+        for uid in (0, 1):
+            batch = first.begin([[5, 6]], [uid], sampling, 6)
+            if (weights, uid) != (8, 1):  # the process is killed before that one is waited for
+                batch.wait()
+            if weights == 7:
+                first.note(batch, {"said": np.array([uid, 0.5]), "text": np.array("a text")})
+            names.append(first.asked_of(batch))
+    assert names[0] == names[1] != names[2] == names[3]
+    first.close()
+    again: Any = StoredEngine(engine, groups, folder=tmp_path)
+    for uid in (0, 1):
+        batch, said = again.recall([[5, 6]], [uid], sampling, 6, names[0])
+        assert equal(batch.wait(), draw(700 + uid)) and again.asked_of(batch) == names[0]
+        assert said["said"].tolist() == [uid, 0.5] and str(said["text"]) == "a text"
+    batch, said = again.recall([[5, 6]], [0], sampling, 6, names[2])
+    assert said is None and equal(batch.wait(), draw(800))
+    assert again.recall([[5, 6]], [1], sampling, 6, names[2]) is None
+    assert again.recall([[5, 7]], [0], sampling, 6, names[0]) is None
+    assert again.recall([[5, 6]], [0], sampling, 5, names[0]) is None and engine.calls == 4
+    assert equal(again.begin([[5, 6]], [0], sampling, 6).wait(), draw(800)) and engine.calls == 4
 
 
 def train(run_dir: Path, *more: str) -> str:
