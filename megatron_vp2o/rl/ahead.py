@@ -67,7 +67,9 @@ class Queued:
 
     def take_notes(self, rollouts: Rollouts, arrays: dict[str, Any]) -> None:
         """The reverse of `notes`, for a batch that was recalled."""
-        tensors = {name: torch.from_numpy(arrays[name]) for name in ("recomputed", "weight", "routes") if name in arrays}
+        tensors = {
+            name: torch.from_numpy(arrays[name]) for name in ("recomputed", "weight", "routes") if name in arrays
+        }
         recomputed = Recomputed(tensors["recomputed"], tensors.get("weight")) if "recomputed" in tensors else None
         metrics, self.mismatch = json.loads(str(arrays["metrics"]))
         routed = replace(rollouts, routes_NSLK=tensors["routes"]) if "routes" in tensors else rollouts

@@ -189,9 +189,7 @@ class RLTrainer(TrainingLoop):
         """Ask for the batch of that many steps after this one."""
         self.queue.ask(*self._asked(step, place), first=first)
 
-    def _asked(
-        self, step: int, place: int
-    ) -> tuple[list[Problem], list[list[int]], list[int], SamplingParams, int]:
+    def _asked(self, step: int, place: int) -> tuple[list[Problem], list[list[int]], list[int], SamplingParams, int]:
         """Problems, prompts and what else an engine is told of the batch of that many steps after this one."""
         problems, uids = self.prompts(self.position(step) + place * self.settings.prompts_per_step)
         sampling = SamplingParams(
