@@ -44,7 +44,6 @@ def leaves(section: Any, prefix: str = "") -> dict[str, Any]:
 NOT_TRAINED_WITH = {
     "algorithm.name": "the group chooses it, and validate refuses another",
     "task.name": "the group chooses it, and validate refuses another",
-    "parallel.context_parallel": "only 1 is supported; validate refuses more",
     "exp_manager": "NeMo's settings of folders and loggers; tests/tracking/test_nemo.py",
     "logging.wandb": "where metrics go, not what is trained; tests/tracking/test_trackers.py",
     "logging.wandb_project": "a name; tests/tracking/test_trackers.py",
@@ -416,6 +415,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "parallel.overlap_param_gather=true",
         ],
     ),
+    "context": (2, [*GRPO, *COUNTDOWN, "parallel.context_parallel=2"]),
     "again and resumed": (1, [*AGAIN, "algorithm.steps=4", "resume=must"]),
 }
 RUN_DIRS = {"again and resumed": "again"}

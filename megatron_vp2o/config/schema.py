@@ -96,7 +96,7 @@ class ParallelConfig:
     pipeline_parallel: Annotated[int, Range(1, 2**16)] = 1
     """PP: consecutive layers on different ranks."""
     context_parallel: Annotated[int, Range(1, 2**16)] = 1
-    """CP: sequences split over ranks; only 1 is supported yet."""
+    """CP: the positions of each sequence split over ranks, in training and scoring."""
     expert_parallel: Annotated[int, Range(1, 2**16)] = 1
     """EP: experts split over ranks; takes its ranks from the data- and tensor-parallel ones."""
     expert_tensor_parallel: Annotated[int, Range(1, 2**16)] = 1

@@ -25,6 +25,7 @@ from megatron_vp2o.config.schema import (
     Implementation,
     MismatchCorrection,
     RouterScore,
+    SoftmaxType,
     SupervisedConfig,
     TrainConfig,
 )
@@ -242,9 +243,21 @@ def _layout(config: TrainConfig) -> Iterator[str]:
             "algorithm.specialization.orthogonality_coef=0"
         )
     if parallel.context_parallel > 1:
+        yield from _context(config)
+
+
+def _context(config: TrainConfig) -> Iterator[str]:
+    """What sequences that are split over ranks cannot have."""
+    model, context = config.model, config.parallel.context_parallel
+    if model.window_size is not None:
         yield (
-            f"parallel.context_parallel={parallel.context_parallel} is not supported yet (responses are scored and generated as "
-            "whole sequences): choose 1, and tensor or pipeline parallelism for long sequences"
+            f"parallel.context_parallel={context} with model.window_size={model.window_size}: attention that is split over ranks "
+            "has no sliding windows; choose 1, or model.window_size=null"
+        )
+    if model.softmax_type is not SoftmaxType.vanilla:
+        yield (
+            f"parallel.context_parallel={context} with model.softmax_type={model.softmax_type.value}: attention that is split over "
+            "ranks has no sinks; choose 1, or model.softmax_type=vanilla"
         )
 
 
@@ -306,10 +319,24 @@ def _devices(config: TrainConfig, cuda_devices: int, local_world_size: int) -> I
         for setting in _needs_transformer_engine(config):
             yield (f"{setting} needs a GPU, and this machine has none: use model.implementation=auto")
         yield from _host_memory(config, local_world_size)
-    elif local_world_size > cuda_devices:
+        return
+    yield from _context_of_documents(config)
+    if local_world_size > cuda_devices:
         yield (
             f"{local_world_size} processes on a node with {cuda_devices} GPUs: "
             f"start at most {cuda_devices} (torchrun --nproc-per-node)"
+        )
+
+
+def _context_of_documents(config: TrainConfig) -> Iterator[str]:
+    """transformer-engine's context-parallel attention takes no mask, which documents packed into a row need."""
+    algorithm, model, context = config.algorithm, config.model, config.parallel.context_parallel
+    packs = isinstance(algorithm, SupervisedConfig) and algorithm.data.pack
+    engine = model.implementation is not Implementation.local and importlib.util.find_spec("transformer_engine")
+    if packs and engine and context > 1:
+        yield (
+            f"parallel.context_parallel={context} with algorithm.data.pack=true: transformer-engine does not split rows of several "
+            "documents over ranks; set algorithm.data.pack=false or model.implementation=local"
         )
 
 

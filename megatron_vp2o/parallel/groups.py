@@ -25,6 +25,7 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
@@ -61,7 +62,12 @@ class Groups:
     @property
     def is_data_source(self) -> bool:
         """True on the one rank of each data-parallel replica that speaks for it."""
-        return self.tp.rank() == 0 and self.pp.rank() == 0
+        return all(group.rank() == 0 for group in self._of_replica)
+
+    @property
+    def _of_replica(self) -> tuple[dist.ProcessGroup, ...]:
+        """The dimensions of a data-parallel replica."""
+        return self.cp, self.pp, self.tp
 
 
 def reduce_scalars(values: dict[str, float], group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> dict[str, float]:
@@ -99,19 +105,21 @@ def first_rank_says(value: T, group: dist.ProcessGroup) -> T:
 
 def speaks_for_replica(groups: Groups) -> bool:
     """Whether this is the rank on which `on_replica` makes its value."""
-    return (groups.tp.size() == 1 and groups.pp.size() == 1) or groups.is_data_source
+    return groups.is_data_source
 
 
 def on_replica(make: Callable[[], T], groups: Groups) -> T:
     """What `make` returns on the one rank that speaks for a data-parallel replica, on all ranks of that replica.
 
     For what may come out differently when it is done twice, such as work within a time limit. A collective over the
-    tensor- and pipeline-parallel ranks; the value must be picklable.
+    tensor-, pipeline- and context-parallel ranks; the value must be picklable.
     """
-    if groups.tp.size() == 1 and groups.pp.size() == 1:
+    if all(group.size() == 1 for group in groups._of_replica):
         return make()
     value: Any = make() if speaks_for_replica(groups) else None
     if groups.tp.rank() == 0:
+        if groups.pp.rank() == 0:
+            value = first_rank_says(value, groups.cp)
         value = first_rank_says(value, groups.pp)
     said: T = first_rank_says(value, groups.tp)
     return said

@@ -144,10 +144,22 @@ RULES = [
         {"model.recompute": False},
     ),
     (
-        {"parallel.context_parallel": 2},
+        {"parallel.context_parallel": 2, "model.window_size": 4},
         2,
-        ["context_parallel=2", "not supported yet", "choose 1"],
+        ["context_parallel=2", "window_size=4", "choose 1"],
         {"parallel.context_parallel": 1},
+    ),
+    (
+        {"parallel.context_parallel": 2, "model.softmax_type": SoftmaxType.learnable},
+        2,
+        ["context_parallel=2", "softmax_type=learnable", "choose 1"],
+        {"model.softmax_type": SoftmaxType.vanilla},
+    ),
+    (
+        {"parallel.context_parallel": 4},
+        2,
+        ["2 processes", "1 * 1 * 4 = 4", "multiple of 4"],
+        {"parallel.context_parallel": 2},
     ),
     (
         {"model.num_attention_heads": 5},

@@ -31,6 +31,7 @@ class ReplayWatch:
         self.compared = self.wrong = self.free = 0
         config = policy.model.config
         self.group = policy.groups.tp if config.sequence_parallel else None
+        self.context = policy.groups.cp
         self.counts_EE = torch.zeros(config.num_moe_experts, config.num_moe_experts, dtype=torch.float64)
         self.hooks = [
             layer.router.register_forward_hook(lambda module, _, out, i=i: self.see(i, module, out[1]))
@@ -58,6 +59,10 @@ class ReplayWatch:
             routes_SNK, valid_SN = routes_NSK.transpose(0, 1), valid_NS.t()
         else:
             routes_SNK, valid_SN = self.packed.pack(routes_NSK, 255)[:, None], self.packed.pack(valid_NS)[:, None]
+        ranks = self.context.size()
+        if ranks > 1:
+            mine = self._own_positions(len(routes_SNK), 2 * ranks)
+            routes_SNK, valid_SN = routes_SNK[mine], valid_SN[mine]
         if self.group is not None:
             routes_SNK, valid_SN = (
                 whole.chunk(self.group.size(), dim=0)[self.group.rank()] for whole in (routes_SNK, valid_SN)
@@ -72,6 +77,17 @@ class ReplayWatch:
         if layer == 0 and torch.is_grad_enabled():
             own = map_TE[valid_T].double()
             self.counts_EE += own.t() @ own
+
+    def _own_positions(self, width: int, chunks: int) -> list[int]:
+        """This context-parallel rank's: of each sequence, one chunk from the front and its counterpart from the back."""
+        packed, rank = self.packed, self.context.rank()
+        starts = [0, width] if packed is None else packed.cu_seqlens_q.tolist()
+        found = []
+        for start, end in zip(starts, starts[1:], strict=False):
+            length = (end - start) // chunks
+            for chunk in (rank, chunks - 1 - rank):
+                found += range(start + chunk * length, start + (chunk + 1) * length)
+        return found
 
     def stop(self) -> None:
         """Take the hooks away."""

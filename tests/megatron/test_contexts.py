@@ -18,6 +18,7 @@ from megatron_vp2o.megatron.control.contexts import ContextSampler  # isort: ski
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.megatron.model.moe_layer import moe_layers  # isort: skip
 from megatron_vp2o.megatron.model.packed import PackedRows, pack_rows  # isort: skip
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
 from megatron_vp2o.rl.types import TrainBatch  # isort: skip
 
@@ -51,7 +52,7 @@ class Layer(SimpleNamespace):
 
 
 def sampler(layers: list[Any], per_rank: int, stride: int = 1, group: Any = None) -> ContextSampler:
-    made = ContextSampler(layers, per_rank, group)
+    made = ContextSampler(layers, per_rank, TokenShare(sequence=group))
     made.stride = stride
     return made
 
@@ -191,7 +192,7 @@ def test_layers_keep_their_routers_inputs_at_the_contexts(policy: MegatronPolicy
             parts.append(part)
             super().before_forward(part, packed)
 
-    made = Watching(layers, per_rank, None)
+    made = Watching(layers, per_rank, TokenShare())
     hooks = [
         layer.router.register_forward_pre_hook(lambda _, given, i=i: inputs[i].append(given[0].detach().clone()))
         for i, layer in enumerate(layers)

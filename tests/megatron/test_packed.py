@@ -26,11 +26,13 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"expert_tensor_parallel": 2},
         {"tensor_parallel": 2},
         {"pipeline_parallel": 2},
+        {"context_parallel": 2, "expert_parallel": 2},
     ],
     4: [
         {"pipeline_parallel": 2, "expert_parallel": 2},
         {"tensor_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True},
         {"pipeline_parallel": 2, "tensor_parallel": 2},
+        {"context_parallel": 2, "tensor_parallel": 2},
     ],
 }
 OVERLAP = "moe/output_overlap"

@@ -22,12 +22,16 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "DP=2, distributed optimizer": {"distributed_optimizer": True},
         "TP=2, EP=2 inside": {"tensor_parallel": 2, "expert_parallel": 2},
         "TP=2, ETP=2": {"tensor_parallel": 2, "expert_tensor_parallel": 2},
+        "CP=2": {"context_parallel": 2},
+        "CP=2, EP=2 inside": {"context_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True},
     },
     4: {
         "TP=2 x EP=2": {"tensor_parallel": 2, "expert_parallel": 2},
         "PP=2 x EP=2": {"pipeline_parallel": 2, "expert_parallel": 2},
         "PP=2 x TP=2": {"pipeline_parallel": 2, "tensor_parallel": 2},
         "DP=2 x EP=2, distributed optimizer": {"expert_parallel": 2, "distributed_optimizer": True},
+        "CP=2 x TP=2": {"context_parallel": 2, "tensor_parallel": 2},
+        "PP=2 x CP=2": {"context_parallel": 2, "pipeline_parallel": 2},
     },
 }
 

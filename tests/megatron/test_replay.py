@@ -247,7 +247,7 @@ def test_the_trust_region_compares_gates_of_the_replayed_experts() -> None:
         rollouts = generate(engine)
         disturb(policy)
         layers = moe_layers(policy.ddp)
-        sampler = ContextSampler(layers, 10**6, None)
+        sampler = ContextSampler(layers, 10**6, policy.share)
         policy.watcher = sampler
         policy.forward_backward(batch_of(rollouts), next_token, 3)
         contexts = int(rollouts.response_mask_NS().sum())

@@ -20,6 +20,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"pipeline_parallel": 2},
     {"tensor_parallel": 2, "expert_parallel": 2},
     {"expert_tensor_parallel": 2, "distributed_optimizer": True},
+    {"context_parallel": 2, "expert_parallel": 2},
 ]
 
 
@@ -48,7 +49,7 @@ def _cases(world_size: int, count: int) -> tuple[list[dict[str, Any]], list[dict
     cases, layouts = [], []
     for number in range(count):
         case, layout = draw(100 + number), LAYOUTS[number % len(LAYOUTS)]
-        data_parallel = not {"tensor_parallel", "pipeline_parallel"} & layout.keys()
+        data_parallel = not {"tensor_parallel", "pipeline_parallel", "context_parallel"} & layout.keys()
         if data_parallel:
             case["kind"] = ("seq_aux_loss", "global_aux_loss")[number % 2]
             case["micro_batch_size"] = case["rows"]
@@ -61,7 +62,7 @@ def _cases(world_size: int, count: int) -> tuple[list[dict[str, Any]], list[dict
 @pytest.mark.distributed
 def test_rows_dealt_unevenly_count_once() -> None:
     """Five rows and none, padding, and dummies: losses, C, statistics and biases of the single process."""
-    cases, layouts = _cases(2, 12)
+    cases, layouts = _cases(2, 14)
     assert any(case["last"] == 0 and not layout for case, layout in zip(cases, layouts, strict=True))
     (single,) = run_distributed(f"{JOB}:layout", 1, cases, [{}] * len(cases), timeout=120)
     by_rank = run_distributed(f"{JOB}:layout", 2, cases, layouts, timeout=240)

@@ -18,6 +18,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "DP=2": {},
         "TP=2": {"tensor_parallel": 2},
         "PP=2": {"pipeline_parallel": 2},
+        "CP=2, EP=2 inside": {"context_parallel": 2, "expert_parallel": 2},
     },
     4: {
         "EP=4": {"expert_parallel": 4},
@@ -25,6 +26,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "PP=2 x EP=2": {"pipeline_parallel": 2, "expert_parallel": 2},
         "DP=2 x EP=2": {"expert_parallel": 2},
         "ETP=2 x EP=2": {"expert_tensor_parallel": 2, "expert_parallel": 2},
+        "CP=2 x TP=2": {"context_parallel": 2, "tensor_parallel": 2},
     },
 }
 

@@ -20,6 +20,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "EP=2": {"expert_parallel": 2},
         "EP=2, distributed optimizer": {"expert_parallel": 2, "distributed_optimizer": True},
         "PP=2": {"pipeline_parallel": 2},
+        "CP=2, distributed optimizer": {"context_parallel": 2, "distributed_optimizer": True},
         "DP=2, distributed optimizer": {"distributed_optimizer": True},
         "DP=2, distributed optimizer, bfloat16": {"distributed_optimizer": True, "precision": "bf16"},
     },
@@ -58,9 +59,9 @@ def test_rejected_steps_leave_no_trace(world_size: int) -> None:
 def test_distance_does_not_depend_on_the_layout() -> None:
     (reference,), *_ = run_distributed(JOB, 1, [{}])
     assert all(distance > 0 for distance in reference["distance"]) and len(reference["by_layer"]) == 2
-    for layout in ({"expert_parallel": 2}, {"pipeline_parallel": 2}):
+    for layout in ({"expert_parallel": 2}, {"pipeline_parallel": 2}, {"context_parallel": 2}):
         by_rank = run_distributed(JOB, 2, [layout])
-        # contexts are dealt by rank, so with several data-parallel ranks these are others; with pipelines the same
+        # contexts are dealt by rank, so with several data- or context-parallel ranks these are others; with pipelines the same
         tolerance = 1e-4 if "pipeline_parallel" in layout else 0.2
         assert by_rank[1][0]["distance"] == pytest.approx(reference["distance"], rel=tolerance)
 
@@ -73,6 +74,7 @@ def test_logged_gates_are_those_of_the_learner() -> None:
         (2, {"expert_parallel": 2}),
         (2, {"pipeline_parallel": 2}),
         (2, {"tensor_parallel": 2}),
+        (2, {"context_parallel": 2}),
     ):
         for (found,) in run_distributed("tests.megatron.control_job:fresh", ranks, [layout]):
             assert found["contexts"] > 5 and found["recomputed"] == 0, (layout, found)

@@ -43,13 +43,26 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 
 
+CONTEXT: dict[int, list[dict[str, Any]]] = {
+    2: [{"context_parallel": 2}, {"context_parallel": 2, "expert_parallel": 2}],
+    4: [
+        {"context_parallel": 2},
+        {"context_parallel": 4},
+        {"context_parallel": 2, "expert_parallel": 4},
+        {"context_parallel": 2, "tensor_parallel": 2},
+        {"context_parallel": 2, "pipeline_parallel": 2},
+    ],
+}
+"""Layouts of a few more draws of each world: one for each three of the others."""
+
+
 def deal(chance: random.Random, prompts: int, ranks: int) -> list[int]:
     """Whose prompt each is: all on one rank, or any way."""
     only = chance.randrange(ranks)
     return [only] * prompts if chance.random() < 0.4 else [chance.randrange(ranks) for _ in range(prompts)]
 
 
-def draw(chance: random.Random, ranks: int) -> Draw:
+def draw(chance: random.Random, layouts: list[dict[str, Any]], ranks: int) -> Draw:
     prompts, steps = chance.randint(1, 5), chance.randint(1, 3)
     rows = prompts * GROUP
     kept = sorted(chance.sample(range(rows), chance.choice([0, 1, rows // 2, rows])))
@@ -59,7 +72,7 @@ def draw(chance: random.Random, ranks: int) -> Draw:
     # The variance loss is left out: it is the variance over a micro-batch, which depends on how data is dealt to ranks.
     specialization = {"orthogonality_coef": 0.05} if chance.random() < 0.5 else {}
     return Draw(
-        layout=chance.choice(LAYOUTS[ranks]) | ({"distributed_optimizer": True} if chance.random() < 0.5 else {}),
+        layout=chance.choice(layouts) | ({"distributed_optimizer": True} if chance.random() < 0.5 else {}),
         owner=deal(chance, prompts, ranks),
         kept=kept,
         minibatches=minibatches,
@@ -111,15 +124,24 @@ def test_a_step_does_not_depend_on_who_has_which_rows(ranks: int) -> None:
     packed = random.Random(SEED + ranks)  # apart, so that a seed's other draws are what they were
     draws = [
         replace(
-            draw(chance, ranks),
+            draw(chance, LAYOUTS[ranks], ranks),
             replay=("R3", "R2", "off")[number % 3],
             micro_batch_tokens=packed.choice([None, 2, 12, 25, 300]),  # from a row at a time to all in one
         )
         for number in range(NUMBER)
     ]
+    split, with_replay = random.Random(SEED + 7 * ranks), ("R3", "R2", "off")
+    draws += [
+        replace(
+            draw(split, CONTEXT[ranks], ranks),
+            replay=with_replay[(number + ranks) % 3],
+            micro_batch_tokens=split.choice([None, 2, 12, 25, 300]),
+        )
+        for number in range(-(-NUMBER // 3))
+    ]
     alone = [asdict(replace(one, layout={}, micro_batch_tokens=None)) for one in draws]
-    references = run_distributed(JOB, 1, alone, timeout=30 * NUMBER + 60)[0]
-    by_rank = run_distributed(JOB, ranks, [asdict(one) for one in draws], timeout=60 * NUMBER + 60)
+    references = run_distributed(JOB, 1, alone, timeout=30 * len(draws) + 60)[0]
+    by_rank = run_distributed(JOB, ranks, [asdict(one) for one in draws], timeout=60 * len(draws) + 60)
     moved = empty = replayed = 0
     for index, one in enumerate(draws):
         moved += any(update["tokens"] for update in references[index]["updates"])

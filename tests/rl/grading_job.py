@@ -19,12 +19,14 @@ def say(tensor: int, pipeline: int) -> list[Any]:
     rank, made = dist.get_rank(), []
     tp = [dist.new_group(list(range(p * tensor, (p + 1) * tensor))) for p in range(pipeline)][rank // tensor]
     pp = [dist.new_group(list(range(t, tensor * pipeline, tensor))) for t in range(tensor)][rank % tensor]
+    cp = [dist.new_group([r]) for r in range(tensor * pipeline)][rank]
     assert isinstance(tp, dist.ProcessGroup) and isinstance(pp, dist.ProcessGroup)
     names = [field.name for field in fields(Groups)]
     values: dict[str, Any] = {
         **dict.fromkeys(names, world),
         "tp": tp,
         "pp": pp,
+        "cp": cp,
         "device": torch.device("cpu"),
         "timeout": None,
     }

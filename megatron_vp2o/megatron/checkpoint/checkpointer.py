@@ -219,7 +219,7 @@ class MegatronCheckpointer:
         if manifest["format"] == 1 and STEIN in saved:  # which had both in one part
             saved = [*saved, COACTIVATION]
         parts = [part for part in saved if not absent.get(part, False)]
-        if manifest["layout"] != _layout(self.groups):
+        if {"cp": 1} | manifest["layout"] != _layout(self.groups):  # older ones know no context parallelism
             parts.remove(RNG)
             if self.groups.rank == 0:
                 logger.warning(
@@ -389,7 +389,7 @@ def _optimizer_kind(policy: MegatronPolicy) -> dict[str, Any]:
 
 
 def _layout(groups: Groups) -> dict[str, int]:
-    sizes = {name: getattr(groups, name).size() for name in ("tp", "pp", "dp", "ep", "etp")}
+    sizes = {name: getattr(groups, name).size() for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
     return {"world": groups.world_size, **sizes}
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
 from megatron_vp2o.megatron.model.packed import PackedRows
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.rl.types import TrainBatch
 
 
@@ -25,13 +25,11 @@ class ContextSampler:
     Args:
         layers: of this rank's pipeline stage.
         per_rank: bound of the contexts that a rank keeps of a step.
-        sequence_parallel: the group that shares each sequence's positions; None where every rank has all of them.
+        share: which of a micro-batch's tokens the layers see.
     """
 
-    def __init__(
-        self, layers: Sequence[VP2OMoELayer], per_rank: int, sequence_parallel: dist.ProcessGroup | None
-    ) -> None:
-        self.layers, self.per_rank, self.sequence_parallel = layers, per_rank, sequence_parallel
+    def __init__(self, layers: Sequence[VP2OMoELayer], per_rank: int, share: TokenShare) -> None:
+        self.layers, self.per_rank, self.share = layers, per_rank, share
         self.stride = 1
         """The actor logged its gates at every `stride`-th response token; contexts are chosen among these."""
         self._keys: list[Tensor] = []
@@ -54,10 +52,7 @@ class ContextSampler:
         def of_tokens(values_NS: Tensor) -> Tensor:
             """In the order in which hidden states lie; those of this rank."""
             values_SN = values_NS.t() if packed is None else packed.pack(values_NS)[:, None]
-            group = self.sequence_parallel
-            if group is not None:  # this rank has a contiguous share of the positions
-                values_SN = values_SN.chunk(group.size(), dim=0)[group.rank()]
-            return values_SN.flatten()
+            return self.share.own(values_SN, packed).flatten()
 
         index_C = of_tokens(context_NS & (before_NS % self.stride == 0)).nonzero().squeeze(1)
         kept_C = index_C[:: max(1, -(-len(index_C) // self._share))]

@@ -69,8 +69,7 @@ class TrustRegion:
         self._saved: tuple[StepState, list[Any]] = policy.save_state(), [part.save_state() for part in self._others]
         self._logged: LoggedGates | None = None
         self._fetched_LCE: Tensor | None = None  # of the step's contexts, where other ranks logged them
-        sequence_parallel = self.groups.tp if policy.model.config.sequence_parallel else None
-        self.contexts = ContextSampler(prototypes.layers, settings.contexts_per_rank, sequence_parallel)
+        self.contexts = ContextSampler(prototypes.layers, settings.contexts_per_rank, policy.share)
         policy.watcher = self.contexts
 
     # --- the anchor ---------------------------------------------------------------------------------------------------

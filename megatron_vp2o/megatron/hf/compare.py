@@ -26,6 +26,7 @@ from megatron_vp2o.hf.mapping import Architecture, fill
 from megatron_vp2o.hf.plan import stored_key
 from megatron_vp2o.hf.tensor_files import config_of, listed
 from megatron_vp2o.megatron.hf import model as hf_model
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.parallel.groups import Groups
 
@@ -109,7 +110,7 @@ def compare_live(gpt: GPTModel, hf: Path, groups: Groups, *, length: int = 96, s
     with _evaluating(gpt), _hidden(gpt, layers, groups) as hidden:
         found = hf_model.logits(gpt, tokens_bs, groups, model.vocab_size)
         if not whole:
-            found = hidden()
+            found = hidden()[:, :length]
     found = found.float().contiguous()
     expected = torch.empty_like(found)
     if groups.rank == 0:
@@ -174,7 +175,7 @@ def _hidden(gpt: GPTModel, layers: int, groups: Groups) -> Iterator[Callable[[],
             parts = [torch.empty_like(mine) for _ in range(groups.tp.size())]
             dist.all_gather(parts, mine, group=groups.tp)
             mine = torch.cat(parts)
-        return mine.transpose(0, 1)
+        return TokenShare.of(gpt.config, groups).whole(mine).transpose(0, 1)
 
     try:
         yield hidden_bsD

@@ -30,6 +30,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.functional import pad
 
 from megatron_vp2o.config.schema import ParallelConfig
 from megatron_vp2o.errors import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.model.attention import FusedCoreAttention
 from megatron_vp2o.megatron.model.build import ACTIVATIONS, set_yarn
 from megatron_vp2o.megatron.model.norm import RMSNorm
+from megatron_vp2o.megatron.model.token_share import TokenShare, length_multiple
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters, megatron_version, replace_in_spec
 from megatron_vp2o.megatron.platform.world import own_device
 from megatron_vp2o.parallel.groups import Groups
@@ -192,7 +194,11 @@ class NormOverHeadsSelfAttention(SelfAttention):
 def logits(gpt: GPTModel, tokens_bs: Tensor, groups: Groups, vocab_size: int) -> Tensor:
     """Logits of all positions, [b, s, V], without the padding of the vocabulary; the same on every rank. Collective."""
     tokens_bs = tokens_bs.to(groups.device)
-    batch, length = tokens_bs.shape
+    batch, wanted = tokens_bs.shape
+    share = TokenShare.of(gpt.config, groups)
+    if share.context is not None:  # in equal parts; nothing looks at what comes after it
+        tokens_bs = pad(tokens_bs, (0, -wanted % length_multiple(groups.tp.size(), groups.cp.size())))
+    length = tokens_bs.shape[1]
     positions = torch.arange(length, device=tokens_bs.device).expand(batch, -1)
     # Where a mask is asked for, True forbids.
     causal = torch.ones(length, length, dtype=torch.bool, device=tokens_bs.device).triu(1)[None, None]
@@ -201,10 +207,12 @@ def logits(gpt: GPTModel, tokens_bs: Tensor, groups: Groups, vocab_size: int) ->
 
     def forward_step(_: Any, model: Any) -> Any:
         def keep(output: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            output = share.whole(output.transpose(0, 1)).transpose(0, 1)[:, :wanted]
             found.append(_whole_vocabulary(output, groups)[..., :vocab_size].contiguous())
             return output.new_zeros(()), {}
 
-        return model(tokens_bs, positions, mask), keep
+        own = (share.on_context_rank(values_bs, dim=1) for values_bs in (tokens_bs, positions))
+        return model(*own, mask), keep
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -215,7 +223,7 @@ def logits(gpt: GPTModel, tokens_bs: Tensor, groups: Groups, vocab_size: int) ->
         micro_batch_size=batch,
         forward_only=True,
     )
-    result = found[0] if found else torch.empty(batch, length, vocab_size, dtype=_dtype(gpt), device=groups.device)
+    result = found[0] if found else torch.empty(batch, wanted, vocab_size, dtype=_dtype(gpt), device=groups.device)
     if groups.pp.size() > 1:
         dist.broadcast(result, group=groups.pp, group_src=groups.pp.size() - 1)
     return result

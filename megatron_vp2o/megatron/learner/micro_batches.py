@@ -49,6 +49,8 @@ class MicroBatch:
     lengths: tuple[int, ...] = ()
     """Of the rows, in descending order."""
     multiple: int = 1
+    dealt: tuple[int, int] = (0, 1)
+    """This rank among the context-parallel ones that packed rows are dealt to, and how many these are."""
     packed: bool = False
     """One sequence [1, T] for the model, in place of N padded ones."""
 
@@ -56,7 +58,10 @@ class MicroBatch:
         """Where the packed tokens come from; None where rows are padded."""
         if not self.packed:
             return None
-        return pack_rows(self.lengths, self.batch.tokens_NS.shape[1], self.multiple, device)
+        rank, ranks = self.dealt
+        return pack_rows(
+            self.lengths, self.batch.tokens_NS.shape[1], self.multiple, device, rank=rank, ranks=ranks
+        )
 
 
 def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -> list[MicroBatch]:
@@ -84,9 +89,13 @@ class PackedBatches:
     Args:
         batch: this rank's rows; it may have none.
         multiple: a packed sequence has a multiple of so many tokens.
+        dealt: whether each row is dealt to the context-parallel ranks.
     """
 
-    def __init__(self, batch: TrainBatch, budget: TokenBudget, groups: Groups, multiple: int) -> None:
+    def __init__(
+        self, batch: TrainBatch, budget: TokenBudget, groups: Groups, multiple: int, *, dealt: bool = False
+    ) -> None:
+        self._dealt = (groups.cp.rank(), groups.cp.size()) if dealt else (0, 1)
         self._given = batch.tokens_NS.shape
         length_R, first = _lengths(batch, groups)
         ranks, rank, rows = groups.dp_size, groups.dp_rank, len(batch.length_N)
@@ -113,10 +122,11 @@ class PackedBatches:
 
     def _part(self, index: Tensor, multiple: int) -> MicroBatch:
         if not len(index):
-            return MicroBatch(_dummy(self.batch, 1), index, (0,), multiple, packed=True)
+            return MicroBatch(_dummy(self.batch, 1), index, (0,), multiple, self._dealt, packed=True)
         index = index[torch.argsort(self.batch.length_N[index], descending=True, stable=True)]
         lengths = tuple(self.batch.length_N[index].tolist())
-        return MicroBatch(_take(self.batch, index, max(1, lengths[0])), index, lengths, multiple, packed=True)
+        batch = _take(self.batch, index, max(1, lengths[0]))
+        return MicroBatch(batch, index, lengths, multiple, self._dealt, packed=True)
 
     def back(self, values_NS: Tensor) -> Tensor:
         """Of the rows of `batch`, to where they came from: the rows and the width of the batch that was given."""

@@ -26,6 +26,7 @@ from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
+from megatron_vp2o.megatron.model.token_share import TokenShare, length_multiple
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
 from megatron_vp2o.rl.interfaces import Objective
@@ -62,7 +63,9 @@ class MegatronPolicy:
         self.model: GPTModel = build_model(
             config.model, config.parallel, groups, vocab_size=self.padded_vocab, seed=config.seed
         )
-        self.length_multiple = config.parallel.tensor_parallel  # sequence parallelism cuts sequences in this many parts
+        self.share = TokenShare.of(self.model.config, groups)
+        """Which of a micro-batch's tokens this rank's layers see."""
+        self.length_multiple = length_multiple(config.parallel.tensor_parallel, config.parallel.context_parallel)
         self.token_budget = token_budget(config)
         parallel, settings = config.parallel, config.optimizer
         self.ddp = DistributedDataParallel(
@@ -158,7 +161,9 @@ class MegatronPolicy:
             total, metrics = objective(logprob_NS, entropy_NS, part)
             tokens = part.loss_mask_NS.sum()
             metrics = {"loss": total, **metrics, "tokens": tokens}
-            return total, tokens.int(), {key: value.detach() for key, value in metrics.items()}
+            # Megatron adds the tokens of all context-parallel ranks up, and each has whole rows here.
+            counted = tokens.int() if self.groups.cp.rank() == 0 else torch.zeros_like(tokens.int())
+            return total, counted, {key: value.detach() for key, value in metrics.items()}
 
         replay = self._replay_of(batch)
         if self.watcher is not None:
@@ -203,14 +208,14 @@ class MegatronPolicy:
         if batch.routes_NSLK is None:
             return None
         if self._replay is None:
-            shared = self.groups.tp if self.model.config.sequence_parallel else None
-            self._replay = ModelReplay(self._layers, shared)
+            self._replay = ModelReplay(self._layers, self.share)
         return self._replay
 
     def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> list[MicroBatch]:
         if self.token_budget is None:
             return micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)
-        return PackedBatches(batch, self.token_budget, self.groups, self.length_multiple).parts
+        dealt = self.share.context is not None
+        return PackedBatches(batch, self.token_budget, self.groups, self.length_multiple, dealt=dealt).parts
 
     def _tell_rows(self, packed: PackedRows | None) -> None:
         """Tell the routers which row each token of the coming micro-batch is of, where a loss is taken row by row."""
@@ -218,10 +223,7 @@ class MegatronPolicy:
             return
         rows = None
         if packed is not None:
-            row_T = packed.row_of_tokens()
-            if self.model.config.sequence_parallel:
-                row_T = row_T.chunk(self.groups.tp.size())[self.groups.tp.rank()]
-            rows = row_T, packed.rows
+            rows = self.share.own(packed.row_of_tokens(), packed), packed.rows
         for layer in self._layers:
             layer.router.token_rows = rows
 

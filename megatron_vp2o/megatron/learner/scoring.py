@@ -1,8 +1,11 @@
 """One forward pass of a batch through a (pipelined, tensor-parallel) model, in micro-batches: the part that training and
 scoring share.
 
-Shape legend: N sequences of this rank, S padded length of one micro-batch, B x L what the model sees of it (N x S, or 1 x T where
-rows are packed), V this rank's part of the vocabulary.
+Under context parallelism the ranks of a group have the same rows, and the model sees this rank's positions of them. Log-probabilities
+are gathered to whole rows again, so that losses and whoever asks for scores know nothing of it.
+
+Shape legend: N sequences of this rank, S padded length of one micro-batch, B x L the whole of it for the model (N x S, or 1 x T where
+rows are packed), l positions of this context-parallel rank, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatch
 from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
 from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.parallel.logprobs import log_probs_and_entropy
@@ -75,6 +79,15 @@ def run_schedule(
         part = next(parts_left)
         batch, packed = _to(part.batch, groups.device), part.layout(groups.device)
         tokens_BL, position_BL, padding_BL = _model_inputs(batch, packed)
+        targets_BL = tokens_BL.roll(-1, dims=1)  # what each position predicts; the last one's is not used
+        if share.context is not None:
+            tokens_BL, position_BL, padding_BL, targets_BL = (
+                share.on_context_rank(values_BL, packed, dim=1)
+                for values_BL in (tokens_BL, position_BL, padding_BL, targets_BL)
+            )
+        mask_B1LL = None if packed is not None or batch.segment_NS is None else _attention_mask(batch.segment_NS)
+        if mask_B1LL is not None:
+            mask_B1LL = share.on_context_rank(mask_B1LL, dim=2)
         if not groups.is_first_stage and unwrapped(model).config.sequence_parallel:
             # GPTModel scatters the padding mask on the first stage only (gpt_model.py, _preprocess).
             padding_BL = scatter_to_sequence_parallel_region(padding_BL.t().contiguous()).t().contiguous()
@@ -84,7 +97,7 @@ def run_schedule(
         output = model(
             tokens_BL,
             position_BL,
-            None if packed is not None or batch.segment_NS is None else _attention_mask(batch.segment_NS),
+            mask_B1LL,
             padding_mask=padding_BL,
             packed_seq_params=packed,
         )
@@ -92,16 +105,18 @@ def run_schedule(
             output_layer.deferred = False  # who else calls the model wants logits
 
         def finish(output_BLX: Tensor, non_loss_data: bool = False) -> Any:
-            targets_BL = tokens_BL[:, 1:]
             settings: dict[str, Any] = {
                 "temperature": batch.temperature,
                 "valid_vocab": valid_vocab,
                 "group": groups.tp,
             }
             if deferred and output_layer is not None:  # hidden states
-                found = output_layer.log_probs(output_BLX[:, :-1], targets_BL, **settings)
+                found = output_layer.log_probs(output_BLX[:, :end], targets_BL[:, :end], **settings)
             else:
-                found = log_probs_and_entropy(output_BLX[:, :-1], targets_BL, **settings)
+                found = log_probs_and_entropy(output_BLX[:, :end], targets_BL[:, :end], **settings)
+            if share.context is not None:
+                whole_L2B = share.whole(torch.stack(found).permute(2, 0, 1), packed)
+                found = whole_L2B[:-1].permute(1, 2, 0).unbind()
             # position s speaks of the token AT s, which was predicted at s - 1
             logprob_BL, entropy_BL = (torch.nn.functional.pad(value_BL, (1, 0)) for value_BL in found)
             if packed is None:
@@ -110,6 +125,8 @@ def run_schedule(
 
         return output, finish
 
+    share = TokenShare.of(unwrapped(model).config, groups)
+    end = -1 if share.context is None else None  # of the positions of this rank that predict something
     output_layer = output_layer_of(model)
     forget_loss_scales()
     return get_forward_backward_func()(
@@ -141,7 +158,8 @@ def score(
         replay: of the model, where the batch has routes that are to be replayed.
         budget: pack rows, those of all data-parallel ranks dealt to them anew.
     """
-    moved = None if budget is None else PackedBatches(batch, budget, groups, multiple)
+    dealt = unwrapped(model).config.context_parallel_size > 1
+    moved = None if budget is None else PackedBatches(batch, budget, groups, multiple, dealt=dealt)
     parts = micro_batches(batch, micro_batch_size, groups, multiple) if moved is None else moved.parts
     replayed = replay if batch.routes_NSLK is not None else None
     try:

@@ -1,5 +1,8 @@
 """Attention for Megatron's GPTModel: torch's fused kernel in place of the local spec's unfused one, and a KV cache for decoding.
 
+Under context parallelism (`parallel.context`) a rank has some of each sequence's positions: it gathers the keys and values of all,
+and its queries look at those that are not later than they.
+
 Shape legend (Megatron's own letters): s query positions, t key positions, b sequences, n query heads, g key/value heads,
 d head width.
 """
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_vp2o.megatron.model.packed import PackedRows
+from megatron_vp2o.parallel.context import deal_one
 
 
 class FusedCoreAttention(MegatronModule):
@@ -38,9 +42,11 @@ class FusedCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        self.context: Any = pg_collection.cp if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -60,21 +66,48 @@ class FusedCoreAttention(MegatronModule):
         grouped = query_sbnd.shape[2] != key_tbgd.shape[2]
         if isinstance(packed_seq_params, PackedRows):
             return packed_seq_params.attend(
-                query_sbnd, key_tbgd, value_tbgd, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=grouped
+                query_sbnd,
+                key_tbgd,
+                value_tbgd,
+                self.context,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=grouped,
             )
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("FusedCoreAttention takes no attention_bias, and of packed_seq_params PackedRows only.")
-        out_bnsd = F.scaled_dot_product_attention(
-            query_sbnd.permute(1, 2, 0, 3),
-            key_tbgd.permute(1, 2, 0, 3),
-            value_tbgd.permute(1, 2, 0, 3),
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            dropout_p=dropout,
-            scale=self.softmax_scale,
-            enable_gqa=grouped,
-        )
+        settings = {"dropout_p": dropout, "scale": self.softmax_scale, "enable_gqa": grouped}
+        query_bnsd, allowed = query_sbnd.permute(1, 2, 0, 3), None if attention_mask is None else ~attention_mask
+        if self.context is not None:
+            both = self._whole(torch.cat([key_tbgd, value_tbgd], dim=-1))
+            out_bnsd = self._attend_dealt(query_bnsd, both.permute(1, 2, 0, 3), allowed, settings)
+        else:
+            key_bgtd, value_bgtd = key_tbgd.permute(1, 2, 0, 3), value_tbgd.permute(1, 2, 0, 3)
+            out_bnsd = F.scaled_dot_product_attention(
+                query_bnsd, key_bgtd, value_bgtd, attn_mask=allowed, is_causal=allowed is None, **settings
+            )
         return out_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+    def _whole(self, own: Tensor) -> Tensor:
+        ranks = self.context.size()
+        return deal_one(len(own) * ranks, ranks, own.device).whole(own, self.context)
+
+    def _attend_dealt(
+        self, query_bnsd: Tensor, both_bgt2d: Tensor, allowed: Tensor | None, settings: dict[str, Any]
+    ) -> Tensor:
+        """This rank's queries with keys and values (side by side) of all positions; `allowed` has a row for each own query."""
+        if allowed is not None:
+            key, value = both_bgt2d.chunk(2, dim=-1)
+            return F.scaled_dot_product_attention(query_bnsd, key, value, attn_mask=allowed, **settings)
+        rank, ranks = self.context.rank(), self.context.size()
+        length = both_bgt2d.shape[2] // (2 * ranks)
+        outputs = []
+        for chunk, query in zip((rank, 2 * ranks - 1 - rank), query_bnsd.chunk(2, dim=2), strict=True):
+            end = (chunk + 1) * length  # what comes after the chunk is seen by none of its queries
+            key, value = both_bgt2d[:, :, :end].chunk(2, dim=-1)
+            seen_st = torch.ones(length, end, dtype=torch.bool, device=query.device).tril_(end - length)
+            outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=seen_st, **settings))
+        return torch.cat(outputs, dim=2)
 
 
 class KVCache(StaticInferenceContext):
@@ -204,13 +237,19 @@ class CachedSelfAttention(SelfAttention):
             out = _attend(query_BNSd, keys, values, mask, getattr(self.core_attention, "softmax_offset", None))
         else:
             if packed is None:
-                half = freqs_T11d[..., : freqs_T11d.shape[-1] // 2]
+                half = self._own_positions(freqs_T11d[..., : freqs_T11d.shape[-1] // 2])
                 cos, sin = (half.cos() * scale).to(query.dtype), (half.sin() * scale).to(query.dtype)
             else:
                 cos, sin = packed.rotary(freqs_T11d, query.dtype, scale)
             query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
             out = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
         return self.linear_proj(out)
+
+    def _own_positions(self, values_T: Tensor) -> Tensor:
+        context = self.core_attention.context
+        if context is None:
+            return values_T
+        return deal_one(len(values_T), context.size(), values_T.device).own(values_T, context.rank())
 
 
 def _attend(

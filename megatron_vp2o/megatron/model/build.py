@@ -32,7 +32,8 @@ def sequence_parallel(parallel: ParallelConfig) -> bool:
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inference: bool = False) -> TransformerConfig:
-    """Megatron's TransformerConfig. `inference` is the actor's: no sequence parallelism (a decoded token cannot be split)."""
+    """Megatron's TransformerConfig. `inference` is the actor's: no sequence and no context parallelism (a decoded token
+    cannot be split)."""
     te = use_transformer_engine(model.implementation)
     dtype = DTYPES[model.precision]
     balancing = model.moe_router_load_balancing_type
@@ -74,7 +75,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, inferenc
         moe_grouped_gemm=te,
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
-        context_parallel_size=parallel.context_parallel,
+        context_parallel_size=1 if inference else parallel.context_parallel,
+        cp_comm_type="p2p" if parallel.context_parallel > 1 and not inference else None,
         expert_model_parallel_size=parallel.expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel,
         sequence_parallel=sequence_parallel(parallel) and not inference,
@@ -129,6 +131,9 @@ def build_model(
         rotary_base=model.rotary_base,  # type: ignore[arg-type]  # declared an int, used as a number
     )
     mark_expert_parameters(gpt)
+    if inference or not use_transformer_engine(model.implementation):
+        # `CachedSelfAttention` takes each token's position itself; Megatron would cut the positions for the whole group.
+        gpt.rotary_pos_emb.cp_group = None
     own_output_layer(gpt, model.logits_chunk_mib)
     if inference:
         gpt.requires_grad_(False).eval()

@@ -24,6 +24,7 @@ from megatron_vp2o.core.routes import pack_routes, same_experts, sentinel, unpac
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
 from megatron_vp2o.megatron.model.packed import PackedRows
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.rl.types import TrainBatch
 
 
@@ -97,11 +98,11 @@ class ModelReplay:
 
     Args:
         layers: of the stage, in order.
-        sequence_parallel: the group that shares each sequence's positions; None where every rank has all of them.
+        share: which of a micro-batch's tokens the layers see.
     """
 
-    def __init__(self, layers: Sequence[VP2OMoELayer], sequence_parallel: dist.ProcessGroup | None = None) -> None:
-        self.layers, self.sequence_parallel = layers, sequence_parallel
+    def __init__(self, layers: Sequence[VP2OMoELayer], share: TokenShare | None = None) -> None:
+        self.layers, self.share = layers, share or TokenShare()
         self.parts: list[LayerReplay] = []
         for layer in layers:
             part = LayerReplay(layer)
@@ -142,9 +143,7 @@ class ModelReplay:
             packed_SNLK = packed_NSLK.transpose(0, 1)
         else:
             packed_SNLK = packed.pack(packed_NSLK, sentinel(packed_NSLK.dtype))[:, None]
-        group = self.sequence_parallel
-        if group is not None:  # this rank has a contiguous share of the positions
-            packed_SNLK = packed_SNLK.chunk(group.size(), dim=0)[group.rank()]
+        packed_SNLK = self.share.own(packed_SNLK, packed)
         routes_LTK = unpack_routes(packed_SNLK.flatten(0, 1).transpose(0, 1).contiguous())
         for replay, routes_TK in zip(self.parts, routes_LTK.unbind(), strict=True):
             replay.replay(routes_TK)
@@ -170,10 +169,12 @@ class ModelReplay:
         sums_M3 = torch.zeros(layers, 3, dtype=torch.float64, device=groups.device)
         for layer, part in zip(self.layers, self.parts, strict=True):
             sums_M3[layer.layer_number - 1] = part.sums
-        if self.sequence_parallel is None:
+        if self.share.sequence is None:
             sums_M3 /= groups.tp.size()  # each rank of the group counted all of them
+        if self.share.context is None:
+            sums_M3 /= groups.cp.size()
         # all ranks of a replica know its tokens
-        tokens = torch.tensor([[valid / (groups.tp.size() * groups.pp.size()), 0.0, 0.0]], dtype=torch.float64)
+        tokens = torch.tensor([[valid / (groups.tp.size() * groups.pp.size() * groups.cp.size()), 0.0, 0.0]], dtype=torch.float64)
         tokens = tokens.to(groups.device, non_blocking=True)
         total_M3 = torch.cat([sums_M3, tokens])
         dist.all_reduce(total_M3, group=groups.world)

@@ -109,6 +109,7 @@ def current_groups(timeout: timedelta | None = None) -> Groups:
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         ep=parallel_state.get_expert_model_parallel_group(),
         etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
