@@ -59,9 +59,7 @@ class MicroBatch:
         if not self.packed:
             return None
         rank, ranks = self.dealt
-        return pack_rows(
-            self.lengths, self.batch.tokens_NS.shape[1], self.multiple, device, rank=rank, ranks=ranks
-        )
+        return pack_rows(self.lengths, self.batch.tokens_NS.shape[1], self.multiple, device, rank=rank, ranks=ranks)
 
 
 def micro_batches(batch: TrainBatch, size: int, groups: Groups, multiple: int) -> list[MicroBatch]:

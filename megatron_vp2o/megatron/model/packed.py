@@ -121,7 +121,12 @@ class PackedRows(PackedSeqParams):
         return (out_Px if regular else _Collect.apply(out_Px, self.inverse_T))[:, None]
 
     def _attend_dealt(
-        self, query_t1nd: Tensor, key_t1gd: Tensor, value_t1gd: Tensor, group: dist.ProcessGroup, settings: dict[str, Any]
+        self,
+        query_t1nd: Tensor,
+        key_t1gd: Tensor,
+        value_t1gd: Tensor,
+        group: dist.ProcessGroup,
+        settings: dict[str, Any],
     ) -> Tensor:
         """This rank's queries, with the keys and values of all ranks."""
         queries = self.queries

@@ -174,7 +174,9 @@ class ModelReplay:
         if self.share.context is None:
             sums_M3 /= groups.cp.size()
         # all ranks of a replica know its tokens
-        tokens = torch.tensor([[valid / (groups.tp.size() * groups.pp.size() * groups.cp.size()), 0.0, 0.0]], dtype=torch.float64)
+        tokens = torch.tensor(
+            [[valid / (groups.tp.size() * groups.pp.size() * groups.cp.size()), 0.0, 0.0]], dtype=torch.float64
+        )
         tokens = tokens.to(groups.device, non_blocking=True)
         total_M3 = torch.cat([sums_M3, tokens])
         dist.all_reduce(total_M3, group=groups.world)
