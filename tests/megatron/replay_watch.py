@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class ReplayWatch:
         packed, rank = self.packed, self.context.rank()
         starts = [0, width] if packed is None else packed.cu_seqlens_q.tolist()
         found = []
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             length = (end - start) // chunks
             for chunk in (rank, chunks - 1 - rank):
                 found += range(start + chunk * length, start + (chunk + 1) * length)

@@ -18,7 +18,7 @@ from megatron_vp2o.megatron.control.contexts import ContextSampler  # isort: ski
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.megatron.model.moe_layer import moe_layers  # isort: skip
 from megatron_vp2o.megatron.model.packed import PackedRows, pack_rows  # isort: skip
-from megatron_vp2o.megatron.model.token_share import TokenShare
+from megatron_vp2o.megatron.model.token_share import TokenShare  # isort: skip
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
 from megatron_vp2o.rl.types import TrainBatch  # isort: skip
 

@@ -1,11 +1,11 @@
 """One forward pass of a batch through a (pipelined, tensor-parallel) model, in micro-batches: the part that training and
 scoring share.
 
-Under context parallelism the ranks of a group have the same rows, and the model sees this rank's positions of them. Log-probabilities
-are gathered to whole rows again, so that losses and whoever asks for scores know nothing of it.
+Under context parallelism the ranks of a group have the same rows, and the model sees this rank's positions of them.
+Log-probabilities are gathered to whole rows again, so that losses and whoever asks for scores know nothing of it.
 
-Shape legend: N sequences of this rank, S padded length of one micro-batch, B x L the whole of it for the model (N x S, or 1 x T where
-rows are packed), l positions of this context-parallel rank, V this rank's part of the vocabulary.
+Shape legend: N sequences of this rank, S padded length of one micro-batch, B x L the whole of it for the model (N x S, or 1 x T
+where rows are packed), l positions of this context-parallel rank, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
