@@ -202,7 +202,7 @@ def _assemble(config: TrainConfig, task: Task, groups: Groups, suites: list[str]
         engine,
         actors,
         checkpointer,
-        no_transform if stein is None else stein.apply,
+        no_transform if stein is None else stein.transform_gradients,
         region or PlainSteps(policy, *_present(prototypes, stein)),
     )
 

@@ -94,14 +94,54 @@ def prototype_overlap(prototypes_LED: Tensor) -> Overlap:
         >>> (overlap.mean.item(), overlap.maximum.item(), round(overlap.effective_rank.item(), 6))
         (0.0, 0.0, 3.0)
     """
-    experts = prototypes_LED.shape[-2]
-    gram_LEE = prototypes_LED @ prototypes_LED.transpose(-1, -2)
-    square_LEE = gram_LEE.square()
+    square_LEE = squared_overlaps(prototypes_LED)
+    return Overlap(mean_overlap(square_LEE), square_LEE.amax((-1, -2)), effective_rank(gram(prototypes_LED)))
+
+
+def gram(prototypes_LED: Tensor) -> Tensor:
+    """Cosines of all pairs of unit prototypes: [..., E, E].
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 0.0], [0.6, 0.8]])).tolist()[0]
+        [1.0, 0.6000000238418579]
+    """
+    return prototypes_LED @ prototypes_LED.transpose(-1, -2)
+
+
+def squared_overlaps(prototypes_LED: Tensor) -> Tensor:
+    """Squared cosines of different experts' prototypes, 0 on the diagonal: [..., E, E].
+
+    Example:
+        >>> squared_overlaps(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    square_LEE = gram(prototypes_LED).square()
     square_LEE.diagonal(dim1=-2, dim2=-1).zero_()
+    return square_LEE
+
+
+def mean_overlap(square_LEE: Tensor) -> Tensor:
+    """Mean of `squared_overlaps` over pairs of different experts: [...]; 0 for one expert.
+
+    Example:
+        >>> mean_overlap(torch.tensor([[0.0, 0.25], [0.25, 0.0]])).item()
+        0.25
+    """
+    experts = square_LEE.shape[-1]
+    return square_LEE.sum((-1, -2)) / max(experts * (experts - 1), 1)
+
+
+def effective_rank(gram_LEE: Tensor) -> Tensor:
+    """exp of the entropy of the Gram matrix's normalised eigenvalues: [...]. On a GPU the host waits for it, and a stack of
+    matrices makes it wait as often as one does.
+
+    Example:
+        >>> round(effective_rank(torch.eye(3)).item(), 6)
+        3.0
+    """
     share_LE = torch.linalg.eigvalsh(gram_LEE.double()).clamp(min=0.0)
     share_LE = share_LE / share_LE.sum(-1, keepdim=True)
-    entropy = -torch.xlogy(share_LE, share_LE).sum(-1)
-    return Overlap(square_LEE.sum((-1, -2)) / max(experts * (experts - 1), 1), square_LEE.amax((-1, -2)), entropy.exp())
+    return (-torch.xlogy(share_LE, share_LE).sum(-1)).exp()
 
 
 def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,7 @@ def converged_prototypes(
         value_LED = images_LE3D[:, :, 0]
         residual_LE = torch.where(moving_LE, _residual(prototypes_LED, value_LED), residual_LE)
         inner_LE33 = (basis_LE3D @ images_LE3D.transpose(-1, -2)).double()
-        weights_LE3 = torch.linalg.eigh((inner_LE33 + inner_LE33.transpose(-1, -2)) / 2).eigenvectors[..., -1]
+        weights_LE3 = principal_vectors((inner_LE33 + inner_LE33.transpose(-1, -2)) / 2)
         weights_LE3 = (weights_LE3 * torch.where(weights_LE3[..., :1] < 0, -1.0, 1.0)).to(basis_LE3D.dtype)
         change_LED = (weights_LE3[..., 1:, None] * basis_LE3D[:, :, 1:]).sum(2)
         turned_LED = weights_LE3[..., :1] * prototypes_LED + change_LED
@@ -186,6 +186,43 @@ def converged_prototypes(
             break
     flipped_LE1 = (prototypes_LED * start_LED).sum(-1, keepdim=True) < 0
     return Converged(torch.where(flipped_LE1, -prototypes_LED, prototypes_LED), residual_LE, angle_LE)
+
+
+def principal_vectors(matrices_X33: Tensor) -> Tensor:
+    """Eigenvectors of the largest eigenvalues of small symmetric matrices without negative eigenvalues but for rounding, of any
+    sign: [..., 3] float64. Zero matrices have any unit vector.
+
+    torch's routine makes the host wait for a GPU, to ask whether it succeeded. Elsewhere than on a CPU the matrices are squared
+    instead until they have rank one: 32 times, so that a gap of 1e-8 of the eigenvalue is enough.
+
+    Example:
+        >>> principal_vectors(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))).abs().tolist()
+        [0.0, 1.0, 0.0]
+    """
+    if matrices_X33.device.type == "cpu":
+        return torch.linalg.eigh(matrices_X33).eigenvectors[..., -1]
+    return principal_vectors_by_squaring(matrices_X33)
+
+
+def principal_vectors_by_squaring(matrices_X33: Tensor, squarings: int = 32) -> Tensor:
+    """`principal_vectors` on any device, without waiting for it.
+
+    Example:
+        >>> principal_vectors_by_squaring(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))).tolist()
+        [0.0, 1.0, 0.0]
+    """
+    powers_X33 = matrices_X33
+    for _ in range(squarings + 1):
+        trace_X11 = powers_X33.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        powers_X33 = powers_X33 / torch.where(trace_X11 > _TINY, trace_X11, 1.0)
+        powers_X33 = powers_X33 @ powers_X33
+    # v v^T by now: the column of v's largest component has the most digits
+    diagonal_X3 = powers_X33.diagonal(dim1=-2, dim2=-1)
+    column_X1 = diagonal_X3.argmax(-1, keepdim=True)
+    vector_X3 = powers_X33.gather(-1, column_X1[..., None].expand(*powers_X33.shape[:-1], 1))[..., 0]
+    length_X1 = vector_X3.norm(dim=-1, keepdim=True)
+    first_X3 = torch.zeros_like(vector_X3).scatter(-1, column_X1, 1.0)
+    return torch.where(length_X1 > 0, vector_X3 / length_X1, first_X3)
 
 
 def _search_space(vectors_LED: Tensor, images_LED: Tensor, changes_LED: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred, known
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WIDTH = 2**12
 """Words in a row of the table that a tensor is laid out in."""
@@ -15,7 +17,7 @@ _ROWS = 2**8
 
 
 @torch.no_grad()
-def weights_checksum(tensors: Sequence[Tensor]) -> int:
+def weights_checksum(tensors: Sequence[Tensor]) -> Deferred[int]:
     """64 bits that depend on every bit of all tensors, and on where it is. Equal weights give equal checksums.
 
     Each word is weighted by an odd number that its place in its tensor gives, each tensor's sum by one that the tensor's place
@@ -24,9 +26,10 @@ def weights_checksum(tensors: Sequence[Tensor]) -> int:
     """
     sums = [_weighted_sum(tensor) for tensor in tensors if tensor.numel()]
     if not sums:
-        return 0
+        return known(0)
     sums_N = torch.stack(sums)
-    return int((sums_N * _odd(len(sums), sums_N.device)).sum().item())
+    total = (sums_N * _odd(len(sums), sums_N.device)).sum()
+    return Deferred((total,), lambda on_host: int(on_host[0].item()))
 
 
 def _weighted_sum(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vp2o.config.schema import BudgetConfig
 from megatron_vp2o.core.budget import BUDGET_SUMS, Budget, budget, budget_sums, combine, sequence_log_ratios
 from megatron_vp2o.core.choices import RatioLength
+from megatron_vp2o.core.deferred import Deferred, read
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 from megatron_vp2o.rl.interfaces import Objective, Policy, Restorable
 from megatron_vp2o.rl.types import Rollouts, StepStats, TrainBatch
@@ -34,11 +35,14 @@ class PlainSteps:
     def begin(self, batch: TrainBatch) -> None:
         self._saved = [part.save_state() for part in self._parts]
 
-    def step(self, tokens: int) -> StepStats:
-        stats = self._policy.optimizer_step(tokens)
-        if stats.skipped:
-            for part, saved in zip(self._parts, self._saved, strict=True):
-                part.restore_state(saved)
+    def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
+        lr = self._policy.learning_rate
+        stats = StepStats.of(*read(measured, self._policy.gradient_norm()), lr)
+        if not stats.skipped:
+            self._policy.take_step()
+            return stats
+        for part, saved in zip(self._parts, self._saved, strict=True):
+            part.restore_state(saved)
         return stats
 
     def set_anchor(self) -> None:
@@ -75,7 +79,7 @@ class BudgetMeter:
 
         return metered
 
-    def read(self) -> Budget:
+    def spent(self) -> Deferred[Budget]:
         """The budget of everything since the last call. Collective: last pipeline stages compute, all ranks get the same."""
         rows_4 = torch.zeros(BUDGET_SUMS, dtype=torch.float64, device=self.groups.device)
         if self._seen:
@@ -84,4 +88,5 @@ class BudgetMeter:
         self._seen = []
         if self.groups.pp.size() > 1:
             dist.broadcast(rows_4, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
-        return budget(combine(gather_rows(rows_4[None], self.groups.dp)))
+        sums_4 = combine(gather_rows(rows_4[None], self.groups.dp))
+        return Deferred((sums_4,), lambda on_host: budget(on_host[0]))

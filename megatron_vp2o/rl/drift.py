@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.parallel.groups import Groups, gather_rows, max_scalars, sum_scalars
 from megatron_vp2o.rl.interfaces import Policy
 from megatron_vp2o.rl.types import TrainBatch
@@ -36,12 +37,15 @@ class SampledDrift:
         chosen_N = sampled_rows(batch.row_N, self._share, self._groups)
         self._sample = batch.rows(chosen_N.nonzero().squeeze(1))
 
-    def measure(self) -> float:
+    def measure(self) -> Deferred[float]:
         """See `PolicyDrift`."""
         assert self._sample is not None, "measure() before observe()"
         sample = self._sample
+        return self._policy.start_scoring(sample, self._micro_batch_size).then(lambda found: self._mean(sample, found))
+
+    def _mean(self, sample: TrainBatch, logprobs_NS: Tensor) -> float:
+        """Over all ranks' response tokens. Collective."""
         assert sample.behaviour_logprobs_NS is not None
-        logprobs_NS = self._policy.log_probs(sample, self._micro_batch_size)
         change_NS = (logprobs_NS - sample.behaviour_logprobs_NS).double().abs()
         sums = {
             "change": float(change_NS[sample.loss_mask_NS].sum()),

@@ -27,6 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from megatron_vp2o.core.budget import Budget, RefreshReason
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.rl.types import (
     Problem,
     RewardResult,
@@ -128,7 +129,7 @@ class RolloutEngine(Protocol):
         """Take the learner's weights as they are now and call them `version`."""
         ...
 
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         """A number that tells the weights that the engine holds: after a refresh, what `Policy.checksum` says on the same rank."""
         ...
 
@@ -222,23 +223,32 @@ Objective = Callable[[Tensor, Tensor, TrainBatch], tuple[Tensor, dict[str, Tenso
 """(log-probabilities and entropies [N, S], both with gradient; micro-batch) -> (loss, metrics), each a SUM over loss tokens.
 Metrics whose `policy/` key `tracking.schema` declares a maximum are maxima."""
 
-GradientTransform = Callable[[], dict[str, float]]
+GradientTransform = Callable[[], Deferred[dict[str, float]]]
 """Changes the reduced gradients before they are clipped. Returns metrics, equal on all ranks."""
 
 
 class Policy(Protocol):
-    """The learner. Every call is collective over all ranks."""
+    """The learner. Every call is collective over all ranks, and so is reading what it returns."""
 
-    def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
-        """Accumulate and reduce gradients of the objective's mean over all ranks' loss tokens. Returns global metric means."""
+    def accumulate_gradients(
+        self, batch: TrainBatch, objective: Objective, micro_batch_size: int
+    ) -> Deferred[dict[str, float]]:
+        """Accumulate and reduce gradients of the objective's mean over all ranks' loss tokens. Returns global metric means, and
+        `tokens`, the loss tokens of all ranks."""
         ...
 
-    def optimizer_step(self, tokens: int) -> StepStats:
-        """Clip and step; a step without tokens or with a gradient that is not finite is skipped, and changes nothing.
+    @property
+    def learning_rate(self) -> float:
+        """Of the coming optimizer step."""
+        ...
 
-        Args:
-            tokens: loss tokens of all ranks, as `forward_backward` reported them.
-        """
+    def gradient_norm(self) -> Deferred[float]:
+        """Hand the gradients to the optimizer; returns their norm over all ranks."""
+        ...
+
+    def take_step(self) -> None:
+        """Clip by that norm, and step. A step without tokens or with a norm that is not finite must not be taken, or be taken back:
+        see `StepStats.of`."""
         ...
 
     def save_state(self) -> Any:
@@ -249,12 +259,17 @@ class Policy(Protocol):
         """Return to what `save_state` returned: the step did not happen."""
         ...
 
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         """A number that tells this rank's weights from others."""
         ...
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
-        """[N, S] float32, no gradient; 0 at position 0 and beyond a sequence's length."""
+        """`start_scoring`, waited for."""
+        ...
+
+    def start_scoring(self, batch: TrainBatch, micro_batch_size: int) -> Deferred[Tensor]:
+        """Log-probabilities under the present weights, [N, S] float32 on the CPU, no gradient; 0 at position 0 and beyond a
+        sequence's length."""
         ...
 
 
@@ -276,11 +291,11 @@ class Stepper(Protocol):
     def begin(self, batch: TrainBatch) -> None:
         """Before the forward pass of a step on this batch: remember all that its passes and the transform change."""
 
-    def step(self, tokens: int) -> StepStats:
+    def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
         """Take the step.
 
         Args:
-            tokens: loss tokens of all ranks.
+            measured: what `Policy.accumulate_gradients` returned. The stepper reads it together with what it decides by.
         """
         ...
 
@@ -298,7 +313,7 @@ class PolicyDrift(Protocol):
         """This is what the coming step trains on. Collective."""
         ...
 
-    def measure(self) -> float:
+    def measure(self) -> Deferred[float]:
         """Mean |log pi - log pi_actor| of a response token under the weights as they are now, in nats. Collective over all
         ranks, which get the same number. It changes nothing."""
         ...

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_vp2o.config.schema import TrainConfig
 from megatron_vp2o.config.status import PREEMPTED
+from megatron_vp2o.core.deferred import Deferred, known
 from megatron_vp2o.errors import CheckpointError, DeadRunError
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars
 from megatron_vp2o.rl import stop
@@ -208,6 +209,6 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def no_transform() -> dict[str, float]:
+def no_transform() -> Deferred[dict[str, float]]:
     """The gradient transform of plain GRPO: none."""
-    return {}
+    return known({})

@@ -66,17 +66,17 @@ class SupervisedTrainer(TrainingLoop):
         batch = next(self.batches)
         with watch("train"):
             self.stepper.begin(batch)
-            reduced = self.policy.forward_backward(batch, next_token, self.settings.micro_batch_size)
+            measured = self.policy.accumulate_gradients(batch, next_token, self.settings.micro_batch_size)
             transformed = self.transform()
-            stats = self.stepper.step(int(reduced["tokens"]))
+            stats = self.stepper.step(measured)
         progress = self.progress
         progress.samples += self.settings.global_batch_size
         self.count_update(stats)
         progress.extra[STREAM] = self.batches.state_dict()
         return {
-            "supervised/loss": reduced["loss"],
-            **{key: value for key, value in reduced.items() if "/" in key},
-            **transformed,
+            "supervised/loss": stats.metrics["loss"],
+            **{key: value for key, value in stats.metrics.items() if "/" in key},
+            **transformed.read(),
             "optimizer/grad_norm": stats.grad_norm,
             "optimizer/lr": stats.lr,
             "optimizer/steps": progress.optimizer_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vp2o.core.deferred import read
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.parallel.groups import Groups, gather_rows
 from megatron_vp2o.rl.interfaces import Policy, RolloutEngine
@@ -15,7 +16,7 @@ def verify_sync(policy: Policy, engine: RolloutEngine, version: int, groups: Gro
     Raises:
         SyncError: on all ranks, naming both, if they differ on any.
     """
-    have, hold = policy.checksum(), engine.checksum()
+    have, hold = read(policy.checksum(), engine.checksum())
     told = torch.tensor([[have, hold, version, engine.version]], dtype=torch.int64)
     if groups.world_size > 1:  # alone, there is nothing to wait for
         told = gather_rows(told.to(groups.device, non_blocking=True), groups.world)

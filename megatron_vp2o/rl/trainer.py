@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_vp2o.config.schema import GRPOConfig, KLReference, RouterReplay, TrainConfig
-from megatron_vp2o.core.budget import RefreshReason
+from megatron_vp2o.core.budget import Budget, RefreshReason
+from megatron_vp2o.core.deferred import Deferred, known, read
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars, sum_scalars
 from megatron_vp2o.rl.ahead import Queued, RolloutQueue, Scored
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
@@ -113,9 +114,9 @@ class RLTrainer(TrainingLoop):
         with watch("train"):
             self.stepper.observe_rollouts(scored.rollouts)
             batch = self._batch(queued, scored, earned, reference_NS)
-            updates, rejected = self._update_on(batch, step)
+            updates, budget, rejected = self._update_on(batch, step)
             metrics |= scored.metrics | combine(updates) | self._mismatch(queued, updates)
-            metrics |= self._judge_actors(queued, rejected)
+            metrics |= self._judge_actors(queued, budget, rejected)
         metrics |= overlap | self._waited(queued)
         self._count(metrics, watch)
         self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
@@ -344,37 +345,42 @@ class RLTrainer(TrainingLoop):
             for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch), rows=rows)
         ]
 
-    def _update_on(self, batch: TrainBatch, step: int) -> tuple[list[dict[str, float]], bool]:
+    def _update_on(self, batch: TrainBatch, step: int) -> tuple[list[dict[str, float]], Budget | None, bool]:
         """Take the optimizer steps on a rollout batch. After a rejected one, drop the rest and return True: the actors are then
-        refreshed before the next batch."""
-        updates: list[dict[str, float]] = []
-        for part in self._minibatches(batch, step):
-            metrics, rejected = self._update(part)
-            updates.append(metrics)
-            if rejected:
-                return updates, True
-        return updates, False
+        refreshed before the next batch.
 
-    def _update(self, batch: TrainBatch) -> tuple[dict[str, float], bool]:
+        Returns:
+            Metrics of each step, the budget where it is measured, and whether the last step was rejected.
+        """
+        updates, transforms, rejected = [], [], False
+        for part in self._minibatches(batch, step):
+            metrics, transformed, rejected = self._update(part)
+            updates.append(metrics)
+            transforms.append(transformed)
+            if rejected:
+                break
+        budget, *seen = read(known(None) if self.meter is None else self.meter.spent(), *transforms)
+        return [metrics | more for metrics, more in zip(updates, seen, strict=True)], budget, rejected
+
+    def _update(self, batch: TrainBatch) -> tuple[dict[str, float], Deferred[dict[str, float]], bool]:
         """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows.
 
         Returns:
-            Metrics, and whether the step was rejected.
+            Metrics, those of the transform, which nothing hangs on, and whether the step was rejected.
         """
         self.stepper.begin(batch)
-        metrics = self.policy.forward_backward(batch, self.objective, self.settings.micro_batch_size)
-        metrics |= self.transform()
-        stats = self.stepper.step(int(metrics["tokens"]))
+        measured = self.policy.accumulate_gradients(batch, self.objective, self.settings.micro_batch_size)
+        transformed = self.transform()
+        stats = self.stepper.step(measured)
         self.count_update(stats)
         taken = {"optimizer/lr": stats.lr}
         if stats.tokens:
             taken["optimizer/grad_norm"] = stats.grad_norm
-        return metrics | stats.metrics | taken, stats.rejected
+        return stats.metrics | taken, transformed, stats.rejected
 
-    def _judge_actors(self, queued: Queued, rejected: bool) -> dict[str, float]:
+    def _judge_actors(self, queued: Queued, budget: Budget | None, rejected: bool) -> dict[str, float]:
         """Tell the refresh policy what this rollout batch found. What is found of the samples of earlier actors says nothing of the
         present ones."""
-        budget = None if self.meter is None else self.meter.read()
         self.refresh.observe(budget if queued.version == self.progress.actor_version else None, rejected)
         self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
         if budget is None or budget.sequences == 0:

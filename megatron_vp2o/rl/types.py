@@ -6,6 +6,7 @@ this pipeline stage, K experts of a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -186,9 +187,15 @@ class TrainBatch:
 class StepStats:
     """What one optimizer step did."""
 
-    metrics: dict[str, float]  # global means per loss token of the objective's sums, plus moe/* from the model
+    metrics: dict[str, float]  # global means per loss token of the objective's sums, and what the stepper measured
     grad_norm: float
     lr: float
     skipped: bool  # the optimizer refused the step (non-finite gradient)
     tokens: int  # global loss tokens
     rejected: bool = False  # the trust region took the step back
+
+    @classmethod
+    def of(cls, metrics: dict[str, float], grad_norm: float, lr: float) -> StepStats:
+        """From what was measured, `tokens` among it. A step without tokens, or whose norm is not finite, is to be skipped."""
+        tokens = int(metrics["tokens"])
+        return cls(metrics, grad_norm, lr, skipped=tokens == 0 or not math.isfinite(grad_norm), tokens=tokens)

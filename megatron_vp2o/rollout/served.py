@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.errors import RolloutError, SyncError, UserError
 from megatron_vp2o.parallel import failure
 from megatron_vp2o.parallel.groups import Groups, first_rank_says, gather_objects, on_replica
@@ -147,7 +148,7 @@ class ServedEngine:
         self._under_way.append(batch)
         return batch
 
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         """The snapshot's checksum; that the servers hold the same was proven by the update."""
         return self.snapshot.checksum()
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.parallel.groups import Groups, any_rank, gather_objects
 from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, RolloutEngine
@@ -261,7 +262,7 @@ class StoredEngine:
         """Name of the present weights; empty where nothing is stored. Collective."""
         if self.store is None:
             return ""
-        return _digest([self.version, gather_objects(self.engine.checksum(), self.groups.world)])
+        return _digest([self.version, gather_objects(self.engine.checksum().read(), self.groups.world)])
 
     def _found(self, keys: Sequence[str], uids: Sequence[int]) -> Rollouts | None:
         """What need not be generated; None on all ranks or on none. Collective."""
@@ -310,7 +311,7 @@ class StoredEngine:
     def refresh(self, version: int) -> None:
         self.engine.refresh(version)
 
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         return self.engine.checksum()
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:

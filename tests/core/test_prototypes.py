@@ -13,6 +13,7 @@ from megatron_vp2o.core.prototypes import (
     gram_product,
     initial_prototypes,
     power_iteration,
+    principal_vectors_by_squaring,
     prototype_gradient,
 )
 
@@ -196,3 +197,27 @@ def test_updates_of_unmoved_weights_do_not_turn_settled_prototypes(hidden, width
     assert settled.angle_LE.max() < 1e-5
     assert creep(settled.prototypes_LED) < 2e-4
     assert creep(power_iteration(weights, start_LED, 64)[0]) > 0.02  # what the test is there for
+
+
+def test_squaring_finds_what_the_eigenvalue_routine_finds() -> None:
+    """Gaps from none to wide, ranks from 0 to 3, any scale, any order of the axes."""
+    generator = torch.Generator().manual_seed(5)
+    count = 4000
+    axes = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator, dtype=torch.float64))[0]
+    second = 1 - 10.0 ** (-9 * torch.rand(count, generator=generator, dtype=torch.float64))
+    third = second * torch.rand(count, generator=generator, dtype=torch.float64)
+    values = torch.stack([torch.ones_like(second), second, third], dim=1)
+    values *= torch.rand(count, 3, generator=generator).double().gt(0.1) | torch.tensor([True, False, False])
+    scale = 10.0 ** (24 * torch.rand(count, generator=generator, dtype=torch.float64) - 12)
+    matrices = (axes * (values * scale[:, None])[:, None]) @ axes.transpose(1, 2)
+    found = principal_vectors_by_squaring(matrices)
+    expected = torch.linalg.eigh(matrices).eigenvectors[..., -1]
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(count, dtype=torch.float64), rtol=0, atol=1e-12)
+    # the best vector of a space is one whose Rayleigh quotient is the largest; the vector itself where there is a gap
+    quotient = ((matrices @ found[..., None])[..., 0] * found).sum(-1) / scale
+    torch.testing.assert_close(quotient, torch.ones(count, dtype=torch.float64), rtol=0, atol=1e-8)
+    apart = 1 - values[:, 1:].amax(1) > 1e-6
+    cosine = (found * expected).sum(-1).abs()[apart]
+    assert apart.sum() > count // 2 and float((1 - cosine).max()) < 1e-9
+    nothing = principal_vectors_by_squaring(torch.zeros(2, 3, 3, dtype=torch.float64))
+    assert nothing.norm(dim=-1).tolist() == [1.0, 1.0]

@@ -48,9 +48,9 @@ class Learner:
         self.region.settings = replace(self.region.settings, delta=delta)
         part = global_batch(batch, rows)
         self.region.begin(part)
-        metrics = self.policy.forward_backward(part, next_token, micro_batch_size=3)
+        measured = self.policy.accumulate_gradients(part, next_token, micro_batch_size=3)
         self.transform.apply()
-        return self.region.step(int(metrics["tokens"]))
+        return self.region.step(measured)
 
     def bits(self) -> list[torch.Tensor]:
         """Everything that a step changes: weights, masters, moments, learning rate, prototypes, co-activation average."""
@@ -141,7 +141,7 @@ def intervals(layout: dict[str, Any]) -> dict[str, Any]:
         world.stop_model_parallel()
         learner = Learner({**layout, "stein": {"prototype_interval": interval}})
         learner.policy.forward_backward(global_batch(0, range(ROWS)), next_token, micro_batch_size=3)
-        unmoved.append([learner.region._measure()["trust_region/distance"] for _ in range(16)][-1])
+        unmoved.append([learner.region._measure().read()["trust_region/distance"] for _ in range(16)][-1])
         world.stop_model_parallel()
     world.stop()
     return {"moved": moved, "unmoved": unmoved}
@@ -177,11 +177,11 @@ def _logged_against_recomputed(layout: dict[str, Any]) -> dict[str, float]:
     batch.row_N = torch.arange(len(batch.length_N))
     (_, part) = split(batch, 2, seed=(1, 2), rows=len(batch.length_N))  # rows in another order, not all of them
     policy.forward_backward(part, next_token, micro_batch_size=3)
-    logged = region._measure()["trust_region/distance_gates"]
+    logged = region._measure().read()["trust_region/distance_gates"]
     contexts = sum(len(layer.contexts()) for layer in learner.transform.prototypes.layers)
     region._logged = None
     return {
         "logged": logged,
-        "recomputed": region._measure()["trust_region/distance_gates"],
+        "recomputed": region._measure().read()["trust_region/distance_gates"],
         "contexts": float(contexts),
     }

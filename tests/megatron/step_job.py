@@ -102,10 +102,10 @@ class Learner:
             most = NARROW if event == "drifted" else None
             self.region.settings = replace(self.region.settings, delta=delta, max_policy_drift=most)
         self.stepper.begin(batch)
-        metrics = self.policy.forward_backward(batch, objective, micro_batch_size=3)
+        measured = self.policy.accumulate_gradients(batch, objective, micro_batch_size=3)
         if self.transform is not None:
             self.transform.apply()
-        stats = self.stepper.step(int(metrics["tokens"]))
+        stats = self.stepper.step(measured)
         return "rejected" if stats.rejected else "skipped" if stats.skipped else "taken"
 
     def everything(self) -> dict[str, Any]:

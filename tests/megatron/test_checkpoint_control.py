@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import ControlMode, SteinConfig, TrustRegionConfig
 from megatron_vp2o.core.calibration import MIN_PAIRS
+from megatron_vp2o.core.deferred import known
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.drift import SampledDrift
 from megatron_vp2o.rl.objectives import next_token
@@ -74,7 +75,7 @@ class Learner:
         metrics = self.policy.forward_backward(rows, next_token, micro_batch_size=3)
         if self.transform is not None:
             metrics |= self.transform.apply()
-        stats = self.policy.optimizer_step(1) if self.region is None else self.region.step(int(metrics["tokens"]))
+        stats = self.policy.optimizer_step(1) if self.region is None else self.region.step(known(metrics))
         return metrics | stats.metrics
 
     def state(self) -> dict[str, Any]:

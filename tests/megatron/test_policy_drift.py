@@ -72,11 +72,11 @@ def test_drift_is_that_of_a_plain_forward_pass(policy: Any, groups: Groups, shar
         assert batch.row_N is not None
         chosen = batch.row_N[sampled_rows(batch.row_N, share, groups)].tolist()
         assert rows - 1 <= len(chosen) <= rows and chosen
-        before = meter.measure()
+        before = meter.measure().read()
         assert before == pytest.approx(by_hand(policy, batch, chosen), rel=1e-5)
         policy.forward_backward(batch, next_token, micro_batch_size=16)
         policy.optimizer_step(1)
-        after = meter.measure()
+        after = meter.measure().read()
         assert after == pytest.approx(by_hand(policy, batch, chosen), rel=1e-5) and after != before
         found.add(after)
     assert len(found) == 3
@@ -87,14 +87,14 @@ def test_a_policy_that_is_the_actors_has_no_drift(policy: Any, groups: Groups) -
     batch.behaviour_logprobs_NS = policy.log_probs(batch, 16)
     meter = SampledDrift(policy, groups, share=0.5, micro_batch_size=3)
     meter.observe(batch)
-    assert meter.measure() < 1e-6
+    assert meter.measure().read() < 1e-6
     # what is outside of the responses does not count, and a log-probability that is no number does
     batch.behaviour_logprobs_NS[~batch.loss_mask_NS] = float("nan")
     meter.observe(batch)
-    assert meter.measure() < 1e-6
+    assert meter.measure().read() < 1e-6
     batch.behaviour_logprobs_NS[:] = float("nan")
     meter.observe(batch)
-    assert meter.measure() != meter.measure()
+    assert meter.measure().read() != meter.measure().read()
 
 
 def test_measuring_changes_nothing(policy: Any, groups: Groups) -> None:
@@ -109,7 +109,7 @@ def test_measuring_changes_nothing(policy: Any, groups: Groups) -> None:
     before = state()
     meter = SampledDrift(policy, groups, share=1.0, micro_batch_size=3)
     meter.observe(batch)
-    meter.measure()
+    meter.measure().read()
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert all(module.training for module in policy.model.modules())
 
@@ -136,4 +136,4 @@ def test_the_sample_follows_from_the_rows_alone(groups: Groups, seed: int) -> No
 def test_rows_with_nothing_to_train_on(policy: Any, groups: Groups) -> None:
     meter = SampledDrift(policy, groups, share=0.5, micro_batch_size=3)
     meter.observe(batch_of(7).rows(torch.arange(0)))
-    assert meter.measure() == 0.0
+    assert meter.measure().read() == 0.0

@@ -16,7 +16,7 @@ enable_cpu()
 
 from megatron_vp2o.megatron.model.routing_statistics import SUMS, RoutingStatistics  # noqa: E402
 from megatron_vp2o.megatron.stein import metrics  # noqa: E402
-from megatron_vp2o.megatron.stein.metrics import METRICS, StageObservation, means_over_layers  # noqa: E402
+from megatron_vp2o.megatron.stein.metrics import METRICS, MeansOverLayers, StageObservation  # noqa: E402
 from megatron_vp2o.megatron.stein.prototypes import PrototypeState  # noqa: E402
 from megatron_vp2o.tracking.schema import find_metric  # noqa: E402
 
@@ -91,6 +91,10 @@ def observed(seed: int, layers: int, tokens: int = TOKENS) -> tuple[StageObserva
         repulsion_ratio_L=repulsion_L,
     )
     return seen, expected
+
+
+def means_over_layers(seen: StageObservation | None, layers: int, groups: Any) -> dict[str, float]:
+    return MeansOverLayers(groups).of(seen, layers).read()
 
 
 def groups_of(stages: int) -> Any:

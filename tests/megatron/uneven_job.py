@@ -167,7 +167,7 @@ def _steps(draw: Draw) -> dict[str, Any]:
     if watch is not None:
         watch.stop()
         result["replayed"], result["gone astray"] = watch.compared, watch.wrong
-    budget = meter.read()
+    budget = meter.spent().read()
     result |= {"drift": budget.drift, "ess": budget.ess}
     result["responses"] = {str(row): rollouts.response(n) for n, row in enumerate(row_N.tolist())}
     scored = engine.log_probs(rollouts, 1.0) - rollouts.model_logprobs_NS
@@ -186,9 +186,9 @@ def _update(
     part: TrainBatch, draw: Draw, policy: MegatronPolicy, transform: SteinTransform, region: TrustRegion, objective: Any
 ) -> dict[str, Any]:
     region.begin(part)
-    metrics = policy.forward_backward(part, objective, draw.micro_batch_size)
-    metrics |= transform.apply()
-    stats = region.step(int(metrics["tokens"]))
+    measured = policy.accumulate_gradients(part, objective, draw.micro_batch_size)
+    metrics = transform.apply()
+    stats = region.step(measured)
     assert transform.prototypes.state is not None
     coactivation_LEE = transform.coactivation_LEE  # None until a step had tokens
     return {

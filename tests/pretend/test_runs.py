@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from tests.distributed import ROOT, run_distributed
-from tests.pretend.job_names import GENERATION, ON_CPU, REFRESH, STEP
+from tests.pretend.job_names import GENERATION, ON_CPU, REFRESH
 
 JOB = "tests.pretend.job:run"
 RECIPE = "countdown_tiny_vp2o"
 SHORT = ["algorithm.steps=4", "algorithm.prompts_per_step=4", "algorithm.minibatches=1", "optimizer.lr=1e-3"]
 PACKED = ["algorithm.micro_batch_tokens=512"]
 MOST_WAITS = 12
-"""Of a step of the default recipe, outside of generation: one optimizer step that the trust region does not halve, and no refresh
-of the actors."""
+"""Of a step of the default recipe, outside of generation: four optimizer steps, and a refresh of the actors. Each halving of a step
+by the trust region is one more."""
 
 everything = pytest.mark.skipif("VP2O_PRETEND_LAYOUTS" not in os.environ, reason="VP2O_PRETEND_LAYOUTS=1 runs it")
 
@@ -60,19 +60,25 @@ def test_a_resumed_run_is_the_same(plain: tuple[Path, Any], tmp_path: Path) -> N
     assert numbers(resumed) == numbers(steps[2:])
 
 
-def test_the_host_waits_where_the_documentation_says_so(plain: tuple[Path, Any]) -> None:
+def test_the_host_waits_where_the_documentation_says_so(plain: tuple[Path, Any], tmp_path: Path) -> None:
+    """Besides the default run: four minibatches, a refresh before every batch, a region so wide that nothing is rejected."""
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")))
-    counted = 0
-    for step in plain[1]:
-        for phase, why, line, _ in step["waits"]:
+    wide = ["algorithm.trust_region.delta=1", "algorithm.budget.max_age=1"]
+    four = run(tmp_path / "run", "algorithm.minibatches=4", "algorithm.prompts_per_step=8", *wide)
+    whole = 0
+    for step in (*plain[1], *four):
+        updates, waits, refreshed = 0, 0, False
+        for phase, why, line, count in step["waits"]:
             asked = re.split("[.:]", line.partition(" < ")[0])[-1]
             assert phase == GENERATION or asked in documented, (phase, why, line)
-        refreshed = any(phase == REFRESH for phase, *_ in step["waits"])
-        if not refreshed and not step["metrics"]["trust_region/halvings"]:
-            waits = sum(count for phase, *_, count in step["waits"] if phase == STEP)
-            assert 0 < waits <= MOST_WAITS, step["waits"]
-            counted += 1
-    assert counted
+            waits += count * (phase != GENERATION)
+            refreshed |= phase == REFRESH
+            updates += count * (asked == "_propose")
+        halvings = round(step["metrics"]["trust_region/halvings"] * updates)
+        assert updates < waits <= MOST_WAITS + halvings, step["waits"]
+        assert waits - halvings <= MOST_WAITS - 4 + updates, "each optimizer step is one"
+        whole += refreshed and updates == 4
+    assert whole
 
 
 def test_bfloat16_packed_rows_and_replayed_routes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Shape legend: N sequences of this data-parallel rank, S padded sequence length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vp2o.core.budget import RefreshReason
+from megatron_vp2o.core.deferred import Deferred, known, read
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.types import LoggedGates, Problem, Rollouts, SamplingParams, Split, StepStats, TrainBatch, Verdict
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
@@ -116,8 +118,8 @@ class FakeEngine:
         assert self.policy is not None
         self.version, self.weights = version, self.policy.weights
 
-    def checksum(self) -> int:
-        return self.weights
+    def checksum(self) -> Deferred[int]:
+        return known(self.weights)
 
     def close(self) -> None:
         self.log.append(f"{self.name} close")
@@ -139,7 +141,7 @@ class FakeEngine:
 
 @dataclass
 class FakePolicy:
-    """Its weights are a number that each step taken adds 1 to; `skips` are the calls of `optimizer_step` that it refuses."""
+    """Its weights are a number that each step taken adds 1 to; `skips` are the steps whose gradients have no norm."""
 
     log: list[str]
     skips: set[int] = field(default_factory=set)
@@ -149,8 +151,10 @@ class FakePolicy:
     stepped: int = 0
     reports: dict[str, float] = field(default_factory=dict)  # further metrics of each forward_backward
 
-    def forward_backward(self, batch: TrainBatch, objective: Any, micro_batch_size: int) -> dict[str, float]:
-        self.log.append("forward_backward")
+    def accumulate_gradients(
+        self, batch: TrainBatch, objective: Any, micro_batch_size: int
+    ) -> Deferred[dict[str, float]]:
+        self.log.append("accumulate_gradients")
         self.batches.append(batch)
         self.buffer += 1
         tokens = float(batch.loss_mask_NS.sum())
@@ -158,14 +162,17 @@ class FakePolicy:
         if tokens:
             logprobs_NS = torch.zeros(batch.tokens_NS.shape).requires_grad_()
             loss = objective(logprobs_NS, torch.zeros(batch.tokens_NS.shape), batch)[0].item() / tokens
-        return {"tokens": tokens, "loss": loss, **self.reports}
+        return known({"tokens": tokens, "loss": loss, **self.reports})
 
-    def optimizer_step(self, tokens: int) -> StepStats:
-        self.log.append("optimizer_step")
-        skipped = self.stepped in self.skips or tokens == 0
+    learning_rate = 0.5
+
+    def gradient_norm(self) -> Deferred[float]:
+        self.log.append("gradient_norm")
         self.stepped += 1
-        self.weights += not skipped
-        return StepStats({}, grad_norm=2.0, lr=0.5, skipped=skipped, tokens=tokens)
+        return known(math.nan if self.stepped - 1 in self.skips else 2.0)
+
+    def take_step(self) -> None:
+        self.weights += 1
 
     def save_state(self) -> int:
         return self.buffer
@@ -174,12 +181,15 @@ class FakePolicy:
         self.log.append("restore_state")
         self.buffer = saved
 
-    def checksum(self) -> int:
-        return self.weights
+    def checksum(self) -> Deferred[int]:
+        return known(self.weights)
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
+        return self.start_scoring(batch, micro_batch_size).read()
+
+    def start_scoring(self, batch: TrainBatch, micro_batch_size: int) -> Deferred[Tensor]:
         self.log.append("policy log_probs")
-        return -batch.tokens_NS.float() / 8
+        return known(-batch.tokens_NS.float() / 8)
 
 
 @dataclass
@@ -196,11 +206,12 @@ class FakeStepper:
         self.log.append("begin")
         self.begun.append(batch)
 
-    def step(self, tokens: int) -> StepStats:
+    def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
         rejected = self.calls in self.rejects
         self.calls += 1
-        stats = self.policy.optimizer_step(tokens)
-        self.policy.weights -= rejected
+        stats = StepStats.of(*read(measured, self.policy.gradient_norm()), self.policy.learning_rate)
+        if not stats.skipped and not rejected:
+            self.policy.take_step()
         return replace(stats, rejected=rejected)
 
     def set_anchor(self) -> None:

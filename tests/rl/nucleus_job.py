@@ -38,7 +38,7 @@ def run(layout: dict[str, Any]) -> list[dict[str, float]]:
             {
                 "top_p": top_p,
                 "cut": (rollouts.logprobs_NS - rollouts.model_logprobs_NS).abs().max().item(),
-                "drift": meter.read().drift,
+                "drift": meter.spent().read().drift,
                 "mismatch": metrics["logprob_mismatch"],
                 **{key: metrics[key] for key in ("ratio", "ratio_max", "clip_fraction")},
             }

@@ -237,9 +237,9 @@ def test_a_run_that_ends_leaves_nothing_under_way(groups: Groups, monkeypatch: p
     def fails(*_: Any) -> Any:
         if made.trainer.progress.step == 2:
             raise ValueError("in training")
-        return made.policy.__class__.forward_backward(made.policy, *_)
+        return made.policy.__class__.accumulate_gradients(made.policy, *_)
 
-    monkeypatch.setattr(made.policy, "forward_backward", fails)
+    monkeypatch.setattr(made.policy, "accumulate_gradients", fails)
     monkeypatch.setattr(made.trainer, "evaluate", lambda final: {})
     with pytest.raises(ValueError, match="in training"):
         made.trainer.run()

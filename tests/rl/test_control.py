@@ -12,6 +12,7 @@ import torch
 from megatron_vp2o.config.schema import BudgetConfig
 from megatron_vp2o.core.budget import Budget
 from megatron_vp2o.core.choices import RatioLength
+from megatron_vp2o.core.deferred import known
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps
 from megatron_vp2o.rl.types import TrainBatch
 from tests.rl.fakes import FakePolicy, groups_of, rollouts_of
@@ -42,7 +43,7 @@ def test_a_skipped_step_leaves_no_trace(seed: int) -> None:
         policy.buffer += 10  # a forward pass
         for other in others:
             other.state += 1
-        stats = steps.step(5)
+        stats = steps.step(known({"tokens": 5.0}))
         taken += n not in skips
         assert stats.skipped == (n in skips) and stats.tokens == 5
         assert policy.buffer == 10 * taken and policy.weights == taken
@@ -65,7 +66,7 @@ def metered(settings: BudgetConfig, batches: list[tuple[torch.Tensor, TrainBatch
             entropy_NS = torch.rand(logprobs_NS.shape)
             assert watched(logprobs_NS, entropy_NS, batch) is passed
             assert calls[-1] == (logprobs_NS, entropy_NS, batch)
-        return meter.read(), meter.read()
+        return meter.spent().read(), meter.spent().read()
 
 
 @pytest.mark.parametrize("ratio_length", RatioLength)
@@ -115,4 +116,4 @@ def test_a_meter_holds_no_graph() -> None:
         loss, _ = meter.watch(lambda logprobs_NS, *_: (logprobs_NS.sum(), {}))(logprobs_NS, logprobs_NS, batch)
         assert loss.requires_grad
         assert not any(part.requires_grad for seen in meter._seen for part in seen)
-        assert meter.read() == Budget(0.0, 1.0, 2)
+        assert meter.spent().read() == Budget(0.0, 1.0, 2)

@@ -231,4 +231,4 @@ def test_a_stopwatch_adds_up() -> None:
     with watch("a"), watch("b"):
         pass
     assert watch.seconds.keys() == {"a", "b"} and watch.seconds["a"] > first > 0
-    assert no_transform() == {}
+    assert no_transform().read() == {}

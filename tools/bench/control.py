@@ -61,10 +61,11 @@ def main(argv: list[str]) -> int:
             begin = now()
             if bounded:
                 region.begin(batch)
-            policy.forward_backward(batch, next_token, micro)
+            measured = policy.accumulate_gradients(batch, next_token, micro)
             transform.apply()
             before = now()
-            assert not (region.step(rows * width // 2) if bounded else policy.optimizer_step(1)).skipped
+            tokens = rows * width // 2
+            assert not (region.step(measured) if bounded else policy.optimizer_step(tokens)).skipped
             return now() - begin, now() - before
 
         for _ in range(arguments.warmup):

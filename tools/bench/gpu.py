@@ -155,12 +155,12 @@ class _Bench:
         begin = self.now()
         if region:
             self.region.begin(self.batch)
-        self.policy.forward_backward(self.batch, self.next_token, self.micro)
+        measured = self.policy.accumulate_gradients(self.batch, self.next_token, self.micro)
         trained = self.now()
         if transform:
             self.transform.apply()
         transformed = self.now()
-        stats = self.region.step(1) if region else self.policy.optimizer_step(1)
+        stats = self.region.step(measured) if region else self.policy.optimizer_step(int(measured.read()["tokens"]))
         assert not stats.skipped
         return trained - begin, transformed - trained, self.now() - transformed
 

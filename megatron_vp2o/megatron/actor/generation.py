@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vp2o.config.schema import TrainConfig
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.megatron.learner.micro_batches import token_budget
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
-from megatron_vp2o.megatron.learner.scoring import score, score_and_record
+from megatron_vp2o.megatron.learner.scoring import score_and_record, scores
 from megatron_vp2o.megatron.model.attention import KVCache
 from megatron_vp2o.megatron.model.build import build_model, named_weight_tensors, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
@@ -101,7 +102,7 @@ class MegatronEngine:
         """See `rollout.protocol.Engine.update_weights`. Names and shapes are those of this rank's part of the model, as
         `named_weight_tensors` has them. Collective over the ranks that share the model if there is a probe."""
         taken, size = self._take_weights(weights, version, probe)
-        return Receipt(version, taken, size, self.checksum())
+        return Receipt(version, taken, size, self.checksum().read())
 
     @torch.no_grad()
     def _take_weights(
@@ -139,7 +140,7 @@ class MegatronEngine:
             row[: len(tokens)] = torch.tensor(tokens)
         mask_NS = torch.arange(tokens_NS.shape[1]) < length_N[:, None]
         batch = TrainBatch(tokens_NS, length_N, mask_NS)
-        logprob_NS = score(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1)
+        logprob_NS = scores(self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1).read()
         leave_inference_mode()
         logprobs = [row[1:length].tolist() for row, length in zip(logprob_NS, length_N.tolist(), strict=True)]
         difference = probe.difference(logprobs)
@@ -156,7 +157,7 @@ class MegatronEngine:
         """The engine lives in the learner's processes: it only refuses to generate from now on."""
         self._closed = True
 
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         """A number that tells the weights of this rank's actor; `MegatronPolicy.checksum` of the same weights is equal."""
         return weights_checksum(self._tensors())
 
@@ -446,9 +447,9 @@ class MegatronEngine:
         batch = _scored(rollouts, temperature)
         batch.routes_NSLK = rollouts.routes_NSLK
         replay = self._replay if batch.routes_NSLK is not None else None
-        logprob_NS = score(
+        logprob_NS = scores(
             self.actor, batch, self.micro_batch_size, self.groups, self.policy.valid_vocab, 1, replay, self.token_budget
-        )
+        ).read()
         leave_inference_mode()
         return logprob_NS * batch.loss_mask_NS
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_vp2o.config.schema import ControlMode, TrustRegionConfig
 from megatron_vp2o.core.calibration import Calibration
+from megatron_vp2o.core.deferred import Deferred, merged, read
 from megatron_vp2o.core.trust_region import Outcome, consecutive_rejections, deviation, renormalised, verdict
 from megatron_vp2o.errors import ControlError
 from megatron_vp2o.megatron.control.contexts import ContextSampler
@@ -35,6 +36,7 @@ from megatron_vp2o.rl.interfaces import PolicyDrift, Restorable
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, StepStats, TrainBatch
 
 DRIFT = "trust_region/policy_drift"
+_DISTANCES = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
 _LEARNT = ("product", "square", "pairs")  # of the calibration
 _COUNTERS = ("consecutive_rejections", "steps_rejected", "steps_halved")
 
@@ -153,22 +155,22 @@ class TrustRegion:
             part.restore_state(saved)
 
     @torch.no_grad()
-    def step(self, tokens: int) -> StepStats:
+    def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
         """An optimizer step, halved or taken back where it leaves the region. One verdict for all ranks; collective.
+
+        The host waits once for a step that is accepted, and once more for each halving: only the verdict says what comes next.
 
         Raises:
             ControlError: after `max_consecutive_rejections` in a row.
         """
-        settings, enforce = self.settings, self.settings.mode is ControlMode.enforce
-        before = Snapshot(self.policy, on_host=settings.snapshot_on_host) if enforce else None
-        stats = self.policy.optimizer_step(tokens)
+        present = self.prototypes.save_state()  # each attempt is measured from here, as if it had been the only one
+        before, stats, first = self._propose(measured)
         if stats.skipped:
             self._restore()
             self.contexts.drop()
             return stats
         halvings = 0
-        present = self.prototypes.save_state()  # each attempt is measured from here, as if it had been the only one
-        metrics = first = self._look()
+        metrics = first
         delta = (
             self.delta
         )  # one bound for all attempts at this step; what is learnt from it counts from the next one on
@@ -178,7 +180,7 @@ class TrustRegion:
             before.halve()
             self._saved[0].halve()
             self.prototypes.restore_state(present)
-            metrics = self._look()
+            metrics = self._look().read()
             outcome = self._judge(metrics, halvings)
         rejected = outcome is Outcome.reject
         if before is not None and rejected:
@@ -200,6 +202,29 @@ class TrustRegion:
         }
         return replace(stats, metrics={**stats.metrics, **metrics}, rejected=rejected)
 
+    def _propose(self, measured: Deferred[dict[str, float]]) -> tuple[Snapshot | None, StepStats, dict[str, float]]:
+        """Take the whole step and look at it. With a snapshot to return to it is taken before anyone knows whether the optimizer
+        should have refused it, so that one transfer tells that, what the passes measured, and what the step did.
+
+        Returns:
+            The snapshot, what is known of the step, and what `_look` found; nothing where it is to be skipped.
+        """
+        policy, settings = self.policy, self.settings
+        lr, norm = policy.learning_rate, policy.gradient_norm()
+        if settings.mode is not ControlMode.enforce:
+            stats = StepStats.of(*read(measured, norm), lr)
+            if stats.skipped:
+                return None, stats, {}
+            policy.take_step()
+            return None, stats, self._look().read()
+        before = Snapshot(policy, on_host=settings.snapshot_on_host)
+        policy.take_step()
+        metrics, grad_norm, seen = read(measured, norm, self._look())
+        stats = StepStats.of(metrics, grad_norm, lr)
+        if stats.skipped:
+            before.restore()
+        return before, stats, seen
+
     @property
     def delta(self) -> float:
         """The bound of D in force: the setting, or what the run has learnt."""
@@ -208,10 +233,12 @@ class TrustRegion:
             return settings.delta
         return self.calibration.delta(settings.delta_nats, settings.delta)
 
-    def _look(self) -> dict[str, float]:
+    def _look(self) -> Deferred[dict[str, float]]:
         """What an attempt at a step did: distances of barycenters, and where it is wanted the policy's drift. Collective."""
-        metrics = self._measure()
-        return metrics if self.drift is None else metrics | {DRIFT: self.drift.measure()}
+        distances = self._measure()
+        if self.drift is None:
+            return distances
+        return merged(distances, self.drift.measure().then(lambda nats: {DRIFT: nats}))
 
     def _judge(self, metrics: dict[str, float], attempt: int) -> Outcome:
         settings = self.settings
@@ -251,8 +278,8 @@ class TrustRegion:
 
     # --- the distance -------------------------------------------------------------------------------------------------
 
-    def _measure(self) -> dict[str, float]:
-        """Mean distance over contexts and layers of all ranks, and by layer, with one host synchronisation. Collective."""
+    def _measure(self) -> Deferred[dict[str, float]]:
+        """Mean distance over contexts and layers of all ranks, and by layer. Collective."""
         assert self._anchor is not None
         self.policy.gather_parameters()
         self.prototypes.mark_stale()
@@ -273,10 +300,13 @@ class TrustRegion:
         dist.all_reduce(sums_L4, group=self.groups.world)
         mean_4 = sums_L4.sum(0)
         means_3 = mean_4[:3] / mean_4[3].clamp(min=1)
-        means = torch.cat([means_3, sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)]).tolist()
-        self.by_layer = means[3:]
-        names = ("trust_region/distance", "trust_region/distance_gates", "trust_region/distance_prototypes")
-        return dict(zip(names, means[:3], strict=True)) | {"trust_region/distance_layer_max": max(self.by_layer)}
+        means = torch.cat([means_3, sums_L4[:, 0] / sums_L4[:, 3].clamp(min=1)])
+
+        def finish(on_host: list[Tensor]) -> dict[str, float]:
+            *mean_3, self.by_layer = *on_host[0][:3].tolist(), on_host[0][3:].tolist()
+            return dict(zip(_DISTANCES, mean_3, strict=True)) | {"trust_region/distance_layer_max": max(self.by_layer)}
+
+        return Deferred((means,), finish)
 
     def _anchor_gates(self, index: int, layer: VP2OMoELayer, inputs_CD: Tensor) -> Tensor:
         """The actor's gates at the contexts of this step, [C, E]: as logged, or as the anchor's router says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,15 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
+from megatron_vp2o.core.deferred import Deferred, known, merged
+from megatron_vp2o.megatron.learner.clipping import clip_by, squared_norms, total_norm
 from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, micro_batches, token_budget
-from megatron_vp2o.megatron.learner.scoring import run_schedule, score
+from megatron_vp2o.megatron.learner.scoring import run_schedule, scores
 from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
@@ -101,6 +103,7 @@ class MegatronPolicy:
             [self.ddp],
         )
         self.clip_grad, self.peak_lr = settings.clip_grad, settings.lr
+        self._squares: Tensor | None = None  # from `gradient_norm`, for `take_step`
         self._layers = moe_layers(self.ddp)
         self._replay: ModelReplay | None = None
         self._specialised = self._specialise(config)
@@ -147,6 +150,12 @@ class MegatronPolicy:
             model_config.param_sync_func = self.ddp.start_param_sync
 
     def forward_backward(self, batch: TrainBatch, objective: Objective, micro_batch_size: int) -> dict[str, float]:
+        """`accumulate_gradients`, waited for."""
+        return self.accumulate_gradients(batch, objective, micro_batch_size).read()
+
+    def accumulate_gradients(
+        self, batch: TrainBatch, objective: Objective, micro_batch_size: int
+    ) -> Deferred[dict[str, float]]:
         """Gradients of the objective per loss token over all ranks, reduced and ready for the optimizer.
 
         Returns global metric means per loss token (maxima where `tracking.schema` says so), equal on all ranks, and `tokens`.
@@ -200,7 +209,7 @@ class MegatronPolicy:
         metrics = self._reduce(reported, losses)
         if replay is not None:
             layers = int(self.model.config.num_layers)
-            metrics.update(replay.metrics(layers, float(batch.length_N.sum()), self.groups))
+            metrics = merged(metrics, replay.metrics(layers, float(batch.length_N.sum()), self.groups))
         return metrics
 
     def _replay_of(self, batch: TrainBatch) -> ModelReplay | None:
@@ -240,8 +249,8 @@ class MegatronPolicy:
         for layer in self._layers:
             layer.begin_step(StepTokens(**sums))
 
-    def _reduce(self, reported: list[dict[str, Tensor]], losses: dict[str, Tensor]) -> dict[str, float]:
-        """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives and one host synchronisation.
+    def _reduce(self, reported: list[dict[str, Tensor]], losses: dict[str, Tensor]) -> Deferred[dict[str, float]]:
+        """Sums (maxima) over micro-batches and data-parallel ranks, in two collectives.
 
         Args:
             losses: what all ranks have the same, to be read along with it.
@@ -258,16 +267,46 @@ class MegatronPolicy:
                 dist.all_reduce(values, op=op, group=self.groups.dp)
                 found.update(zip(sorted(keys), values.unbind(), strict=True))
         together = [*found.values(), *losses.values()]
-        numbers = torch.stack(together).tolist() if together else []
-        result = dict(zip(found, numbers, strict=False))
-        if result:
-            tokens = max(result["tokens"], 1.0)
-            result = {k: v if k == "tokens" or k in maxima else v / tokens for k, v in result.items()}
-        if self.groups.pp.size() > 1:
-            box = [result]
-            dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
-            result = box[0]
-        return result | dict(zip(losses, numbers[len(found) :], strict=True))
+
+        def finish(on_host: list[Tensor]) -> dict[str, float]:
+            numbers = on_host[0].tolist() if on_host else []
+            result = dict(zip(found, numbers, strict=False))
+            if result:
+                tokens = max(result["tokens"], 1.0)
+                result = {k: v if k == "tokens" or k in maxima else v / tokens for k, v in result.items()}
+            if self.groups.pp.size() > 1:
+                box = [result]
+                dist.broadcast_object_list(box, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+                result = box[0]
+            return result | dict(zip(losses, numbers[len(found) :], strict=True))
+
+        return Deferred((torch.stack(together),) if together else (), finish)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the coming optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Deferred[float]:
+        """Hand the gradients to the optimizer; returns their norm over all ranks. Collective."""
+        found_inf = self.optimizer.prepare_grads()
+        self._squares = squared_norms(self.optimizer, self.groups.device)
+        if found_inf:
+            return known(math.nan)
+        return Deferred((self._squares,), lambda on_host: total_norm(on_host[0].tolist()))
+
+    @torch.no_grad()
+    def take_step(self) -> None:
+        """Clip by the norm that `gradient_norm` found last, and step. Nothing is read: a caller that does not know yet whether
+        the norm is a finite number must be able to take the step back."""
+        assert self._squares is not None, "gradient_norm() comes first"
+        if self.clip_grad > 0:
+            for optimizer in self.optimizers():
+                clip_by(self._squares, self.clip_grad, optimizer.get_parameters())
+        self._squares = None
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
 
     def optimizer_step(self, tokens: int) -> StepStats:
         """Clip and step. A step without tokens or with a non-finite gradient norm leaves parameters and optimizer state as
@@ -276,18 +315,11 @@ class MegatronPolicy:
         Args:
             tokens: loss tokens of all ranks, as `forward_backward` reported them.
         """
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        found_inf = self.optimizer.prepare_grads()
-        grad_norm = float("nan") if found_inf else float(self.optimizer.get_grad_norm())
-        skipped = tokens == 0 or not math.isfinite(grad_norm)
-        if not skipped:
-            for optimizer in self.optimizers():
-                parameters = optimizer.get_parameters()
-                if self.clip_grad > 0 and parameters:
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
-            self.optimizer.step_with_ready_grads()
-            self.scheduler.step(increment=1)
-        return StepStats(metrics={}, grad_norm=grad_norm, lr=lr, skipped=skipped, tokens=tokens)
+        lr = self.learning_rate
+        stats = StepStats.of({"tokens": tokens}, self.gradient_norm().read(), lr)
+        if not stats.skipped:
+            self.take_step()
+        return replace(stats, metrics={})
 
     def save_state(self) -> StepState:
         """What the coming forward and backward passes change besides gradients, as it is now."""
@@ -316,12 +348,16 @@ class MegatronPolicy:
         return not any_rank(not bool(torch.stack(finite).all()), self.groups.world)
 
     @torch.no_grad()
-    def checksum(self) -> int:
+    def checksum(self) -> Deferred[int]:
         """Checksum of this rank's weights, for comparison with what an engine says it holds."""
         self.gather_parameters()
         return weights_checksum(weight_tensors(self.model))
 
     def log_probs(self, batch: TrainBatch, micro_batch_size: int) -> Tensor:
+        """`start_scoring`, waited for."""
+        return self.start_scoring(batch, micro_batch_size).read()
+
+    def start_scoring(self, batch: TrainBatch, micro_batch_size: int) -> Deferred[Tensor]:
         """Log-probabilities under the present weights, without gradient. [N, S] float32 on the CPU.
 
         A batch's routes are replayed, as in training.
@@ -329,7 +365,7 @@ class MegatronPolicy:
         self.ddp.eval()
         replay = self._replay_of(batch)
         try:
-            return score(
+            return scores(
                 self.ddp,
                 batch,
                 micro_batch_size,

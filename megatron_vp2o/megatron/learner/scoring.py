@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, TokenBudget, micro_batches
 from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
@@ -141,7 +142,7 @@ def run_schedule(
     )
 
 
-def score(
+def scores(
     model: Any,
     batch: TrainBatch,
     micro_batch_size: int,
@@ -150,7 +151,7 @@ def score(
     multiple: int,
     replay: ModelReplay | None = None,
     budget: TokenBudget | None = None,
-) -> Tensor:
+) -> Deferred[Tensor]:
     """Teacher-forced log-probabilities, [N, S] float32 on the CPU: 0 at position 0 and beyond a row's length.
 
     Args:
@@ -165,7 +166,7 @@ def score(
     try:
         if moved is None:
             return _score_parts(model, batch, parts, groups, valid_vocab, replayed)
-        return moved.back(_score_parts(model, moved.batch, parts, groups, valid_vocab, replayed))
+        return _score_parts(model, moved.batch, parts, groups, valid_vocab, replayed).then(moved.back)
     finally:
         if replayed is not None:
             replayed.stop()
@@ -179,13 +180,13 @@ def score_and_record(
     valid_vocab: int,
     replay: ModelReplay,
 ) -> tuple[Tensor, Tensor]:
-    """`score` of a model without sequence parallelism, and the routes that it took: packed, [N, S, L, K] on the CPU.
+    """`scores` of a model without sequence parallelism, and the routes that it took: packed, [N, S, L, K] on the CPU.
 
     The last token of a row predicts nothing and has no route, as in an engine's.
     """
     parts = micro_batches(batch, micro_batch_size, groups, 1)
     with replay.recording():
-        logprob_NS = _score_parts(model, batch, parts, groups, valid_vocab, None)
+        logprob_NS = _score_parts(model, batch, parts, groups, valid_vocab, None).read()
     rows, width = batch.tokens_NS.shape
     dtype = packed_dtype(replay.experts)
     routes_NSLK = torch.full((rows, width, len(replay.layers), replay.topk), sentinel(dtype), dtype=dtype)
@@ -198,15 +199,6 @@ def score_and_record(
     return logprob_NS, torch.where(routed_NS[:, :, None, None], routes_NSLK, sentinel(dtype)).to(dtype)
 
 
-def _on_cpu(results: list[Tensor]) -> list[Tensor]:
-    """The same tensors as float32 on the CPU, in one copy."""
-    if not results:
-        return []
-    flat = torch.cat([result.float().flatten() for result in results]).cpu()
-    parts = flat.split([result.numel() for result in results])
-    return [part.view(result.shape) for part, result in zip(parts, results, strict=True)]
-
-
 @torch.no_grad()
 def _score_parts(
     model: Any,
@@ -215,7 +207,7 @@ def _score_parts(
     groups: Groups,
     valid_vocab: int,
     replay: ModelReplay | None,
-) -> Tensor:
+) -> Deferred[Tensor]:
     results = run_schedule(
         model,
         parts,
@@ -225,12 +217,13 @@ def _score_parts(
         forward_only=True,
         before_forward=None if replay is None else lambda _, batch, packed: replay.before_forward(batch, packed),
     )
-    out_NS = torch.zeros(batch.tokens_NS.shape)
-    for part, logprob in zip(parts, _on_cpu(results), strict=False):
-        rows, width = part.index_N, min(logprob.shape[1], out_NS.shape[1])
-        inside = torch.arange(width) < part.batch.length_N[: len(rows), None]
-        out_NS[rows, :width] = torch.where(inside, logprob[: len(rows), :width], 0.0)
+    out_NS = torch.zeros(batch.tokens_NS.shape, device=groups.device)
+    for part, logprob in zip(parts, results, strict=False):  # no results but on the last pipeline stage
+        row_N = part.index_N.to(groups.device, non_blocking=True)
+        length_N = part.batch.length_N[: len(row_N)].to(groups.device, non_blocking=True)
+        width = min(logprob.shape[1], out_NS.shape[1])
+        inside_NS = torch.arange(width, device=groups.device) < length_N[:, None]
+        out_NS[row_N, :width] = torch.where(inside_NS, logprob[: len(row_N), :width].float(), 0.0)
     if groups.pp.size() > 1:
-        out_NS = out_NS.to(groups.device, non_blocking=True)
         dist.broadcast(out_NS, group=groups.pp, group_src=groups.pp.size() - 1)
-    return out_NS.cpu()
+    return Deferred((out_NS,), lambda on_host: on_host[0])

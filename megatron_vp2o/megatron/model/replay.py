@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.core.routes import pack_routes, same_experts, sentinel, unpack_routes
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
@@ -158,7 +159,7 @@ class ModelReplay:
         for part in self.parts:
             part.replay(None)
 
-    def metrics(self, layers: int, valid: float, groups: Any) -> dict[str, float]:
+    def metrics(self, layers: int, valid: float, groups: Any) -> Deferred[dict[str, float]]:
         """What was replayed since `begin_step`, equal on all ranks. Collective over all ranks of the model.
 
         Args:
@@ -180,10 +181,14 @@ class ModelReplay:
         tokens = tokens.to(groups.device, non_blocking=True)
         total_M3 = torch.cat([sums_M3, tokens])
         dist.all_reduce(total_M3, group=groups.world)
-        *by_layer, (tokens_all, _, _) = total_M3.tolist()
-        replayed = by_layer[0][2]
-        found = {"replay/tokens": replayed / tokens_all} if tokens_all else {}
-        if replayed:
-            shares = [agreed / experts for agreed, experts, _ in by_layer]
-            found |= {"replay/agreement": sum(shares) / layers, "replay/agreement_layer_min": min(shares)}
-        return found
+
+        def finish(on_host: list[Tensor]) -> dict[str, float]:
+            *by_layer, (tokens_all, _, _) = on_host[0].tolist()
+            replayed = by_layer[0][2]
+            found = {"replay/tokens": replayed / tokens_all} if tokens_all else {}
+            if replayed:
+                shares = [agreed / experts for agreed, experts, _ in by_layer]
+                found |= {"replay/agreement": sum(shares) / layers, "replay/agreement_layer_min": min(shares)}
+            return found
+
+        return Deferred((total_M3,), finish)

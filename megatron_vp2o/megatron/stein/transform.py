@@ -28,12 +28,13 @@ from megatron_vp2o.core.coactivation import (
     repulsion_mask,
     update_average,
 )
+from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.core.kernels import kernel_matrix, kernel_pull, temperature
 from megatron_vp2o.core.prototypes import RankTwo, prototype_gradient
 from megatron_vp2o.core.stein import attraction_weights, repulsion_weights
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.stein.expert_gradients import ExpertGradients
-from megatron_vp2o.megatron.stein.metrics import StageObservation, means_over_layers
+from megatron_vp2o.megatron.stein.metrics import MeansOverLayers, StageObservation
 from megatron_vp2o.megatron.stein.prototypes import (
     ExpertPrototypes,
     PrototypeState,
@@ -74,11 +75,12 @@ class SteinTransform:
     def __init__(self, prototypes: ExpertPrototypes, *, optimizer: Any = None) -> None:
         self.prototypes, self.settings, self.groups = prototypes, prototypes.settings, prototypes.groups
         self.optimizer = optimizer
-        self.coactivation_LEE: Tensor | None = None
-        """Moving average of C; None before the first step with a token."""
+        self._average: tuple[Tensor, Tensor] | None = None
+        """Moving average of C, and whether any step in it had a token: True or False on the device."""
         self.steps = 0
         """Steps transformed so far."""
         self._warned = False
+        self._means = MeansOverLayers(self.groups)
         layers = prototypes.layers
         for layer in layers:
             layer.observe()
@@ -93,24 +95,40 @@ class SteinTransform:
                 int(settings.chunk_mib * 2**20),
             )
 
-    def save_state(self) -> tuple[Tensor | None, int]:
+    def save_state(self) -> tuple[tuple[Tensor, Tensor] | None, int]:
         """The present state, for `restore_state`. Costs nothing: tensors are never changed in place."""
-        return self.coactivation_LEE, self.steps
+        return self._average, self.steps
 
-    def restore_state(self, saved: tuple[Tensor | None, int]) -> None:
+    def restore_state(self, saved: tuple[tuple[Tensor, Tensor] | None, int]) -> None:
         """Return to what `save_state` returned."""
-        self.coactivation_LEE, self.steps = saved
+        self._average, self.steps = saved
+
+    @property
+    def coactivation_LEE(self) -> Tensor | None:
+        """Moving average of C; None before the first step with a token. The host waits for the device."""
+        return self._average[0] if self._average is not None and bool(self._average[1]) else None
+
+    @coactivation_LEE.setter
+    def coactivation_LEE(self, average_LEE: Tensor | None) -> None:
+        self._average = None
+        if average_LEE is not None:
+            self._average = average_LEE, torch.ones((), dtype=torch.bool, device=average_LEE.device)
 
     # --- the transform ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def apply(self) -> dict[str, float]:
+        """`transform_gradients`, waited for."""
+        return self.transform_gradients().read()
+
+    @torch.no_grad()
+    def transform_gradients(self) -> Deferred[dict[str, float]]:
         """Replace the reduced expert gradients by the field's (only measure, where `enabled` is false).
 
         A collective over the stage; call it once a step, before clipping.
 
         Returns:
-            Metrics, means over the layers of all stages, equal on all ranks.
+            Metrics, means over the layers of all stages, equal on all ranks. Reading them is a collective, too; those of several
+            steps are best read at once.
         """
         layers, seen = len(self.prototypes.layers), None
         if layers:
@@ -129,15 +147,13 @@ class SteinTransform:
             )
         self.steps += 1
         self.prototypes.mark_stale()  # an optimizer step follows
-        means = means_over_layers(seen, layers, self.groups)
-        self._warn_of_repulsion(means.get("stein/repulsion_ratio", 0.0))
-        return means
+        return self._means.of(seen, layers).then(self._warn_of_repulsion)
 
-    def _warn_of_repulsion(self, ratio: float) -> None:
+    def _warn_of_repulsion(self, means: dict[str, float]) -> dict[str, float]:
         """Say once that the repulsion, whose size is fixed, drowns the gradients, as it does at fresh weights."""
-        settings = self.settings
+        settings, ratio = self.settings, means.get("stein/repulsion_ratio", 0.0)
         if self._warned or settings.repulsion_scale is not RepulsionScale.absolute or ratio <= REPULSION_DROWNS:
-            return
+            return means
         self._warned = True
         if self.groups.rank == 0:
             logger.warning(
@@ -147,6 +163,7 @@ class SteinTransform:
                 ratio,
                 settings.eta,
             )
+        return means
 
     def _collect_statistics(self) -> tuple[Tensor, Tensor]:
         """Statistics of all layers and ranks of the stage, in one reduction: counts [L, E, E] and sums [L, S]."""
@@ -180,14 +197,14 @@ class SteinTransform:
     def _update_average(self, counts_LEE: Tensor, tokens_L: Tensor) -> Tensor:
         """The average of C with this step in it. A step without a token says nothing of C, and leaves the average alone."""
         current_LEE = coactivation_scores(counts_LEE, tokens_L).float()
-        before_LEE = self.coactivation_LEE
-        moved_LEE = update_average(before_LEE, current_LEE, self.settings.coactivation_ema)
-        if before_LEE is not None:
-            self.coactivation_LEE = torch.where(tokens_L[:, None, None] > 0, moved_LEE, before_LEE)
-            return self.coactivation_LEE
-        if bool((tokens_L > 0).any()):  # the run's first steps only: else there is an average
-            self.coactivation_LEE = moved_LEE
-        return moved_LEE
+        present_L11, decay = tokens_L[:, None, None] > 0, self.settings.coactivation_ema
+        if self._average is None:
+            self._average = update_average(None, current_LEE, decay), present_L11.any()
+            return self._average[0]
+        before_LEE, begun = self._average
+        moved_LEE = torch.where(present_L11, update_average(before_LEE, current_LEE, decay), before_LEE)
+        self._average = torch.where(begun, moved_LEE, current_LEE), begun | present_L11.any()
+        return self._average[0]
 
     def _repel(self, field: FieldWeights) -> Tensor:
         """Add the repulsion to the output projections' gradients. Returns |repulsion| / |attraction| by layer."""
