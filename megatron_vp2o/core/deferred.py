@@ -95,6 +95,8 @@ def read(*values: Deferred[Any]) -> list[Any]:
 
 def _on_host(tensors: list[Tensor]) -> list[Tensor]:
     """The same tensors in host memory, bit for bit, in one copy: as words of eight bytes."""
+    # A simulated rank (planning/simulate.py) has no values: whatever it reads is 1.
+    tensors = [torch.ones(t.shape, dtype=torch.float64) if t.is_meta else t for t in tensors]
     away = [tensor for tensor in tensors if tensor.device.type != "cpu"]
     if not away:
         return tensors
