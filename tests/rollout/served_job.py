@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vp2o.core.deferred import Deferred, known
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.parallel.groups import Groups, first_rank_says
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
@@ -47,8 +48,8 @@ class TableSnapshot:
         """A table has no layers."""
         return self.log_probs(rollouts, temperature), torch.zeros(*rollouts.tokens_NS.shape, 0, 0, dtype=torch.uint8)
 
-    def checksum(self) -> int:
-        return self.version
+    def checksum(self) -> Deferred[int]:
+        return known(self.version)
 
     def generate(self, *_: Any) -> Rollouts:
         raise AssertionError("the servers generate")

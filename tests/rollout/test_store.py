@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vp2o.core.deferred import Deferred, known
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.rl.types import LoggedGates, Rollouts, SamplingParams
 from megatron_vp2o.rollout.store import RolloutFile, StoredEngine, file_of, to_arrays, to_rollouts
@@ -129,8 +130,8 @@ class Counting:
     def __init__(self, routes: bool) -> None:
         self.routes, self.calls = routes, 0
 
-    def checksum(self) -> int:
-        return 7
+    def checksum(self) -> Deferred[int]:
+        return known(7)
 
     def generate(self, prompts: Any, uids: Any, sampling: Any, group_size: int = 1) -> Rollouts:
         self.calls += 1
@@ -165,8 +166,8 @@ class Ahead(Counting):
 
     weights = 7
 
-    def checksum(self) -> int:
-        return self.weights
+    def checksum(self) -> Deferred[int]:
+        return known(self.weights)
 
     def begin(self, prompts: Any, uids: Any, sampling: Any, group_size: int = 1) -> Any:
         self.calls += 1
