@@ -83,9 +83,9 @@ class Meter:
     def watch(self, objective: Any) -> Any:
         return objective
 
-    def read(self) -> Budget:
+    def spent(self) -> Deferred[Budget]:
         self.reads += 1
-        return Budget(drift=float(self.reads), ess=1.0, sequences=1)
+        return known(Budget(drift=float(self.reads), ess=1.0, sequences=1))
 
 
 def trained(made: Made) -> list[int]:
