@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vp2o.config.schema import MismatchConfig, RouterReplay
 from megatron_vp2o.core.budget import Budget, RefreshReason
 from megatron_vp2o.core.choices import MismatchCorrection
+from megatron_vp2o.core.deferred import Deferred, known
 from megatron_vp2o.parallel.groups import Groups
 from megatron_vp2o.rl.mismatch import MismatchControl
 from megatron_vp2o.rl.refresh import EveryBatches
