@@ -303,6 +303,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.trust_region.mode=monitor",
             "algorithm.objective=grpo",
             "algorithm.micro_batch_tokens=64",
+            "algorithm.prefix_sharing=on",
             "rollout.router_replay=R2",
         ],
     ),

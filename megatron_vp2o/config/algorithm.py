@@ -44,6 +44,14 @@ class ControlMode(enum.Enum):
     enforce = "enforce"
 
 
+class PrefixSharing(enum.Enum):
+    """Whether the rows of a group share their prompt in training."""
+
+    off = "off"
+    on = "on"
+    auto = "auto"  # where that leaves at most nine tenths of a step's tokens
+
+
 class DataSource(enum.Enum):
     task = "task"  # demonstrations of the run's task
     jsonl = "jsonl"  # one JSON object a line with a text field
@@ -214,6 +222,9 @@ class GRPOConfig(AlgorithmConfig):
     micro_batch_tokens: Annotated[Optional[int], Range(2, 2**24)] = None
     """Pack rows, without attention across them, into micro-batches of at most this many tokens, dealt to ranks by cost; a longer
     row gets one of its own. null: micro-batches of micro_batch_size padded rows, each rank its own."""
+    prefix_sharing: PrefixSharing = PrefixSharing.auto
+    """With micro_batch_tokens: compute the prompt of a group once, and let each response attend to it and to itself (training and
+    scoring; exact to rounding). auto: in steps in which that leaves at most nine tenths of the tokens."""
     minibatches: Annotated[int, Range(1, 10**6)] = 1
     """Optimizer steps per pass over a rollout batch."""
     epochs: Annotated[int, Range(1, 10**4)] = 1

@@ -23,6 +23,7 @@ from megatron_vp2o.config.algorithm import DataSource as DataSource
 from megatron_vp2o.config.algorithm import GRPOConfig as GRPOConfig
 from megatron_vp2o.config.algorithm import KLReference as KLReference
 from megatron_vp2o.config.algorithm import MismatchConfig as MismatchConfig
+from megatron_vp2o.config.algorithm import PrefixSharing as PrefixSharing
 from megatron_vp2o.config.algorithm import SpecializationConfig as SpecializationConfig
 from megatron_vp2o.config.algorithm import SteinConfig as SteinConfig
 from megatron_vp2o.config.algorithm import SupervisedConfig as SupervisedConfig

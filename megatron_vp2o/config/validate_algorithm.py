@@ -14,12 +14,13 @@ from megatron_vp2o.config.schema import (
     DataSource,
     Dispatcher,
     GRPOConfig,
+    Implementation,
     KLEstimator,
     KLReference,
-    LoadBalancing,
     MismatchCorrection,
     MismatchLevel,
     PolicyLoss,
+    PrefixSharing,
     SoftmaxType,
     SupervisedConfig,
     TrainConfig,
@@ -203,8 +204,26 @@ def _data(config: TrainConfig, algorithm: SupervisedConfig) -> Iterator[str]:
 
 def _packing(config: TrainConfig) -> Iterator[str]:
     """What rows packed into one sequence cannot go together with."""
-    algorithm, model, stages = config.algorithm, config.model, config.parallel.pipeline_parallel
-    if not isinstance(algorithm, GRPOConfig) or algorithm.micro_batch_tokens is None:
+    algorithm, model = config.algorithm, config.model
+    if not isinstance(algorithm, GRPOConfig):
+        return
+    if algorithm.prefix_sharing is PrefixSharing.on:
+        if algorithm.micro_batch_tokens is None:
+            yield (
+                "algorithm.prefix_sharing=on lays the rows of a group out as one sequence, and algorithm.micro_batch_tokens=null "
+                "pads each row: set algorithm.micro_batch_tokens to the tokens of a micro-batch, or algorithm.prefix_sharing=auto"
+            )
+        if model.implementation is Implementation.transformer_engine:
+            yield (
+                "algorithm.prefix_sharing=on needs this project's attention, and model.implementation=transformer_engine has its "
+                "own: set model.implementation=local, or algorithm.prefix_sharing=off"
+            )
+        if config.parallel.context_parallel > 1:
+            yield (
+                f"algorithm.prefix_sharing=on with parallel.context_parallel={config.parallel.context_parallel}: a shared prompt "
+                "cannot be cut over ranks yet; choose algorithm.prefix_sharing=off, or parallel.context_parallel=1"
+            )
+    if algorithm.micro_batch_tokens is None:
         return
     packed = f"algorithm.micro_batch_tokens={algorithm.micro_batch_tokens}"
     if model.window_size is not None:
@@ -221,11 +240,4 @@ def _packing(config: TrainConfig) -> Iterator[str]:
         yield (
             f"{packed} gives every rank its own number of tokens, and model.moe_token_dispatcher_type=allgather needs the same "
             "on all: use alltoall, or algorithm.micro_batch_tokens=null"
-        )
-    by_row = model.moe_aux_loss_coeff > 0 and model.moe_router_load_balancing_type is LoadBalancing.seq_aux_loss
-    if by_row and model.recompute and stages > 1:
-        yield (
-            f"{packed} with model.moe_router_load_balancing_type=seq_aux_loss, model.recompute=true and "
-            f"parallel.pipeline_parallel={stages}: a layer that is computed again no longer knows which row its tokens are of. "
-            "Choose aux_loss or global_aux_loss, or turn one of the others off"
         )

@@ -16,7 +16,7 @@ def coactivation_counts(selected_TE: Tensor, valid_T: Tensor | None = None) -> T
 
     Args:
         selected_TE: the routing map, 1 (or True) where a token goes to an expert.
-        valid_T: True for tokens that count; padding does not.
+        valid_T: True for tokens that count (padding does not), or how often each counts.
 
     Returns:
         [E, E] float64, symmetric; the diagonal holds each expert's tokens.
@@ -25,10 +25,9 @@ def coactivation_counts(selected_TE: Tensor, valid_T: Tensor | None = None) -> T
         >>> coactivation_counts(torch.tensor([[1, 1, 0], [1, 0, 1]])).tolist()
         [[2.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
     """
-    chosen_TE = selected_TE.float()  # 0 and 1: products of two are exact in any precision, sums to 2^24 in this one
-    if valid_T is not None:
-        chosen_TE = chosen_TE * valid_T[:, None]
-    return (chosen_TE.t() @ chosen_TE).double()
+    chosen_TE = selected_TE.float()  # whole numbers: products are exact, sums to 2^24
+    counted_TE = chosen_TE if valid_T is None else chosen_TE * valid_T[:, None]
+    return (chosen_TE.t() @ counted_TE).double()
 
 
 def coactivation_scores(counts_EE: Tensor, tokens: Tensor | float) -> Tensor:

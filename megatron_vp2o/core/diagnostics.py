@@ -16,7 +16,7 @@ def router_entropy(probabilities_TE: Tensor, valid_T: Tensor | None = None) -> t
 
     Args:
         probabilities_TE: each row adds up to 1; a probability of 0 contributes nothing.
-        valid_T: True for tokens that count.
+        valid_T: True for tokens that count, or how often each counts.
 
     Example:
         >>> total, tokens = router_entropy(torch.full((3, 4), 0.25))  # all of four experts alike
@@ -26,7 +26,7 @@ def router_entropy(probabilities_TE: Tensor, valid_T: Tensor | None = None) -> t
     entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(-1)
     if valid_T is None:
         valid_T = torch.ones_like(entropy_T, dtype=torch.bool)
-    return torch.where(valid_T, entropy_T, 0.0).sum(), valid_T.sum()
+    return torch.where(valid_T > 0, entropy_T * valid_T, 0.0).sum(), valid_T.sum()
 
 
 def expert_utilisation(loads_LE: Tensor) -> Tensor:
@@ -144,12 +144,13 @@ def effective_rank(gram_LEE: Tensor) -> Tensor:
     return (-torch.xlogy(share_LE, share_LE).sum(-1)).exp()
 
 
-def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Tensor]:
+def output_overlap(outputs_TKD: Tensor, present_TK: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Squared cosines of the outputs of each token's experts: (sum over unordered pairs, number of pairs).
 
     Args:
         outputs_TKD: outputs, in any scale.
         present_TK: True where the slot holds an output that counts.
+        weight_T: how often each token counts; None: once.
 
     Example:
         >>> outputs_TKD = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]])  # one of three pairs is parallel, two are orthogonal
@@ -159,7 +160,10 @@ def output_overlap(outputs_TKD: Tensor, present_TK: Tensor) -> tuple[Tensor, Ten
     unit_TKD = torch.nn.functional.normalize(outputs_TKD, dim=-1)
     square_TKK = (unit_TKD @ unit_TKD.transpose(1, 2)).square()
     upper_TKK = torch.ones_like(square_TKK, dtype=torch.bool).triu(1) & present_TK[:, :, None] & present_TK[:, None, :]
-    return torch.where(upper_TKK, square_TKK, 0.0).sum(), upper_TKK.sum()
+    square_TKK = torch.where(upper_TKK, square_TKK, 0.0)
+    if weight_T is None:
+        return square_TKK.sum(), upper_TKK.sum()
+    return (square_TKK.sum((1, 2)) * weight_T).sum(), (upper_TKK.sum((1, 2)) * weight_T).sum()
 
 
 def coactivation_sparsity(counts_LEE: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def orthogonality_loss(
     Args:
         outputs_TKD: outputs before they are weighted by gates and added up; finite everywhere, in empty slots too.
         kind: which of the two.
-        valid_T: True for tokens that count.
+        valid_T: True for tokens that count, or how often each counts.
         present_TK: True where the slot holds an expert's output (a token may have fewer than K, or lost one to a full
             expert).
 
@@ -73,7 +73,7 @@ def gated_orthogonality_loss(
         gates_TK: the gates, not zero where `present` is True.
         present_TK: True where the slot holds an expert's output; no row is present twice.
         kind: which overlap.
-        valid_T: True for tokens that count.
+        valid_T: True for tokens that count, or how often each counts.
 
     Returns:
         (sum over the tokens that count, how many these are).
@@ -151,7 +151,10 @@ def _overlap(gram_TKK: Tensor, kind: Orthogonality, valid_T: Tensor | None, pres
     else:
         divisor_TKK = square_TK[:, :, None] * square_TK[:, None, :] + _EPSILON**2
     other_KK = ~torch.eye(gram_TKK.shape[-1], dtype=torch.bool, device=gram_TKK.device)
-    return (gram_TKK.square() / divisor_TKK * other_KK).sum()
+    overlap_TKK = gram_TKK.square() / divisor_TKK * other_KK
+    if valid_T is not None and valid_T.is_floating_point():
+        return (overlap_TKK.sum((1, 2)) * valid_T).sum()
+    return overlap_TKK.sum()
 
 
 def variance_loss(
@@ -165,7 +168,7 @@ def variance_loss(
 
     Args:
         scores_TE: the router's scores of all experts.
-        valid_T: True for tokens that count.
+        valid_T: True for tokens that count, or how often each counts.
         mean_E: mean of each expert's score over all tokens, where these are more than are here.
 
     Returns:
@@ -180,8 +183,8 @@ def variance_loss(
         mean_E = sums_E / tokens.clamp(min=1)
     deviation_TE = scores_TE - mean_E.detach()
     if valid_T is not None:
-        deviation_TE = torch.where(valid_T[:, None], deviation_TE, 0.0)
-    return -deviation_TE.square().mean(1).sum(), _count(scores_TE, valid_T)
+        deviation_TE = torch.where(valid_T[:, None] > 0, deviation_TE, 0.0)
+    return -_sum(deviation_TE.square().mean(1), valid_T), _count(scores_TE, valid_T)
 
 
 def score_sums(scores_TE: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -194,8 +197,8 @@ def score_sums(scores_TE: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor
     """
     scores_TE = scores_TE.detach()
     if valid_T is not None:
-        scores_TE = torch.where(valid_T[:, None], scores_TE, 0.0)
-    return scores_TE.sum(0), _count(scores_TE, valid_T)
+        scores_TE = torch.where(valid_T[:, None] > 0, scores_TE, 0.0)
+    return _sum(scores_TE, valid_T), _count(scores_TE, valid_T)
 
 
 def _kept(gram_TKK: Tensor, valid_T: Tensor | None, present_TK: Tensor | None) -> Tensor:
@@ -204,8 +207,15 @@ def _kept(gram_TKK: Tensor, valid_T: Tensor | None, present_TK: Tensor | None) -
     if present_TK is not None:
         keep_TKK = keep_TKK & present_TK[:, :, None] & present_TK[:, None, :]
     if valid_T is not None:
-        keep_TKK = keep_TKK & valid_T[:, None, None]
+        keep_TKK = keep_TKK & (valid_T > 0)[:, None, None]
     return keep_TKK
+
+
+def _sum(values: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Over tokens, each as often as it counts; what does not count is 0 in `values` already."""
+    if valid_T is None or not valid_T.is_floating_point():
+        return values.sum(0)
+    return torch.einsum("t...,t->...", values, valid_T)
 
 
 def _count(values: Tensor, valid_T: Tensor | None) -> Tensor:

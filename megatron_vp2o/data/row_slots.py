@@ -44,22 +44,26 @@ def row_slots(length_R: np.ndarray, *, budget: int, ranks: int = 1, quadratic: f
     full = beyond + -(-int(within.sum()) // budget)
     count = max(at_least, 1, -(-halves // ranks), -(-full // ranks))
     order = np.argsort(-length_R, kind="stable")
-    while (place_R := _deal(length_R, order, budget, ranks * count, quadratic)) is None:
+    cost_R = length_R + quadratic * length_R.astype(float) ** 2
+    while (place_R := deal(length_R, cost_R, order, budget, ranks * count)) is None:
         count += 1
     return Slots(place_R % ranks, place_R // ranks, count)
 
 
-def _deal(length_R: np.ndarray, order: np.ndarray, budget: int, places: int, quadratic: float) -> np.ndarray | None:
-    """The place of each row; None where one finds none."""
-    place_R = np.zeros(len(length_R), dtype=np.int64)
+def deal(tokens_R: np.ndarray, cost_R: np.ndarray, order: np.ndarray, budget: int, places: int) -> np.ndarray | None:
+    """The place of each item, given in that order to the cheapest place that has room; None where one finds none.
+
+    An item of more tokens than the budget goes to a place without another one.
+    """
+    place_R = np.zeros(len(tokens_R), dtype=np.int64)
     tokens, cost = np.zeros(places, dtype=np.int64), np.zeros(places)
     for row in order:
-        length = int(length_R[row])
+        length = int(tokens_R[row])
         free = (tokens + length <= budget) | (tokens == 0)
         place = int(np.where(free, cost, np.inf).argmin())
         if not free[place]:
             return None
         place_R[row] = place
         tokens[place] += length
-        cost[place] += length + quadratic * length**2
+        cost[place] += cost_R[row]
     return place_R

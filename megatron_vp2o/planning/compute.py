@@ -45,23 +45,34 @@ def attention_flops(model: ModelConfig, queries: float, keys: float) -> float:
     return 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * queries * keys
 
 
-def forward_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
-    """Operations of a forward pass over whole rows."""
+def forward_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int, pairs: float | None = None) -> float:
+    """Operations of a forward pass over rows.
+
+    Args:
+        tokens: of a row.
+        pairs: of a query and a key in a row; None: each token's with each.
+    """
     products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
-    return products + rows * attention_flops(model, tokens, tokens)
+    return products + rows * _attention(model, tokens, pairs)
 
 
-def training_flops(model: ModelConfig, rows: float, tokens: float, vocab_size: int) -> float:
-    """Operations of forward and backward, without recomputation."""
+def training_flops(
+    model: ModelConfig, rows: float, tokens: float, vocab_size: int, pairs: float | None = None
+) -> float:
+    """Operations of forward and backward, without recomputation. Arguments as those of `forward_flops`."""
     products = rows * tokens * (layers_flops(model) + output_flops(model, vocab_size))
-    return 3.0 * products + (1.0 + RECOMPUTED_ATTENTION) * rows * attention_flops(model, tokens, tokens)
+    return 3.0 * products + (1.0 + RECOMPUTED_ATTENTION) * rows * _attention(model, tokens, pairs)
 
 
-def recomputing_flops(model: ModelConfig, rows: float, tokens: float) -> float:
-    """Operations of the second forward pass through the layers."""
+def recomputing_flops(model: ModelConfig, rows: float, tokens: float, pairs: float | None = None) -> float:
+    """Operations of the second forward pass through the layers. Arguments as those of `forward_flops`."""
     if not model.recompute:
         return 0.0
-    return rows * (tokens * layers_flops(model) + attention_flops(model, tokens, tokens))
+    return rows * (tokens * layers_flops(model) + _attention(model, tokens, pairs))
+
+
+def _attention(model: ModelConfig, tokens: float, pairs: float | None) -> float:
+    return attention_flops(model, 1.0, tokens**2 if pairs is None else pairs)
 
 
 def stein_flops(config: TrainConfig) -> float:
@@ -85,9 +96,9 @@ def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: i
     return Flops(
         decoding=decoded * tokens * (layers_flops(model) + output_flops(model, vocab_size))
         + decoded * attention_flops(model, tokens, tokens) / 2,
-        scoring=work.scored * forward_flops(model, once, tokens, vocab_size),
-        training=training_flops(model, rows, tokens, vocab_size),
-        recomputing=recomputing_flops(model, rows, tokens),
+        scoring=work.scored * forward_flops(model, once, work.computed, vocab_size, work.pairs),
+        training=training_flops(model, rows, work.computed, vocab_size, work.pairs),
+        recomputing=recomputing_flops(model, rows, work.computed, work.pairs),
         stein=work.updates * stein_flops(config),
     )
 

@@ -9,12 +9,15 @@ from megatron_vp2o.config.schema import (
     DataSource,
     EngineKind,
     GRPOConfig,
+    Implementation,
     KLReference,
+    PrefixSharing,
     RouterReplay,
     SupervisedConfig,
     TrainConfig,
 )
 from megatron_vp2o.config.validate import compares_rollouts, data_parallel_size
+from megatron_vp2o.data.prefix_slots import SHARED_FROM
 from megatron_vp2o.planning.hardware import Assumptions
 
 CHARACTERS = 104
@@ -37,6 +40,8 @@ class Workload:
         decoded_at_once: of these, at most.
         evaluated: whether the engine generates at all, if only for evaluation.
         packed: tokens of the fullest micro-batch where rows are packed; None where they are padded.
+        shared: leading tokens of a row that it shares with others; 0 where no prompt is shared.
+        sharing: rows that share them.
     """
 
     rows: int
@@ -50,6 +55,19 @@ class Workload:
     decoded_at_once: int
     evaluated: bool
     packed: int | None = None
+    shared: float = 0.0
+    sharing: int = 1
+
+    @property
+    def computed(self) -> float:
+        """Tokens of a row that the model computes in training, on average: a shared prompt counts once for its rows."""
+        return self.tokens - self.shared * (1 - 1 / self.sharing)
+
+    @property
+    def pairs(self) -> float:
+        """Queries of a row times the keys that each may meet, on average."""
+        own = self.tokens - self.shared
+        return own * self.tokens + self.shared**2 / self.sharing
 
     @property
     def micro_tokens(self) -> int:
@@ -59,7 +77,7 @@ class Workload:
     @property
     def passed(self) -> float:
         """Tokens that go through training in a step, on average over lengths."""
-        return self.micro_batches * self.micro_rows * self.tokens if self.packed is None else self.rows * self.tokens
+        return self.micro_batches * self.micro_rows * self.tokens if self.packed is None else self.rows * self.computed
 
 
 def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
@@ -89,12 +107,13 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
     updates = algorithm.minibatches * algorithm.epochs
     rows = rollouts // algorithm.minibatches  # of one update
     mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
-    packed = None
+    packed, shared, sharing = None, 0.0, 1
     micro = min(algorithm.micro_batch_size, rows)
     micro_batches = -(-rows // micro)
     if (budget := algorithm.micro_batch_tokens) is not None:
         # As many rows of mean length as have room. A row beyond the budget has a micro-batch of its own.
-        micro = max(1, min(rows, int(budget // mean)))
+        shared, sharing = _shared(config, mean, assumed)
+        micro = max(1, min(rows, int(budget // (mean - shared * (1 - 1 / sharing)))))
         micro_batches = -(-rows // micro)
         packed = _round(max(limit, min(budget, rows * limit)), multiple)
     return Workload(
@@ -109,7 +128,23 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
         decoded_at_once=min(config.rollout.max_batch_size, rollouts),
         evaluated=True,
         packed=packed,
+        shared=shared,
+        sharing=sharing,
     )
+
+
+def _shared(config: TrainConfig, mean: float, assumed: Assumptions) -> tuple[float, int]:
+    """Tokens of a prompt that is computed once, and rows that share it, if rows of `mean` tokens are packed. Groups are taken to
+    stay whole. `auto` counts only for models whose attention is certainly this project's."""
+    algorithm, sharing = config.algorithm, 1
+    assert isinstance(algorithm, GRPOConfig)
+    prompt = float(assumed.prompt_tokens)
+    computed = mean - prompt * (1 - 1 / algorithm.group_size)
+    if algorithm.prefix_sharing is PrefixSharing.on:
+        sharing = algorithm.group_size
+    elif algorithm.prefix_sharing is PrefixSharing.auto and config.model.implementation is Implementation.local:
+        sharing = algorithm.group_size if mean >= SHARED_FROM * computed else 1
+    return (prompt, sharing) if sharing > 1 else (0.0, 1)
 
 
 def _recomputed(config: TrainConfig) -> bool:

@@ -14,6 +14,7 @@ from megatron_vp2o.tracking.metric import (
     NATS,
     NONE,
     OVERLAP,
+    PACKING,
     RATE,
     REGION,
     REINFORCEMENT,
@@ -257,6 +258,18 @@ SECTIONS: tuple[Section, ...] = (
                 SECONDS,
                 "servers took for the batch; 0 where it was in the store",
                 OVERLAP,
+                REINFORCEMENT,
+            ),
+        ),
+    ),
+    Section(
+        "Packing",
+        (
+            Metric(
+                "packing/tokens_shared",
+                FRACTION,
+                "tokens that need not be computed, of those of all rows, because rows share their prompt; 0: none was shared",
+                PACKING,
                 REINFORCEMENT,
             ),
         ),

@@ -135,9 +135,11 @@ def compare(
     return found
 
 
-def _pass(policy: MegatronPolicy, batch: TrainBatch, objective: Any) -> tuple[dict[str, float], list[Any], Any]:
+def _pass(
+    policy: MegatronPolicy, batch: TrainBatch, objective: Any, size: int = 3
+) -> tuple[dict[str, float], list[Any], Any]:
     """Metrics, reduced gradients and log-probabilities."""
-    metrics = policy.forward_backward(batch, objective, micro_batch_size=3)
+    metrics = policy.forward_backward(batch, objective, micro_batch_size=size)
     policy.optimizer.prepare_grads()
     gradients = [
         parameter.grad.detach().clone()

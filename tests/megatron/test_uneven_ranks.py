@@ -1,5 +1,5 @@
-"""However prompts and rows are dealt to ranks (one may have none of them), padded or packed, a step is that of a single
-process with padded rows.
+"""However prompts and rows are dealt to ranks (one may have none of them), padded or packed, with prompts shared or not, a step is
+that of a single process with padded rows.
 
 VP2O_UNEVEN is the number of draws for each world (`VP2O_UNEVEN=40 pytest tests/megatron/test_uneven_ranks.py`), VP2O_UNEVEN_SEED
 their seed. The default seed draws rows to train on, and ranks without any, under tensor, expert, expert-tensor and pipeline
@@ -89,6 +89,11 @@ def draw(chance: random.Random, layouts: list[dict[str, Any]], ranks: int) -> Dr
     )
 
 
+def shares(one: Draw) -> bool:
+    """Whether prompts may be shared."""
+    return one.micro_batch_tokens is not None and one.layout.get("context_parallel", 1) == 1
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
     for row, response in found["responses"].items():
         assert response == expected["responses"][row], where
@@ -139,10 +144,11 @@ def test_a_step_does_not_depend_on_who_has_which_rows(ranks: int) -> None:
         )
         for number in range(-(-NUMBER // 3))
     ]
-    alone = [asdict(replace(one, layout={}, micro_batch_tokens=None)) for one in draws]
+    draws = [replace(one, prefix_sharing=packed.choice(["on", "on", "off"])) if shares(one) else one for one in draws]
+    alone = [asdict(replace(one, layout={}, micro_batch_tokens=None, prefix_sharing="off")) for one in draws]
     references = run_distributed(JOB, 1, alone, timeout=30 * len(draws) + 60)[0]
     by_rank = run_distributed(JOB, ranks, [asdict(one) for one in draws], timeout=60 * len(draws) + 60)
-    moved = empty = replayed = 0
+    moved = empty = replayed = shared = 0
     for index, one in enumerate(draws):
         moved += any(update["tokens"] for update in references[index]["updates"])
         for rank, results in enumerate(by_rank):
@@ -150,4 +156,5 @@ def test_a_step_does_not_depend_on_who_has_which_rows(ranks: int) -> None:
             empty += any(not update["rows"] for update in results[index]["updates"])
             assert not results[index].get("gone astray"), f"{one}, rank {rank}"
             replayed += results[index].get("replayed", 0)
-    assert moved and empty and replayed  # else nothing was tried
+            shared += sum(update["shared"] for update in results[index]["updates"])
+    assert moved and empty and replayed and shared  # else nothing was tried

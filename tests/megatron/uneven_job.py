@@ -24,6 +24,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrefixSharing,
     SpecializationConfig,
     SteinConfig,
     TrainConfig,
@@ -69,6 +70,7 @@ class Draw:
         replay: rollout.router_replay.
         recompute: model.recompute.
         micro_batch_tokens: rows are packed into micro-batches of so many; None: padded.
+        prefix_sharing: and share their prompts; off without micro_batch_tokens.
     """
 
     layout: dict[str, Any]
@@ -87,6 +89,7 @@ class Draw:
     replay: str = "off"
     recompute: bool = False
     micro_batch_tokens: int | None = None
+    prefix_sharing: str = "off"
 
 
 def run(draws: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,6 +109,7 @@ def config_of(draw: Draw) -> TrainConfig:
             group_size=GROUP,
             micro_batch_size=draw.micro_batch_size,
             micro_batch_tokens=draw.micro_batch_tokens,
+            prefix_sharing=PrefixSharing(draw.prefix_sharing),
             entropy_coef=0.01,
             stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **draw.stein}),
             specialization=SpecializationConfig(**draw.specialization),
@@ -189,10 +193,13 @@ def _update(
     measured = policy.accumulate_gradients(part, objective, draw.micro_batch_size)
     metrics = transform.apply()
     stats = region.step(measured)
+    metrics = metrics | stats.metrics
+    shared = metrics.pop("packing/tokens_shared", 0.0)
     assert transform.prototypes.state is not None
     coactivation_LEE = transform.coactivation_LEE  # None until a step had tokens
     return {
-        "metrics": metrics | stats.metrics,
+        "metrics": metrics,
+        "shared": shared,
         "grad_norm": stats.grad_norm,
         "tokens": stats.tokens,
         "outcome": [stats.skipped, stats.rejected],

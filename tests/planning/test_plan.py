@@ -85,6 +85,22 @@ def test_packed_rows_fill_micro_batches_up_to_their_tokens() -> None:
     assert (small.micro_rows, small.micro_tokens, small.micro_batches) == (1, 8224, 32)
 
 
+def test_a_shared_prompt_is_work_once() -> None:
+    """Eight rows of 512 + 1024 tokens: 8 x 1024 + 512 are computed in place of 8 x 1536."""
+    assumed = Assumptions(prompt_tokens=512, response_share=0.125)
+    budget = "algorithm.micro_batch_tokens=8704"
+    apart = workload(compose(LARGE, [budget, "algorithm.prefix_sharing=off"]), 64, assumed)
+    shared = workload(compose(LARGE, [budget, "algorithm.prefix_sharing=on"]), 64, assumed)
+    assert (apart.computed, apart.passed, apart.pairs) == (1536, 32 * 1536, 1536**2)
+    assert (shared.computed, shared.passed, shared.pairs) == (1088, 32 * 1088, 1024 * 1536 + 512**2 / 8)
+    assert (apart.micro_rows, shared.micro_rows) == (5, 8)
+    auto = [
+        workload(compose(LARGE, [budget, f"model.implementation={kind}"]), 64, assumed).computed
+        for kind in ("local", "auto")
+    ]
+    assert auto == [1088, 1536]  # auto may be transformer-engine, which shares nothing
+
+
 def test_constants_are_those_of_the_program() -> None:
     from megatron_vp2o.planning import memory as planned
     from megatron_vp2o.session import LOGGED_PER_CONTEXT

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "stein": "the Stein transform: its phases, and a training step with it over one without",
     "control": "the trust region: a training step under it over one without",
     "packing": "trained tokens/s of rows of skewed lengths, padded and packed",
+    "prefix": "forward and backward pass of groups, each prompt once a row and once a group",
     "experts": "the experts' forward pass on the CPU: one at a time, together, torch's grouped product",
     "gpu": "on a CUDA device: ceilings, layers of large models with and without VP2O, the hook by experts, decoding",
     "convert": "seconds a GB and memory of converting a checkpoint with the names of Qwen3-30B-A3B, both ways",

@@ -51,7 +51,7 @@ def main() -> None:
     from megatron_vp2o.rl.trainer import RLTrainer
     from megatron_vp2o.rl.types import Problem, Split, Verdict
 
-    work = peer_work.Work()
+    work = peer_work.work_of(arguments)
     steps = arguments.warmup + arguments.steps
     tokenizer = CharacterIds(work.vocab_size)
     texts = work.prompt_texts(work.prompts * steps)
@@ -118,6 +118,10 @@ def main() -> None:
                 f"algorithm.group_size={work.group_size}",
                 f"algorithm.micro_batch_size={work.prompts * work.group_size // int(os.environ.get('WORLD_SIZE', '1'))}",
                 "algorithm.filter_uniform_groups=false",
+                # all rows of a rank in one micro-batch, and each prompt once
+                f"algorithm.micro_batch_tokens={work.prompts * work.group_size * work.longest}",
+                "algorithm.prefix_sharing=on",
+                f"model.max_sequence_length={max(64, work.longest)}",
                 f"rollout.sampling.max_new_tokens={work.new_tokens}",
                 "rollout.sampling.temperature=1.0",
                 f"model.num_layers={work.num_layers}",

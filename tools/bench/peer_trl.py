@@ -38,7 +38,7 @@ def main() -> None:
     import trl
 
     torch.set_num_threads(arguments.threads)
-    work = peer_work.Work()
+    work = peer_work.work_of(arguments)
     transformers.set_seed(work.seed)
     model = transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
@@ -54,7 +54,7 @@ def main() -> None:
             intermediate_size=work.expert_width * work.top_k,
             norm_topk_prob=True,
             decoder_sparse_step=1,
-            max_position_embeddings=64,
+            max_position_embeddings=max(64, work.longest),
             tie_word_embeddings=False,
             experts_implementation="grouped_mm",
             attn_implementation="eager",

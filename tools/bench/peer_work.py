@@ -29,17 +29,31 @@ class Work:
     prompts: int = 32
     group_size: int = 8
     new_tokens: int = 16
+    prompt_tokens: int | None = None  # pad prompts to so many characters; None: as they are
     lr: float = 1e-4
     seed: int = 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and response together, at most."""
+        return max(14, self.prompt_tokens or 0) + self.new_tokens
+
     def prompt_texts(self, count: int) -> list[str]:
-        """`count` countdown-like prompts of 9 to 14 characters (mean about 12), the same on both sides."""
+        """`count` countdown-like prompts of 9 to 14 characters (mean about 12), the same on both sides; longer where
+        `prompt_tokens` says so, by what nobody could guess."""
         rng = random.Random(self.seed)
         texts = []
         for _ in range(count):
             numbers = " ".join(str(rng.randint(1, 99)) for _ in range(3))
-            texts.append(f"{numbers}={rng.randint(10, 99)}:")
+            text = f"{numbers}={rng.randint(10, 99)}:"
+            missing = (self.prompt_tokens or 0) - len(text)
+            texts.append("".join(rng.choice(ALPHABET) for _ in range(missing)) + text)
         return texts
+
+
+def work_of(arguments: argparse.Namespace) -> Work:
+    """What either side does, as its command line says."""
+    return Work(prompts=arguments.prompts, new_tokens=arguments.new_tokens, prompt_tokens=arguments.prompt_tokens)
 
 
 def reward(response_ids: list[int]) -> float:
@@ -53,6 +67,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     out.add_argument("--steps", type=int, default=12, help="timed steps")
     out.add_argument("--warmup", type=int, default=3, help="steps before them, not counted")
     out.add_argument("--threads", type=int, default=2, help="CPU threads")
+    out.add_argument("--prompt-tokens", type=int, help="length of every prompt; as they are (about 12) if not given")
+    out.add_argument("--new-tokens", type=int, default=Work.new_tokens, help="length of every response")
+    out.add_argument("--prompts", type=int, default=Work.prompts, help="of a step")
     out.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return out
 

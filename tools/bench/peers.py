@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=3, help="steps of a process that don't count")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a side, over its processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="data-parallel processes to try")
+    parser.add_argument("--prompt-tokens", type=int, help="length of every prompt; about 12 if not given")
+    parser.add_argument("--new-tokens", type=int, help="length of every response; 16 if not given")
+    parser.add_argument("--prompts", type=int, help="of a step; 32 if not given")
     parser.add_argument("--wait-policy", default="", choices=["", "PASSIVE", "ACTIVE"], help="OMP_WAIT_POLICY of both")
     arguments = parser.parse_args(argv)
     if bad := [n for n in arguments.processes if n < 1 or arguments.threads % n]:
@@ -68,7 +71,8 @@ def main(argv: list[str]) -> int:
     print(f"ours is {ratio:.2f} times as fast")
     out = ROOT / "build" / "bench" / f"peers-{date.today()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"load": load, "threads": arguments.threads, "wait_policy": arguments.wait_policy or "default"}
+    shape = {name: getattr(arguments, name) for name in ("prompt_tokens", "new_tokens", "prompts")}
+    settings = shape | {"load": load, "threads": arguments.threads, "wait_policy": arguments.wait_policy or "default"}
     record = settings | {"median_s": medians_s, "ratio": ratio, "rounds": rounds}
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"record: {out}")
@@ -88,6 +92,9 @@ def measure(python: str, script: list[str], processes: int, arguments: argparse.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         options = [f"--steps={arguments.steps}", f"--warmup={arguments.warmup}", f"--threads={threads}"]
+        for name in ("prompt_tokens", "new_tokens", "prompts"):
+            if (value := getattr(arguments, name)) is not None:
+                options.append(f"--{name.replace('_', '-')}={value}")
         done = subprocess.run(
             [*command, *options, f"--out={out}"], cwd=ROOT, env=environment, capture_output=True, text=True
         )

@@ -47,16 +47,25 @@ class ContextSampler:
         context_NS = part.loss_mask_NS.roll(-1, dims=1)
         # how many response tokens came before the one that is predicted here
         before_NS = torch.arange(context_NS.shape[1], device=context_NS.device) - context_NS.int().argmax(1)[:, None]
-        row_N1 = torch.arange(len(context_NS), device=context_NS.device)[:, None]
-
-        def of_tokens(values_NS: Tensor) -> Tensor:
-            """In the order in which hidden states lie; those of this rank."""
-            values_SN = values_NS.t() if packed is None else packed.pack(values_NS)[:, None]
-            return self.share.own(values_SN, packed).flatten()
-
-        index_C = of_tokens(context_NS & (before_NS % self.stride == 0)).nonzero().squeeze(1)
-        kept_C = index_C[:: max(1, -(-len(index_C) // self._share))]
-        row_C, before_C = of_tokens(row_N1.expand_as(before_NS))[kept_C], of_tokens(before_NS)[kept_C]
+        context_NS = context_NS & (before_NS % self.stride == 0)
+        if packed is None:  # hidden states lie position by position
+            token_SN = torch.arange(context_NS.numel(), device=context_NS.device).view(context_NS.shape[::-1])
+            place_NS, tokens = token_SN.t(), token_SN
+        else:
+            place_NS = packed.places()
+            context_NS = context_NS & packed.inside()
+            tokens = torch.arange(len(packed.position_T), device=context_NS.device)
+        own = self.share.own(tokens, packed).flatten()
+        local = torch.full((tokens.numel(),), -1, device=tokens.device).index_copy_(
+            0, own, torch.arange(len(own), device=own.device)
+        )
+        row_C, position_C = context_NS.nonzero().unbind(1)
+        local_C = local[place_NS[row_C, position_C]]
+        order_C = local_C.argsort(stable=True)  # a token that several rows share is a context of each
+        order_C = order_C[local_C[order_C] >= 0]
+        order_C = order_C[:: max(1, -(-len(order_C) // self._share))]
+        kept_C, row_C = local_C[order_C], row_C[order_C]
+        before_C = before_NS[row_C, position_C[order_C]]
         rows_N = part.gate_row_N if part.gate_row_N is not None else torch.full_like(part.length_N, -1)
         self._keys.append(torch.stack([rows_N[row_C], before_C], dim=1))
         if part.gate_rank_N is not None:

@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_vp2o.config.parameters import padded_vocab
-from megatron_vp2o.config.schema import LoadBalancing, Precision, TrainConfig
+from megatron_vp2o.config.schema import LoadBalancing, Precision, PrefixSharing, TrainConfig
 from megatron_vp2o.core.deferred import Deferred, known, merged
 from megatron_vp2o.megatron.learner.clipping import clip_by, squared_norms, total_norm
 from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, micro_batches, token_budget
@@ -27,7 +27,8 @@ from megatron_vp2o.megatron.model.moe_layer import moe_layers
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
-from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, StepTokens, router_losses
+from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, PackedTokens, StepTokens, router_losses
+from megatron_vp2o.megatron.model.shared_prefix import SharedRows
 from megatron_vp2o.megatron.model.token_share import TokenShare, length_multiple
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
@@ -162,9 +163,9 @@ class MegatronPolicy:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self._specialised or self._router_losses:
+        parts, sharing = self._micro_batches(batch, micro_batch_size)
+        if self._specialised or self._router_losses or sharing:
             self._begin_step(batch)
-        parts = self._micro_batches(batch, micro_batch_size)
 
         def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total, metrics = objective(logprob_NS, entropy_NS, part)
@@ -181,7 +182,7 @@ class MegatronPolicy:
             replay.begin_step()
 
         def before_forward(part: MicroBatch, on_device: TrainBatch, packed: PackedRows | None) -> None:
-            self._tell_rows(packed)
+            self._tell_layers(packed)
             if replay is not None:
                 replay.before_forward(on_device, packed)
             if self.watcher is not None:
@@ -198,6 +199,7 @@ class MegatronPolicy:
                 before_forward=before_forward,
             )
         finally:
+            self._tell_layers(None)
             if replay is not None:
                 replay.stop()
         losses = router_losses(
@@ -206,7 +208,7 @@ class MegatronPolicy:
             int(self.model.config.num_layers),
             self.groups,
         )
-        metrics = self._reduce(reported, losses)
+        metrics = merged(self._reduce(reported, losses), known(sharing))
         if replay is not None:
             layers = int(self.model.config.num_layers)
             metrics = merged(metrics, replay.metrics(layers, float(batch.length_N.sum()), self.groups))
@@ -220,21 +222,26 @@ class MegatronPolicy:
             self._replay = ModelReplay(self._layers, self.share)
         return self._replay
 
-    def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> list[MicroBatch]:
+    def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> tuple[list[MicroBatch], dict[str, float]]:
+        """The micro-batches, and what was shared of the batch; nothing where nothing may be."""
         if self.token_budget is None:
-            return micro_batches(batch, micro_batch_size, self.groups, self.length_multiple)
+            return micro_batches(batch, micro_batch_size, self.groups, self.length_multiple), {}
         dealt = self.share.context is not None
-        return PackedBatches(batch, self.token_budget, self.groups, self.length_multiple, dealt=dealt).parts
+        packed = PackedBatches(batch, self.token_budget, self.groups, self.length_multiple, dealt=dealt)
+        if self.token_budget.prefixes is PrefixSharing.off:
+            return packed.parts, {}
+        return packed.parts, {"packing/tokens_shared": 1 - packed.computed / max(packed.tokens, 1)}
 
-    def _tell_rows(self, packed: PackedRows | None) -> None:
-        """Tell the routers which row each token of the coming micro-batch is of, where a loss is taken row by row."""
-        if not self._balances_rows:
-            return
-        rows = None
-        if packed is not None:
-            rows = self.share.own(packed.row_of_tokens(), packed), packed.rows
+    def _tell_layers(self, packed: PackedRows | None) -> None:
+        """Tell the layers what the tokens of the coming micro-batch are, where a loss is taken row by row or a token stands for
+        several rows."""
+        tokens = None
+        if packed is not None and (self._balances_rows or isinstance(packed, SharedRows)):
+            (piece_T, stem_B), weight_T = packed.pieces(), packed.weights()
+            weight_T = None if weight_T is None else self.share.own(weight_T, packed)
+            tokens = PackedTokens(self.share.own(piece_T, packed), packed.rows, stem_B, weight_T)
         for layer in self._layers:
-            layer.router.token_rows = rows
+            layer.packed = tokens
 
     def _begin_step(self, batch: TrainBatch) -> None:
         """Tell the layers of how many tokens the whole step is: their losses are means over them."""

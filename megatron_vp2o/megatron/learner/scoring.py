@@ -25,6 +25,7 @@ from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatch
 from megatron_vp2o.megatron.model.output_layer import output_layer_of, unwrapped
 from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
+from megatron_vp2o.megatron.model.shared_prefix import SharedRows
 from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.megatron.platform.compat import forget_loss_scales
 from megatron_vp2o.parallel.groups import Groups
@@ -94,7 +95,8 @@ def run_schedule(
             padding_BL = scatter_to_sequence_parallel_region(padding_BL.t().contiguous()).t().contiguous()
         if before_forward is not None:
             before_forward(part, batch, packed)
-        deferred = output_layer is not None and output_layer.defer_for(tokens_BL.numel())
+        before_L = packed.before_T if isinstance(packed, SharedRows) else None
+        deferred = output_layer is not None and output_layer.defer_for(tokens_BL.numel(), always=before_L is not None)
         output = model(
             tokens_BL,
             position_BL,
@@ -106,20 +108,24 @@ def run_schedule(
             output_layer.deferred = False  # who else calls the model wants logits
 
         def finish(output_BLX: Tensor, non_loss_data: bool = False) -> Any:
+            # Position s speaks of the token AT s, which was predicted at s - 1. A shared prefix's last one predicts several.
+            given_BLX, wanted_BL = output_BLX[:, :end], targets_BL[:, :end]
+            if before_L is not None:
+                given_BLX, wanted_BL = output_BLX.index_select(1, before_L), tokens_BL
             settings: dict[str, Any] = {
                 "temperature": batch.temperature,
                 "valid_vocab": valid_vocab,
                 "group": groups.tp,
             }
             if deferred and output_layer is not None:  # hidden states
-                found = output_layer.log_probs(output_BLX[:, :end], targets_BL[:, :end], **settings)
+                found = output_layer.log_probs(given_BLX, wanted_BL, **settings)
             else:
-                found = log_probs_and_entropy(output_BLX[:, :end], targets_BL[:, :end], **settings)
+                found = log_probs_and_entropy(given_BLX, wanted_BL, **settings)
             if share.context is not None:
                 whole_L2B = share.whole(torch.stack(found).permute(2, 0, 1), packed)
                 found = whole_L2B[:-1].permute(1, 2, 0).unbind()
-            # position s speaks of the token AT s, which was predicted at s - 1
-            logprob_BL, entropy_BL = (torch.nn.functional.pad(value_BL, (1, 0)) for value_BL in found)
+            missing = 1 if before_L is None else 0
+            logprob_BL, entropy_BL = (torch.nn.functional.pad(value_BL, (missing, 0)) for value_BL in found)
             if packed is None:
                 return loss(logprob_BL, entropy_BL, batch)
             return loss(_of_rows(logprob_BL, packed), _of_rows(entropy_BL, packed), batch)

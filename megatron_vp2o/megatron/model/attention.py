@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_vp2o.megatron.model.packed import PackedRows
+from megatron_vp2o.megatron.model.shared_prefix import SharedRows
 from megatron_vp2o.parallel.context import deal_one
 
 
@@ -220,6 +221,10 @@ class CachedSelfAttention(SelfAttention):
         cache, packed = kwargs.get("inference_context"), kwargs.get("packed_seq_params")
         ours = isinstance(self.core_attention, FusedCoreAttention) and not self.checkpoint_core_attention
         known = packed is None or isinstance(packed, PackedRows)
+        if isinstance(packed, SharedRows) and not ours:
+            raise ValueError(
+                "prefixes are shared (algorithm.prefix_sharing), and only FusedCoreAttention knows how to attend to them"
+            )
         if not isinstance(cache, KVCache) and not (ours and cache is None and known):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         query, key, value = self.get_query_key_value_tensors(hidden_states)

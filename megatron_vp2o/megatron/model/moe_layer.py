@@ -7,6 +7,7 @@ Shape legend: T tokens of a micro-batch on this rank, E experts, K top-k, D hidd
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from megatron_vp2o.core.diagnostics import output_overlap
 from megatron_vp2o.core.specialization import gated_orthogonality_loss, variance_loss
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
-from megatron_vp2o.megatron.model.router import ObservedRouter, StepTokens
+from megatron_vp2o.megatron.model.router import ObservedRouter, PackedTokens, StepTokens
 from megatron_vp2o.megatron.model.routing_statistics import RoutingStatistics
 
 OVERLAP_TOKENS = 256
@@ -87,6 +88,7 @@ class _Routed:
     probs_TE: Tensor
     map_TE: Tensor
     valid_T: Tensor | None
+    """True for tokens that count, or how often each counts."""
 
 
 class Replayed(Protocol):
@@ -109,6 +111,9 @@ class VP2OMoELayer(MoELayer):
     specialization = SpecializationConfig()
     step_tokens: StepTokens | None = None
     """Set before each step by a policy that divides gradients by loss tokens (calculate_per_token_loss)."""
+    packed: PackedTokens | None = None
+    """What the tokens of the coming micro-batch are, where its rows are packed. A policy sets it before each forward pass."""
+    _to_come_again: deque[PackedTokens | None]
     _routed: _Routed | None = None
     valid_tokens: Tensor | None = None
     """Which tokens of the coming micro-batch are no padding, [T], for loops that pass no `padding_mask`. The router's own losses
@@ -176,6 +181,7 @@ class VP2OMoELayer(MoELayer):
     def begin_step(self, step_tokens: StepTokens) -> None:
         """Tell layer and router what the coming micro-batches are parts of."""
         self.step_tokens = step_tokens
+        self._to_come_again = deque()
         if isinstance(self.router, ObservedRouter):
             self.router.begin_step(step_tokens)
 
@@ -213,6 +219,16 @@ class VP2OMoELayer(MoELayer):
         dispatcher = self.token_dispatcher
         return isinstance(dispatcher, MoEAlltoAllTokenDispatcher) and not dispatcher.drop_and_pad
 
+    def _packed_of_pass(self) -> PackedTokens | None:
+        """What the tokens of this forward pass are: those of the coming micro-batch, or of the one that is computed again."""
+        if not self.training or self.config.recompute_granularity is None or self.step_tokens is None:
+            return self.packed
+        if not torch.is_grad_enabled():
+            self._to_come_again.append(self.packed)
+            return self.packed
+        # Backward passes, and with them recomputation, come in the order of the forward passes, under any schedule.
+        return self._to_come_again.popleft() if self._to_come_again else self.packed
+
     def _observing(self) -> bool:
         # Recomputation runs a layer twice: without gradients first, then with them. Count the second time only.
         return (
@@ -221,6 +237,18 @@ class VP2OMoELayer(MoELayer):
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the base class."""
+        packed = self._packed_of_pass()
+        if not isinstance(self.router, ObservedRouter):
+            return self._route(hidden_states, padding_mask, packed)
+        self.router.packed = packed
+        try:
+            return self._route(hidden_states, padding_mask, packed)
+        finally:
+            self.router.packed = None  # who asks the router itself has other tokens
+
+    def _route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None, packed: PackedTokens | None
+    ) -> tuple[Tensor, Tensor]:
         if self.context_index is not None and self.training:
             # The first time a micro-batch passes; recomputation may come when another one's positions are set.
             index_C, self.context_index = self.context_index.to(hidden_states.device, non_blocking=True), None
@@ -239,6 +267,8 @@ class VP2OMoELayer(MoELayer):
             self.router.keep_logits = False
         scores_TE = self.router.take_scores()
         valid_T = self._valid(scores_TE) if padding_mask is None else ~padding_mask.reshape(-1)
+        if packed is not None and packed.weight_T is not None:
+            valid_T = packed.weight_T  # 0 at padding
         with torch.no_grad():
             if self.statistics is not None:
                 probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
@@ -303,9 +333,12 @@ class VP2OMoELayer(MoELayer):
         assert self.statistics is not None
         stride = max(1, len(routed.map_TE) // OVERLAP_TOKENS)
         rows_TK, _, present_TK = _rows_by_token(routed.map_TE, self.config.moe_router_topk, stride)
+        weight_T = None
         if routed.valid_T is not None:
-            present_TK = present_TK & routed.valid_T[::stride, None]
-        total, pairs = output_overlap(output_RD[rows_TK].float(), present_TK)
+            valid_T = routed.valid_T[::stride]
+            present_TK = present_TK & (valid_T > 0)[:, None]
+            weight_T = valid_T if valid_T.is_floating_point() else None
+        total, pairs = output_overlap(output_RD[rows_TK].float(), present_TK, weight_T)
         self.statistics.add("output_overlap", total)
         self.statistics.add("output_pairs", pairs)
 

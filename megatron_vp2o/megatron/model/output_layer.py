@@ -33,9 +33,9 @@ class OutputLayer(ColumnParallelLinear):
     add_to_main_grad = False
     _used: tuple[Tensor, ...] = ()  # in a tuple, since a module registers a parameter that becomes its attribute
 
-    def defer_for(self, tokens: int) -> bool:
-        """Set `deferred` for a forward pass over so many tokens: where their logits are more than may exist at a time."""
-        self.deferred = tokens * self.output_size_per_partition > self.most_logits
+    def defer_for(self, tokens: int, *, always: bool = False) -> bool:
+        """Set `deferred` for a forward pass over so many tokens: if their logits are more than may exist at a time, or `always`."""
+        self.deferred = always or tokens * self.output_size_per_partition > self.most_logits
         return self.deferred
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -82,6 +82,26 @@ class PackedRows(PackedSeqParams):
         """Of all packed tokens, those of this context-parallel rank."""
         return values_T if self.dealt is None else self.dealt.own(values_T, self.rank, dim)
 
+    def places(self) -> Tensor:
+        """The packed token of each position of the padded batch, [N, S]; anything outside the rows."""
+        token_V = self.token_V if self.token_V is not None else torch.arange(len(self.source_V)).to(self.source_V)
+        place_X = self.source_V.new_zeros(self.rows * self.width)
+        return place_X.index_copy_(0, self.source_V, token_V).view(self.rows, self.width)
+
+    def inside(self) -> Tensor:
+        """True at the positions of the padded batch that are packed, [N, S]."""
+        inside = self.source_V.new_zeros(self.rows * self.width, dtype=torch.bool)
+        return inside.index_fill_(0, self.source_V, True).view(self.rows, self.width)
+
+    def pieces(self) -> tuple[Tensor, Tensor | None]:
+        """Which piece each token belongs to, [T], and what rows are made of: row n of piece n and, where the second is there, of
+        the piece that it names, [N]. Padding is one more piece, the last."""
+        return self.row_of_tokens(), None
+
+    def weights(self) -> Tensor | None:
+        """Rows that each token stands for, float32 [T]; None: one."""
+        return None
+
     def rotary(self, freqs_S11d: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """cos and sin at each own token's position times `scale` (YaRN's), [t, 1, 1, d / 2], computed once for all layers."""
         if self._rotary is None:
@@ -110,7 +130,7 @@ class PackedRows(PackedSeqParams):
         regular = len(self.place_P) == len(self.inverse_T)  # then every group is a plain reshape
         parts = [x.squeeze(1) for x in (query_T1nd, key_T1gd, value_T1gd)]
         if not regular:
-            parts = [_Spread.apply(x, self.place_P, self.inverse_T) for x in parts]
+            parts = [Spread.apply(x, self.place_P, self.inverse_T) for x in parts]
         sizes = [rows * length for rows, length in self.groups]
         outputs = []
         for (rows, _), *some in zip(self.groups, *(x.split(sizes) for x in parts), strict=True):
@@ -118,7 +138,7 @@ class PackedRows(PackedSeqParams):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
             outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         out_Px = torch.cat(outputs)
-        return (out_Px if regular else _Collect.apply(out_Px, self.inverse_T))[:, None]
+        return (out_Px if regular else Collect.apply(out_Px, self.inverse_T))[:, None]
 
     def _attend_dealt(
         self,
@@ -132,8 +152,8 @@ class PackedRows(PackedSeqParams):
         queries = self.queries
         assert self.dealt is not None and queries is not None
         both_T1g2d = self.dealt.whole(torch.cat([key_t1gd, value_t1gd], dim=-1), group)
-        both_Pg2d = _Spread.apply(both_T1g2d.squeeze(1), self.place_P, self.inverse_T)
-        query_Qnd = _Spread.apply(query_t1nd.squeeze(1), queries.place_Q, queries.inverse_t)
+        both_Pg2d = Spread.apply(both_T1g2d.squeeze(1), self.place_P, self.inverse_T)
+        query_Qnd = Spread.apply(query_t1nd.squeeze(1), queries.place_Q, queries.inverse_t)
         outputs, keys, asked = [], 0, 0
         for (rows, length), each in zip(self.groups, queries.each, strict=True):
             both = both_Pg2d[keys : keys + rows * length].unflatten(0, (rows, -1)).transpose(1, 2)
@@ -144,7 +164,7 @@ class PackedRows(PackedSeqParams):
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **settings)
             outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
             keys, asked = keys + rows * length, asked + rows * each
-        return _Collect.apply(torch.cat(outputs), queries.inverse_t)[:, None]
+        return Collect.apply(torch.cat(outputs), queries.inverse_t)[:, None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,7 @@ class _Queries:
     """Places of a row, for each group of rows."""
 
 
-class _Spread(torch.autograd.Function):
+class Spread(torch.autograd.Function):
     """[T, ...] -> [P, ...]. What fills rows up gets no gradient: no token of a row attends to what comes after it."""
 
     @staticmethod
@@ -176,7 +196,7 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, inverse_T), None, None
 
 
-class _Collect(torch.autograd.Function):
+class Collect(torch.autograd.Function):
     """[P, ...] -> [T, ...]: what fills rows up is left out."""
 
     @staticmethod

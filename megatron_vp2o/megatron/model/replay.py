@@ -83,8 +83,12 @@ class LayerReplay(RouterReplay):
         return torch.where(routes_TK < 0, own_TK, routes_TK)
 
     def _count(self, routes_TK: Tensor, own_TK: Tensor) -> None:
-        replayed = (routes_TK[:, 0] >= 0).sum()
-        self.sums += torch.stack([same_experts(routes_TK, own_TK).sum(), replayed * own_TK.shape[1], replayed])
+        replayed_T, same_T = routes_TK[:, 0] >= 0, same_experts(routes_TK, own_TK)
+        packed = getattr(self._router, "packed", None)
+        if packed is not None and packed.weight_T is not None:  # a token counts for each row that has it
+            replayed_T, same_T = replayed_T * packed.weight_T, same_T * packed.weight_T
+        replayed = replayed_T.sum()
+        self.sums += torch.stack([same_T.sum(), replayed * own_TK.shape[1], replayed])
 
     def replay(self, routes_TK: Tensor | None) -> None:
         """Let the next forward pass go by these routes; None: let all coming ones be free."""

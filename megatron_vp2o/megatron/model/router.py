@@ -42,6 +42,27 @@ class StepTokens:
         return self.loss / max(self.valid, 1.0)
 
 
+@dataclass(frozen=True)
+class PackedTokens:
+    """What this rank's tokens of a micro-batch are whose rows are packed."""
+
+    piece_T: Tensor
+    """Which piece each is of; padding counts as one more piece."""
+    rows: int
+    """B. Row b consists of piece b and, where it shares its beginning with others, of another one."""
+    stem_B: Tensor | None = None
+    """Which one."""
+    weight_T: Tensor | None = None
+    """Rows that each token stands for, float32; None: one."""
+
+    def sums_of_rows(self, values_TE: Tensor) -> Tensor:
+        """[B, E]."""
+        pieces = 2 * self.rows + 1  # at most: of each row its own and a shared one, and padding
+        sums_PE = values_TE.new_zeros(pieces, values_TE.shape[1]).index_add(0, self.piece_T, values_TE)
+        own_BE = sums_PE[: self.rows]
+        return own_BE if self.stem_B is None else own_BE + sums_PE.index_select(0, self.stem_B)
+
+
 class ObservedRouter(TopKRouter):
     """TopKRouter that leaves its logits with whoever asked for them, and takes its losses over the step."""
 
@@ -49,14 +70,19 @@ class ObservedRouter(TopKRouter):
     logits_TE: Tensor | None = None
     step_tokens: StepTokens | None = None
     """Set by the policy before each step; None leaves the losses to Megatron, as in a loop that is not ours."""
-    token_rows: tuple[Tensor, int] | None = None
-    """Of the coming micro-batch where rows are packed: each token's row, [T], and how many rows there are."""
+    packed: PackedTokens | None = None
+    """What the tokens of the micro-batch are, where its rows are packed. The layer sets it for the time of a forward pass."""
     losses: dict[str, Tensor] | None = None
     """This rank's shares of the step's mean losses so far, before their coefficients; float64 scalars."""
 
     def begin_step(self, step_tokens: StepTokens) -> None:
         """The micro-batches of a step follow."""
         self.step_tokens, self.losses = step_tokens, {}
+
+    def _sum(self, values_TE: Tensor) -> Tensor:
+        """Over tokens, each as often as there are rows that it stands for."""
+        weight_T = None if self.packed is None else self.packed.weight_T
+        return values_TE.sum(0) if weight_T is None else weight_T @ values_TE.float()
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the base class."""
@@ -79,9 +105,9 @@ class ObservedRouter(TopKRouter):
         step, coefficient = self.step_tokens, self.get_aux_loss_coeff("aux_loss")
         if step is None or coefficient == 0:
             return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
-        counts_E = _summed(routing_map.sum(0), self.tp_cp_group)
+        counts_E = _summed(self._sum(routing_map), self.tp_cp_group)
         tokens = counts_E.sum() / self.topk
-        product = (scores_for_aux_loss.sum(0) * counts_E).sum() / tokens.clamp(min=1)
+        product = (self._sum(scores_for_aux_loss) * counts_E).sum() / tokens.clamp(min=1)
         return self._attach(
             probs, LOAD_BALANCING, coefficient, product * self.num_experts / (self.topk * max(step.valid, 1))
         )
@@ -111,11 +137,9 @@ class ObservedRouter(TopKRouter):
 
     def _by_row(self, values: Tensor, seq_length: int, bsz: int) -> Tensor:
         """Sums over each row's tokens, [B, E]."""
-        if self.token_rows is None:
+        if self.packed is None:
             return values.view(seq_length, bsz, -1).sum(0)
-        row_T, rows = self.token_rows  # padding counts as one more row
-        values_TE = values.reshape(len(row_T), -1).float()
-        return values_TE.new_zeros(rows + 1, values_TE.shape[1]).index_add(0, row_T, values_TE)[:rows]
+        return self.packed.sums_of_rows(values.reshape(len(self.packed.piece_T), -1).float())
 
     def _apply_global_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -124,9 +148,9 @@ class ObservedRouter(TopKRouter):
         step, coefficient = self.step_tokens, self.get_aux_loss_coeff("global_aux_loss")
         if step is None or coefficient == 0:
             return super()._apply_global_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
-        self.global_tokens_per_expert += _summed(routing_map.sum(0), self.tp_dp_cp_group)
+        self.global_tokens_per_expert += _summed(self._sum(routing_map), self.tp_dp_cp_group)
         share_E = self.global_tokens_per_expert / self.global_tokens_per_expert.sum().clamp(min=1)
-        product = (scores_for_aux_loss.sum(0) * share_E).sum()
+        product = (self._sum(scores_for_aux_loss) * share_E).sum()
         return self._attach(probs, LOAD_BALANCING, coefficient, product * self.num_experts / max(step.valid, 1))
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -137,7 +161,8 @@ class ObservedRouter(TopKRouter):
         squares_T = logits.float().logsumexp(-1).square()
         if padding_mask is not None:
             squares_T = torch.where(padding_mask, 0.0, squares_T)
-        return self._attach(logits, Z_LOSS, coefficient, squares_T.sum() / max(step.valid, 1))
+        total = self._sum(squares_T.reshape(-1))
+        return self._attach(logits, Z_LOSS, coefficient, total / max(step.valid, 1))
 
     def _attach(self, activation: Tensor, name: str, coefficient: float, share: Tensor) -> Tensor:
         """Let the backward pass add `coefficient * share` to the objective; `share` is this rank's part of the step's mean."""
@@ -153,7 +178,7 @@ class ObservedRouter(TopKRouter):
         if self.enable_expert_bias and torch.is_grad_enabled():
             with torch.no_grad():
                 valid_TE = routing_map if padding_mask is None else routing_map & ~padding_mask.view(-1, 1)
-                self.local_tokens_per_expert += valid_TE.sum(0)
+                self.local_tokens_per_expert += self._sum(valid_TE)
 
 
 def router_losses(routers: Sequence[Any], names: Sequence[str], layers: int, groups: Groups) -> dict[str, Tensor]:

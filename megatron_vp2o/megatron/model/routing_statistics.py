@@ -40,7 +40,7 @@ class RoutingStatistics:
         Args:
             routing_map_TE: True where a token goes to an expert.
             probabilities_TE: the router's distribution over all experts; rows add up to 1.
-            valid_T: True for tokens that are no padding; None counts all.
+            valid_T: True for tokens that are no padding, or how many tokens each stands for; None counts all.
         """
         totals = self._open(routing_map_TE.device)
         totals.counts_EE += coactivation_counts(routing_map_TE, valid_T)
