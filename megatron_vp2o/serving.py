@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import EngineKind, RouterReplay, ServerConfig, TrainConfig
+from megatron_vp2o.config.schema import EngineKind, RolloutConfig, RouterReplay, TrainConfig
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture
@@ -38,7 +38,8 @@ from megatron_vp2o.rollout.launch import (
     vllm_environment,
 )
 from megatron_vp2o.rollout.members import Member
-from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
+from megatron_vp2o.rollout.pool import ServerPool
+from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.served import ServedEngine
 from megatron_vp2o.rollout.store import FOLDER, StoredEngine
 from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
@@ -97,7 +98,7 @@ def _engine(
             ends=tokenizer.eos_ids,
             vocabulary=policy.valid_vocab,
             pad_id=tokenizer.pad_id,
-            settings=_pool_settings(config.rollout.server),
+            settings=_pool_settings(config.rollout),
             owner=groups.rank == 0,
             board=board,
             routes=routes,
@@ -113,6 +114,7 @@ def _engine(
         probe_tokens=random_probe_tokens(policy.valid_vocab, length=length),
         tolerance=config.rollout.server.probe_tolerance or TOLERANCE[dtype],
         stage=stage,
+        in_flight=config.rollout.in_flight_updates,
     )
 
 
@@ -192,7 +194,8 @@ def _weights_folder(config: TrainConfig, *, first: bool) -> Path:
     return folder
 
 
-def _pool_settings(server: ServerConfig) -> PoolSettings:
+def _pool_settings(rollout: RolloutConfig) -> PoolSettings:
+    server = rollout.server
     return PoolSettings(
         in_flight=server.in_flight,
         attempts=server.attempts,
@@ -201,4 +204,5 @@ def _pool_settings(server: ServerConfig) -> PoolSettings:
         sync_timeout_s=server.sync_timeout_s,
         startup_s=60 * server.startup_minutes,
         silence_s=server.silence_s,
+        in_flight_updates=rollout.in_flight_updates,
     )

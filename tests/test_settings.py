@@ -58,7 +58,9 @@ NOT_TRAINED_WITH = {
         ("rollout.engine", "rollout.launch", "rollout.urls"),
         "servers need vLLM, in an environment of its own; tests/rollout",
     ),
-    "rollout.ahead": "servers; tests/rollout/test_ahead.py",
+    **dict.fromkeys(
+        ("rollout.ahead", "rollout.in_flight_updates"), "servers; tests/rollout/test_ahead.py, test_in_flight.py"
+    ),
     "rollout.replay": "takes the rollouts of another run; tests/rollout/test_store.py",
     **{
         f"rollout.server.{field.name}": "of servers; tests/rollout/test_vllm.py, test_pool.py"

@@ -107,6 +107,9 @@ class RolloutConfig:
     ahead: Annotated[int, Range(0, 64)] = 0
     """Rollout batches that servers are asked for before the trainer needs them, so that they generate while it trains
     (docs/rollouts.md, Overlap); 0: a batch is generated when it is needed."""
+    in_flight_updates: bool = False
+    """Give servers new weights while they generate: responses under way go on with them, so that their tokens are of several
+    versions, and which ones depends on how fast things are. false: what is under way is waited for before."""
     max_age: Annotated[Optional[int], COUNT] = None
     """Most optimizer steps from the weights that generated a batch to the beginning of training on it. Actors are refreshed so that
     batches stay within it; one that does not, after settings were changed, is generated again. null: no bound."""

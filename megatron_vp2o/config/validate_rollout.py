@@ -132,6 +132,8 @@ def _overlap(config: TrainConfig) -> Iterator[str]:
             f"comes (algorithm.minibatches={algorithm.minibatches}, algorithm.epochs={algorithm.epochs}), so that every one would "
             f"be generated twice; choose at least {ahead * updates}"
         )
+    if rollout.in_flight_updates:
+        yield from _in_flight(rollout)
     if not ahead:
         return
     if rollout.engine is EngineKind.embedded and rollout.replay is None:
@@ -141,6 +143,21 @@ def _overlap(config: TrainConfig) -> Iterator[str]:
         )
     if isinstance(algorithm, VP2OConfig) and algorithm.trust_region.mode is not ControlMode.off:
         yield from _overlapped_region(ahead, algorithm.trust_region)
+
+
+def _in_flight(rollout: RolloutConfig) -> Iterator[str]:
+    """What weights that change while servers generate need, and make impossible."""
+    if not rollout.ahead:
+        yield (
+            "rollout.in_flight_updates=true with rollout.ahead=0: nothing is generated when the weights change; choose "
+            "rollout.ahead=1 or more, or rollout.in_flight_updates=false"
+        )
+    if rollout.router_replay is not RouterReplay.off:
+        yield (
+            f"rollout.in_flight_updates=true with rollout.router_replay={rollout.router_replay.value}: a response's earlier tokens "
+            "are read again by the new weights, and their first routes are gone; choose rollout.router_replay=off, or "
+            "rollout.in_flight_updates=false"
+        )
 
 
 def _overlapped_region(ahead: int, region: TrustRegionConfig) -> Iterator[str]:

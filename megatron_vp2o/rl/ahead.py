@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
 from megatron_vp2o.rl.interfaces import GeneratesAhead, Generating, Recalls, RolloutEngine
 from megatron_vp2o.rl.mismatch import Recomputed
 from megatron_vp2o.rl.types import Problem, Rollouts, SamplingParams
@@ -83,6 +84,10 @@ class Deferred:
     def __init__(self, generate: Callable[[], Rollouts]) -> None:
         self._generate = generate
 
+    def done(self) -> bool:
+        """Not before it is waited for."""
+        return False
+
     def span(self) -> None:
         """Nobody generated beside training."""
 
@@ -101,8 +106,8 @@ class RolloutQueue:
         ahead: whether the engine generates while the caller trains.
     """
 
-    def __init__(self, engine: RolloutEngine, *, ahead: bool) -> None:
-        self.engine, self.ahead = engine, ahead
+    def __init__(self, engine: RolloutEngine, groups: Groups, *, ahead: bool) -> None:
+        self.engine, self.groups, self.ahead = engine, groups, ahead
         self.batches: deque[Queued] = deque()
         self._through = float("inf")  # when servers were through with the last batch that was waited for
         self._waited_s = 0.0
@@ -177,6 +182,10 @@ class RolloutQueue:
                 self._through = span[1]
         return queued.rollouts
 
+    def done(self, queued: Queued) -> bool:
+        """Whether no rank need wait for a batch any more. Collective."""
+        return queued.rollouts is not None or not any_rank(not queued.generating.done(), self.groups.world)
+
     def drop_first(self) -> Queued:
         """Nobody trains on the next batch."""
         queued = self.batches.popleft()
@@ -193,3 +202,20 @@ class RolloutQueue:
         """How long this rank has waited for rollouts since the last call."""
         waited, self._waited_s = self._waited_s, 0.0
         return waited
+
+
+def token_ages(rollouts: Rollouts, optimizer_steps: int, groups: Groups) -> dict[str, float]:
+    """How old tokens are after so many optimizer steps, where a response may have several weights'; else nothing. Collective."""
+    if rollouts.versions_NS is None:
+        return {}
+    versions_NS, response_NS = rollouts.versions_NS, rollouts.response_mask_NS()
+    newest_N = versions_NS.amax(1)
+    mixed_N = (response_NS & (versions_NS < newest_N[:, None])).any(1)
+    sums = {
+        "age": float((optimizer_steps - versions_NS)[response_NS].sum()),
+        "tokens": float(response_NS.sum()),
+        "mixed": float(mixed_N.sum()),
+        "rows": float(len(mixed_N)),
+    }
+    total = sum_scalars(sums, groups.dp)
+    return {"overlap/token_age": total["age"] / total["tokens"], "overlap/mixed": total["mixed"] / total["rows"]}

@@ -60,33 +60,39 @@ class BudgetMeter:
 
     def __init__(self, settings: BudgetConfig, groups: Groups) -> None:
         self.settings, self.groups = settings, groups
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # l, whether it counts, whether it is the present actors'
 
     def watch(self, objective: Objective) -> Objective:
         """The same objective; the meter listens."""
 
         def metered(logprobs_NS: Tensor, entropy_NS: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
             assert batch.behaviour_logprobs_NS is not None
-            self._seen.append(
-                sequence_log_ratios(
-                    logprobs_NS,
-                    batch.behaviour_logprobs_NS,
-                    batch.loss_mask_NS,
-                    normalise_by_length=self.settings.ratio_length is RatioLength.mean,
-                )
+            log_ratio_N, counts_N = sequence_log_ratios(
+                logprobs_NS,
+                batch.behaviour_logprobs_NS,
+                batch.loss_mask_NS,
+                normalise_by_length=self.settings.ratio_length is RatioLength.mean,
             )
+            present_N = counts_N if batch.present_N is None else counts_N & batch.present_N.to(counts_N.device)
+            self._seen.append((log_ratio_N, counts_N, present_N))
             return objective(logprobs_NS, entropy_NS, batch)
 
         return metered
 
     def spent(self) -> Deferred[Budget]:
         """The budget of everything since the last call. Collective: last pipeline stages compute, all ranks get the same."""
-        rows_4 = torch.zeros(BUDGET_SUMS, dtype=torch.float64, device=self.groups.device)
+        return self.spent_by_both().then(lambda budgets: budgets[0])
+
+    def spent_by_both(self) -> Deferred[tuple[Budget, Budget]]:
+        """The same, and that of the sequences alone which are the actors' present weights' (`TrainBatch.present_N`)."""
+        sums_24 = torch.zeros(2, BUDGET_SUMS, dtype=torch.float64, device=self.groups.device)
         if self._seen:
-            log_ratio_N, present_N = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-            rows_4 = budget_sums(log_ratio_N, temper=self.settings.temper, valid_N=present_N)
+            log_ratio_N, *valid_2N = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            temper = self.settings.temper
+            sums_24 = torch.stack([budget_sums(log_ratio_N, temper=temper, valid_N=valid_N) for valid_N in valid_2N])
         self._seen = []
         if self.groups.pp.size() > 1:
-            dist.broadcast(rows_4, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
-        sums_4 = combine(gather_rows(rows_4[None], self.groups.dp))
-        return Deferred((sums_4,), lambda on_host: budget(on_host[0]))
+            dist.broadcast(sums_24, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        sums_R24 = gather_rows(sums_24[None], self.groups.dp)
+        sums = combine(sums_R24[:, 0]), combine(sums_R24[:, 1])
+        return Deferred(sums, lambda on_host: (budget(on_host[0]), budget(on_host[1])))

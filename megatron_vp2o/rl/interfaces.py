@@ -156,6 +156,10 @@ class RolloutEngine(Protocol):
 class Generating(Protocol):
     """Rollouts that an engine was asked for, and that come while the caller does something else."""
 
+    def done(self) -> bool:
+        """Whether this rank need not wait for them any more."""
+        ...
+
     def span(self) -> tuple[float, float] | None:
         """Once they are there: when servers began with them, and when they were through (time.monotonic). None where no server
         worked at them for this rank."""
@@ -178,7 +182,8 @@ class GeneratesAhead(Protocol):
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> Generating:
         """Ask for what `RolloutEngine.generate` returns, with the weights of now. Collective, and so is the handle's `wait`; in
-        between the engine uses no process group. The weights may not change before every handle was waited for or cancelled."""
+        between the engine uses no process group. The weights may not change before every handle was waited for or cancelled,
+        unless the engine was made for it: responses under way go on with the new ones then (`Rollouts.versions_NS`)."""
         ...
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,18 +41,26 @@ class MismatchControl:
         self.low = low if settings.low is None else settings.low
         self.high = high if settings.high is None else settings.high
 
-    def __call__(self, rollouts: Rollouts, recomputed_NS: Tensor) -> tuple[Recomputed, dict[str, float]]:
+    def __call__(
+        self, rollouts: Rollouts, recomputed_NS: Tensor, compared_NS: Tensor | None = None
+    ) -> tuple[Recomputed, dict[str, float]]:
         """Weights for the objective, and metrics, equal on all ranks. Collective over data-parallel ranks.
 
         Args:
             recomputed_NS: the trainer's log-probabilities of the rollouts under the weights that generated them.
+            compared_NS: bool, tokens that these weights made; None: all of them. For others the engine's log-probabilities stand,
+                and their ratio is 1: nobody has the weights that made them.
 
         Raises:
             DeadRunError: on all ranks: the KL exceeds `stop_kl`, or is no number. No step was taken on these rollouts.
         """
         mask_NS = rollouts.response_mask_NS()
+        if compared_NS is None:
+            compared_NS = mask_NS
+        else:
+            recomputed_NS = torch.where(compared_NS, recomputed_NS, rollouts.model_logprobs_NS)
         log_ratio_NS = recomputed_NS - rollouts.model_logprobs_NS
-        sums = mismatch_sums(log_ratio_NS, mask_NS).to(self.groups.device)
+        sums = mismatch_sums(log_ratio_NS, compared_NS).to(self.groups.device)
         if self.groups.dp_size > 1:
             dist.all_reduce(sums, group=self.groups.dp)
         found = mismatch(sums.cpu())
@@ -68,7 +77,11 @@ class MismatchControl:
             return Recomputed(recomputed_NS, None), metrics
         weights = self._weights(log_ratio_NS, mask_NS)
         total = sum_scalars(
-            {"weight": float(weights.weight_NS.sum()), "cut": float(weights.cut_NS.sum())}, self.groups.dp
+            {
+                "weight": float(weights.weight_NS[compared_NS].sum()),
+                "cut": float((weights.cut_NS & compared_NS).sum()),
+            },
+            self.groups.dp,
         )
         metrics |= {"mismatch/weight": total["weight"] / found.tokens, "mismatch/cut": total["cut"] / found.tokens}
         return Recomputed(recomputed_NS, weights.weight_NS), metrics

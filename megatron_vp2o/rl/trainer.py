@@ -19,7 +19,7 @@ from megatron_vp2o.config.schema import GRPOConfig, KLReference, RouterReplay, T
 from megatron_vp2o.core.budget import Budget, RefreshReason
 from megatron_vp2o.core.deferred import Deferred, known, read
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars, sum_scalars
-from megatron_vp2o.rl.ahead import Queued, RolloutQueue, Scored
+from megatron_vp2o.rl.ahead import Queued, RolloutQueue, Scored, token_ages
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps
 from megatron_vp2o.rl.evaluate import evaluate_splits
@@ -86,7 +86,7 @@ class RLTrainer(TrainingLoop):
             config.algorithm, task.tokenizer, config.reward, longest=config.rollout.sampling.max_new_tokens
         )
         self.sampling = config.rollout.sampling
-        self.queue = RolloutQueue(engine, ahead=config.rollout.ahead > 0)
+        self.queue = RolloutQueue(engine, groups, ahead=config.rollout.ahead > 0)
         self.prompts = PromptSchedule(
             task,
             per_step=self.settings.prompts_per_step,
@@ -101,7 +101,7 @@ class RLTrainer(TrainingLoop):
         with watch("rollout"):
             self._ask(step, self.config.rollout.ahead + 1)
             queued = self._next(step)
-        overlap = self._overlap(queued)
+        overlap, ages_at = self._overlap(queued), self.progress.optimizer_steps
         with Grading(self.task, queued.problems, self.settings.group_size, self.groups) as grading:
             with watch("rollout"), grading.beside(self.engine):
                 rollouts = self.queue.wait(queued)
@@ -114,10 +114,10 @@ class RLTrainer(TrainingLoop):
         with watch("train"):
             self.stepper.observe_rollouts(scored.rollouts)
             batch = self._batch(queued, scored, earned, reference_NS)
-            updates, budget, rejected = self._update_on(batch, step)
+            updates, budgets, rejected = self._update_on(batch, step)
             metrics |= scored.metrics | combine(updates) | self._mismatch(queued, updates)
-            metrics |= self._judge_actors(queued, budget, rejected)
-        metrics |= overlap | self._waited(queued)
+            metrics |= self._judge_actors(queued, budgets, rejected)
+        metrics |= overlap | self._waited(queued) | token_ages(rollouts, ages_at, self.groups)
         self._count(metrics, watch)
         self.progress.extra[POSITION] = self.position(step) + self.settings.prompts_per_step
         return metrics
@@ -141,6 +141,8 @@ class RLTrainer(TrainingLoop):
         if reason is None:
             return
         for place, queued in enumerate(self.queue.batches):
+            if self.config.rollout.in_flight_updates and not self.queue.done(queued):
+                break  # responses go on with the new weights; later batches have not begun, or are not done either
             with watch("rollout"):
                 self.queue.wait(queued)
             with watch("reference"):
@@ -272,6 +274,9 @@ class RLTrainer(TrainingLoop):
         """What the trainer makes of the rollouts with the weights that generated them: the routes that it will replay (R2), and
         its log-probabilities against the engine's."""
         temperature = self.sampling.temperature
+        compared_NS = self._compared(rollouts)
+        if compared_NS is not None and not any_rank(bool(compared_NS.any()), self.groups.world):
+            return rollouts, None, {}
         logprobs_NS: Tensor | None = None
         if self.config.rollout.router_replay is RouterReplay.R2:
             logprobs_NS, routes_NSLK = self.engine.log_probs_and_routes(rollouts, temperature)
@@ -280,7 +285,13 @@ class RLTrainer(TrainingLoop):
             return rollouts, None, {}
         if logprobs_NS is None:
             logprobs_NS = self.engine.log_probs(rollouts, temperature)
-        return rollouts, *self.mismatch(rollouts, logprobs_NS)
+        return rollouts, *self.mismatch(rollouts, logprobs_NS, compared_NS)
+
+    def _compared(self, rollouts: Rollouts) -> Tensor | None:
+        """Tokens of which the actors' present weights can say what the engine did; None: all of them. [N, S]"""
+        if not self.config.rollout.in_flight_updates:
+            return None
+        return rollouts.of_version_NS(self.engine.version)
 
     def _earned(
         self,
@@ -325,6 +336,9 @@ class RLTrainer(TrainingLoop):
             keep_N &= rollouts.finished_N
         batch = policy_batch(rollouts, earned.advantages_PG.flatten(), keep_N, self.sampling.temperature)
         batch.row_N = (torch.arange(len(keep_N)) + self.groups.dp_rank * len(keep_N))[keep_N]
+        if rollouts.versions_NS is not None:
+            others_NS = rollouts.response_mask_NS() & ~rollouts.of_version_NS(self.progress.actor_version)
+            batch.present_N = ~others_NS.any(1)[keep_N]
         if self._age(queued.version) == 0:
             batch.engine_logprobs_NS = rollouts.model_logprobs_NS[keep_N]
         if reference_NS is not None:
@@ -345,12 +359,15 @@ class RLTrainer(TrainingLoop):
             for part in split(batch, settings.minibatches, seed=(self.config.seed, step, epoch), rows=rows)
         ]
 
-    def _update_on(self, batch: TrainBatch, step: int) -> tuple[list[dict[str, float]], Budget | None, bool]:
+    def _update_on(
+        self, batch: TrainBatch, step: int
+    ) -> tuple[list[dict[str, float]], tuple[Budget, Budget] | None, bool]:
         """Take the optimizer steps on a rollout batch. After a rejected one, drop the rest and return True: the actors are then
         refreshed before the next batch.
 
         Returns:
-            Metrics of each step, the budget where it is measured, and whether the last step was rejected.
+            Metrics of each step; where it is measured, the budget of all samples, and of those that are the actors' present weights'
+            alone; and whether the last step was rejected.
         """
         updates, transforms, rejected = [], [], False
         for part in self._minibatches(batch, step):
@@ -359,8 +376,16 @@ class RLTrainer(TrainingLoop):
             transforms.append(transformed)
             if rejected:
                 break
-        budget, *seen = read(known(None) if self.meter is None else self.meter.spent(), *transforms)
-        return [metrics | more for metrics, more in zip(updates, seen, strict=True)], budget, rejected
+        budgets, *seen = read(self._spent(), *transforms)
+        return [metrics | more for metrics, more in zip(updates, seen, strict=True)], budgets, rejected
+
+    def _spent(self) -> Deferred[tuple[Budget, Budget] | None]:
+        """See `_update_on`. Without in-flight updates a batch is of one version, and so both are the same."""
+        if self.meter is None:
+            return known(None)
+        if self.config.rollout.in_flight_updates:
+            return self.meter.spent_by_both().then(lambda budgets: budgets)
+        return self.meter.spent().then(lambda budget: (budget, budget))
 
     def _update(self, batch: TrainBatch) -> tuple[dict[str, float], Deferred[dict[str, float]], bool]:
         """One optimizer step: gradients, their transform, clipping and AdamW, as far as the stepper allows.
@@ -378,10 +403,17 @@ class RLTrainer(TrainingLoop):
             taken["optimizer/grad_norm"] = stats.grad_norm
         return stats.metrics | taken, transformed, stats.rejected
 
-    def _judge_actors(self, queued: Queued, budget: Budget | None, rejected: bool) -> dict[str, float]:
+    def _judge_actors(
+        self, queued: Queued, budgets: tuple[Budget, Budget] | None, rejected: bool
+    ) -> dict[str, float]:
         """Tell the refresh policy what this rollout batch found. What is found of the samples of earlier actors says nothing of the
         present ones."""
-        self.refresh.observe(budget if queued.version == self.progress.actor_version else None, rejected)
+        budget, present = budgets or (None, None)
+        if self.config.rollout.in_flight_updates:
+            present = present if present is not None and present.sequences else None
+        elif queued.version != self.progress.actor_version:
+            present = None
+        self.refresh.observe(present, rejected)
         self.progress.extra[REFRESH_POLICY] = self.refresh.state_dict()
         if budget is None or budget.sequences == 0:
             return {}
@@ -409,9 +441,18 @@ class RLTrainer(TrainingLoop):
         return queued.mismatch
 
     def _mismatch_of_some(self, rollouts: Rollouts) -> dict[str, float]:
-        some = rollouts.rows(torch.arange(min(self.settings.micro_batch_size, len(rollouts.total_len_N))))
-        recomputed_NS = self.engine.log_probs(some, self.sampling.temperature)
-        difference = (recomputed_NS - some.model_logprobs_NS).abs().amax().item() if some.tokens_NS.numel() else -1.0
+        compared_NS = self._compared(rollouts)
+        row_N = (
+            torch.arange(len(rollouts.total_len_N)) if compared_NS is None else compared_NS.any(1).nonzero().squeeze(1)
+        )
+        if compared_NS is not None and not any_rank(len(row_N) > 0, self.groups.world):
+            return {}
+        row_N = row_N[: self.settings.micro_batch_size]
+        some = rollouts.rows(row_N)
+        difference_NS = (self.engine.log_probs(some, self.sampling.temperature) - some.model_logprobs_NS).abs()
+        if compared_NS is not None:
+            difference_NS = torch.where(compared_NS[row_N], difference_NS, 0.0)
+        difference = difference_NS.amax().item() if some.tokens_NS.numel() else -1.0
         largest = max_scalars({"difference": difference}, self.groups.dp)["difference"]
         return {"policy/logprob_mismatch": largest} if largest >= 0 else {}
 

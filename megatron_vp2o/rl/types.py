@@ -108,11 +108,14 @@ class Rollouts:
         Tensor  # the same under softmax(logits / temperature), without the nucleus: log mu, what a learner recomputes
     )
     finished_N: Tensor  # bool; ended by end-of-sequence, not by the length limit
-    weight_version: int  # of the actor weights that generated them
+    weight_version: int  # of the actor weights that generated them, or that were asked to
     gates: LoggedGates | None = None  # where the engine was asked to log them
     routes_NSLK: Tensor | None = None
     """The experts of every token of each MoE layer of this pipeline stage, packed (`core.routes`); tokens that were never routed,
     such as a sequence's last one, have none. Where the engine was asked for them, or the trainer recorded its own."""
+    versions_NS: Tensor | None = None
+    """int64; of the weights that made each token of a response, -1 elsewhere; None: all are of `weight_version`. A later version
+    went on from tokens of an earlier one as from a prompt: its log-probabilities are those of one model given all tokens before."""
 
     def response_mask_NS(self) -> Tensor:
         """True at response tokens (end-of-sequence included). Shape [N, S]."""
@@ -131,7 +134,15 @@ class Rollouts:
             self.weight_version,
             None if self.gates is None else replace(self.gates, row_N=self.gates.row_N[index_N]),
             None if self.routes_NSLK is None else self.routes_NSLK[index_N],
+            None if self.versions_NS is None else self.versions_NS[index_N],
         )
+
+    def of_version_NS(self, version: int) -> Tensor:
+        """True at response tokens that the weights of this version made. Shape [N, S]."""
+        response_NS = self.response_mask_NS()
+        if self.versions_NS is None:
+            return response_NS if self.weight_version == version else torch.zeros_like(response_NS)
+        return response_NS & (self.versions_NS == version)
 
     def response(self, n: int) -> list[int]:
         """Response token ids of sequence n, end-of-sequence included."""
@@ -159,6 +170,7 @@ class TrainBatch:
     selected_NS: Tensor | None = None  # bool; tokens that Clip-Cov or KL-Cov treats apart
     gate_row_N: Tensor | None = None  # int64; which sequence of `LoggedGates` each row is
     gate_rank_N: Tensor | None = None  # int64; the data-parallel rank with those, where rows have changed their rank
+    present_N: Tensor | None = None  # bool; rows that the actors' present weights made alone; None: not told apart
     row_N: Tensor | None = None  # int64; which of all ranks' rollouts each row is
     routes_NSLK: Tensor | None = None  # packed; experts to replay in every forward pass, see `Rollouts`
 

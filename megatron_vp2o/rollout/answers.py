@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ class Sample:
     tokens: list[int]  # its end included
     logprobs: list[float]  # of each token, nats
     finished: bool  # ended by an id that ends responses, not by the length limit
+    versions: Sequence[
+        tuple[int, int]
+    ] = ()  # of weights: (version, end of its tokens), in order; () where none was asked for
     routes_TLK: Any = None  # array of expert ids of all tokens of prompt and response but the last; None: not asked for
 
 
@@ -51,7 +54,7 @@ class Asked:
     ends: Collection[int]
     vocabulary: int  # ids are below it
     longest: int  # tokens of a response
-    label: str  # of the weights
+    labels: Mapping[str, int]  # that tokens may have, of proven weights, with their versions
     routes: RoutesAsked | None = None
 
 
@@ -81,11 +84,11 @@ def _sample(choice: dict[str, Any], asked: Asked, prompt: int) -> Sample:
             f"a response of {len(tokens)} tokens (at most {asked.longest}) that ended by {reason} "
             f"{'at' if finished else 'without'} an end-of-sequence"
         )
-    _check_versions(choice.get("weight_versions"), len(tokens), asked.label)
+    versions = _versions(choice.get("weight_versions"), len(tokens), asked.labels)
     routes_TLK = None
     if asked.routes is not None:
         routes_TLK = _routes(choice.get("routed_experts"), prompt + len(tokens) - 1, asked.routes)
-    return Sample(tokens, _log_probs(choice.get("logprobs"), tokens), finished, routes_TLK)
+    return Sample(tokens, _log_probs(choice.get("logprobs"), tokens), finished, versions, routes_TLK)
 
 
 def _routes(said: Any, tokens: int, asked: RoutesAsked) -> Any:
@@ -118,17 +121,21 @@ def _are_ids(tokens: Any, vocabulary: int) -> bool:
     )
 
 
-def _check_versions(spans: Any, length: int, label: str) -> None:
-    """Every token must come from the present weights."""
-    at = 0
+def _versions(spans: Any, length: int, labels: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Whose weights each token comes from, as (version, end); all must be proven ones."""
+    at, found = 0, list[tuple[int, int]]()
     for span in spans if isinstance(spans, list) else []:
         if not isinstance(span, dict) or span.get("start") != at or not isinstance(span.get("end"), int):
             raise BadAnswer(f"weight versions {_shown(spans)}")
-        if span.get("version") != label:
-            raise OtherWeights(f"tokens of weights {_shown(span.get('version'))} instead of {label}")
-        at = span["end"]
+        label, at = span.get("version"), span["end"]
+        if not isinstance(label, str) or label not in labels:
+            raise OtherWeights(f"tokens of weights {_shown(label)} instead of {' or '.join(labels)}")
+        if found and labels[label] < found[-1][0]:
+            raise OtherWeights(f"weight versions {_shown(spans)} go back")
+        found.append((labels[label], at))
     if at != length:
         raise BadAnswer(f"weight versions {_shown(spans)} do not cover {length} tokens")
+    return found
 
 
 def _log_probs(said: Any, tokens: Sequence[int]) -> list[float]:

@@ -9,7 +9,9 @@ The server needs `--enable-scale-out`, VLLM_SERVER_DEV_MODE=1 and the extension 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -55,11 +57,21 @@ class Server:
             raise BadAnswer(f"{said!r} from /weight_info")
         return str(said["weight_version"])
 
+    async def prepare(self, timeout: float) -> None:
+        """Before its first update. Raises httpx.HTTPError or BadAnswer."""
+        await self._post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
+
     async def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams, group_size: int, asked: Asked
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        asked: Asked,
+        settled: Callable[[], Awaitable[None]],
     ) -> list[Sample]:
         """All samples of one prompt, in one request, so that they share its prefix. Raises httpx.HTTPError or BadAnswer.
 
+        `settled` waits until it is known whose tokens count.
         No seed is sent: on CPUs one can end vLLM's engine (gpu_model_runner.py, discarded tokens).
         """
         greedy = sampling.temperature == 0
@@ -80,7 +92,9 @@ class Server:
             "detokenize": False,
         }
         body = {"token_ids": list(prompt), "sampling_params": settings}
-        found = samples(await self._post(GENERATE, body), wanted, asked, len(prompt))
+        answer = await self._post(GENERATE, body)
+        await settled()
+        found = samples(answer, wanted, asked, len(prompt))
         return found * group_size if greedy else found
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
@@ -89,14 +103,24 @@ class Server:
         answer = await self._post(GENERATE, {"token_ids": list(tokens), "sampling_params": settings})
         return prompt_log_probs(answer, tokens)
 
-    async def load(self, weights: WeightSet, label: str, probe: Probe | None, timeout: float) -> None:
+    async def load(
+        self, weights: WeightSet, label: str, probe: Probe | None, timeout: float, *, keep: bool = False
+    ) -> str:
         """Give it a whole set of weights, and let samples count only after the probe agrees.
+
+        Args:
+            keep: requests in flight go on with the new weights, for which the server reads what they have so far again; else they
+                are aborted.
+
+        Returns:
+            The label that tokens got from these weights before they were proven.
 
         Raises:
             httpx.HTTPError or BadAnswer: it does not hold them. It must get a whole set, or be restarted, before it is used; it
                 is left paused, or with a label whose samples nobody takes.
         """
-        await self._post("/pause?mode=abort", timeout=timeout)
+        # Without clear_cache requests would go on from keys and values of the old weights.
+        await self._post("/pause?mode=keep&clear_cache=true" if keep else "/pause?mode=abort", timeout=timeout)
         await self._post("/start_weight_update", timeout=timeout)
         folder = str(weights.folder)
         for file in weights.files:
@@ -104,7 +128,10 @@ class Server:
             await self._post("/update_weights", {"update_info": {"folder": folder, **part}}, timeout)
         total = {"file": "", "tensors": weights.tensors, "bytes": weights.bytes, "digest": weights.digest}
         await self._post("/update_weights", {"update_info": {"folder": folder, **total}}, timeout)
-        await self._post("/finish_weight_update", {"weight_version": label + UNPROVEN}, timeout)
+        unproven = (
+            f"{label}-{uuid.uuid4().hex[:4]}{UNPROVEN}"  # of this try: an earlier one may have loaded something else
+        )
+        await self._post("/finish_weight_update", {"weight_version": unproven}, timeout)
         await self._post("/resume", timeout=timeout)
         if probe is not None:
             try:
@@ -121,6 +148,27 @@ class Server:
         await self._post("/update_weight_version", {"new_version": label}, timeout)
         if (said := await self.label()) != label:
             raise BadAnswer(f"it says that it holds weights {said!r} after an update to {label!r}")
+        return unproven
+
+
+async def unusable(servers: Sequence[Server]) -> list[str]:
+    """What is wrong with servers that somebody else started."""
+    problems = []
+    for server in servers:
+        try:
+            await server.label()
+            await server.prepare(30.0)
+        except (httpx.HTTPError, BadAnswer) as error:
+            problems.append(
+                f"rollout.urls has {server.url}, which cannot be used ({str(error) or type(error).__name__}): start it as "
+                "docs/rollouts.md says, or take it out"
+            )
+    return problems
+
+
+async def all_healthy(servers: Sequence[Server]) -> list[bool]:
+    """Whether each answers and says that its engine lives."""
+    return list(await asyncio.gather(*(server.healthy() for server in servers)))
 
 
 def _answer(response: httpx.Response, path: str) -> Any:

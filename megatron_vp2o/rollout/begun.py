@@ -22,7 +22,8 @@ class Begun:
 
     Args:
         pad_id: after a response.
-        version: of the weights that generate it.
+        version: of the weights that generate it, or begin with it.
+        several: whether later versions may go on with it.
         routes: that samples bring; None: they bring none.
     """
 
@@ -36,10 +37,11 @@ class Begun:
         *,
         pad_id: int,
         version: int,
+        several: bool = False,
         routes: RoutesAsked | None,
     ) -> None:
         self.prompts, self.sampling, self.group_size = prompts, sampling, group_size
-        self.pad_id, self.version, self.routes = pad_id, version, routes
+        self.pad_id, self.version, self.several, self.routes = pad_id, version, several, routes
         self.started_at = self.ended_at = time.monotonic()  # its turn; over
 
     def result(self) -> Rollouts:
@@ -59,6 +61,7 @@ class Begun:
         logprobs_NS = torch.zeros(count, width)
         prompt_len_N, total_len_N = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         finished_N = torch.zeros(count, dtype=torch.bool)
+        versions_NS = torch.full((count, width), -1) if self.several else None
         routes_NSLK = None if self.routes is None else _no_routes(count, width, self.routes)
         rows = ((p, sample) for p, group in enumerate(groups) for sample in group)
         for n, (p, sample) in enumerate(rows):
@@ -66,11 +69,23 @@ class Begun:
             tokens_NS[n, :end] = torch.tensor([*prompts[p], *sample.tokens])
             logprobs_NS[n, start:end] = torch.tensor(sample.logprobs)
             prompt_len_N[n], total_len_N[n], finished_N[n] = start, end, sample.finished
+            if versions_NS is not None:
+                begin = start
+                for version, until in sample.versions:
+                    versions_NS[n, begin : start + until] = version
+                    begin = start + until
             if routes_NSLK is not None:
                 routes_NSLK[n, : end - 1] = torch.from_numpy(sample.routes_TLK.astype("int16"))
         lengths = prompt_len_N, total_len_N
         return Rollouts(
-            tokens_NS, *lengths, logprobs_NS, logprobs_NS, finished_N, self.version, routes_NSLK=routes_NSLK
+            tokens_NS,
+            *lengths,
+            logprobs_NS,
+            logprobs_NS,
+            finished_N,
+            self.version,
+            routes_NSLK=routes_NSLK,
+            versions_NS=versions_NS,
         )
 
 

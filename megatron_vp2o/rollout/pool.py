@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,14 +31,16 @@ from torch import Tensor
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.answers import Asked, BadAnswer, RoutesAsked, Sample
-from megatron_vp2o.rollout.api import Server
+from megatron_vp2o.rollout.api import Server, all_healthy, unusable
 from megatron_vp2o.rollout.batch import Batch, words
 from megatron_vp2o.rollout.begun import Begun
 from megatron_vp2o.rollout.board import Board, News
 from megatron_vp2o.rollout.connections import OneEach
+from megatron_vp2o.rollout.labels import Labels
 from megatron_vp2o.rollout.members import STRIKES, Member
+from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
-from megatron_vp2o.rollout.pulse import EVERY_S, Pulse
+from megatron_vp2o.rollout.pulse import Pulse
 from megatron_vp2o.rollout.weight_files import WeightSet, write_weights
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,6 @@ T = TypeVar("T")
 BUCKET_BYTES = 256 * 2**20
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: shorter than servers do (uvicorn 5 s), lest they end one that is about to be used."""
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """How long and how often (docs/configuration.md has each under rollout.server)."""
-
-    in_flight: int = 64  # prompts at once to each server
-    attempts: int = 8  # tries of one prompt
-    request_timeout_s: float = 120.0
-    batch_timeout_s: float = 1800.0
-    sync_timeout_s: float = 300.0
-    startup_s: float = 600.0
-    poll_s: float = 0.25  # between looks at processes, and the first wait of a back-off
-    patience_s: float = 5.0  # the longest wait of a back-off
-    silence_s: float = 30.0  # of looks at a server's health, after which it is taken for dead
-    look_s: float = EVERY_S  # between such looks
 
 
 class ServerPool:
@@ -108,6 +93,7 @@ class ServerPool:
         self._unusable = "it was given none yet"
         self._closed, self._well = False, True
         self._turn = asyncio.Lock()  # of the batch that is generated
+        self._labels = Labels(several=self.settings.in_flight_updates)
         self._batches: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -138,7 +124,7 @@ class ServerPool:
         except SyncError as error:
             self._unusable = str(error)
             raise
-        problems = self._do(self._load_all(new, label, probe))
+        problems = self._do(self._load_all(new, label, version, probe))
         if all(member.lost for member in self.members):
             self._unusable = f"no server took version {version}: {'; '.join(problems)}"
             raise SyncError(f"{self._unusable}. Look into the servers' logs; training cannot go on without them")
@@ -148,29 +134,49 @@ class ServerPool:
         self._do(self._watch_all())
         return Receipt(version, new.tensors, new.bytes, int(new.digest, 16))
 
-    def adopt(self, version: int, label: str, lost: Sequence[str] = ()) -> None:
-        """On a process that is not the owner: the servers hold this version now, but for those that the owner lost (a reason for
-        each server, empty where it is not lost)."""
-        self.version, self.label, self._unusable = version, label, ""
-        self._do(self._adopt(lost))
+    @property
+    def labels(self) -> dict[str, int]:
+        """Labels whose tokens count, with their versions: what `adopt` needs elsewhere."""
+        return dict(self._labels.versions)
 
-    async def _adopt(self, lost: Sequence[str]) -> None:
+    def hold(self) -> None:
+        """On a process that is not the owner, before servers get new weights while they generate: answers wait for `adopt`."""
+        self._do(self._labels.hold())
+
+    def adopt(
+        self, version: int, label: str, lost: Sequence[str] = (), labels: Mapping[str, int] | None = None
+    ) -> None:
+        """On a process that is not the owner: the servers hold this version now, but for those that the owner lost (a reason for
+        each server, empty where it is not lost). `labels`: the owner's."""
+        self.version, self.label, self._unusable = version, label, ""
+        self._do(self._adopt(version, lost, {label: version} if labels is None else labels))
+
+    async def _adopt(self, version: int, lost: Sequence[str], labels: Mapping[str, int]) -> None:
         await self._unwatch_all()
+        if not self._batches:
+            self._labels.forget()
+        for label, of in labels.items():
+            self._labels.prove(of, label)
+        self._labels.settle()
         for number, member in enumerate(self.members):
             member.renew()
             if number < len(lost) and lost[number]:
                 member.lose(lost[number])
         await self._watch_all()
 
-    async def _load_all(self, new: WeightSet, label: str, probe: Probe | None) -> list[str]:
+    async def _load_all(self, new: WeightSet, label: str, version: int, probe: Probe | None) -> list[str]:
         """Bring every server to new weights, side by side. Returns what went wrong, and marks who is lost."""
         await self._unwatch_all()  # whatever a watcher was doing was for the old weights
+        await self._labels.hold()
+        if not self._batches:
+            self._labels.forget()
         old, self._weights, self._probe = self._weights, new, probe
         for member in self.members:
             member.renew()
         try:
-            told = await asyncio.gather(*(self._bring(member, label) for member in self.members))
+            told = await asyncio.gather(*(self._bring(member, label, version, update=True) for member in self.members))
         finally:
+            self._labels.settle()
             if old is not None:
                 old.remove()  # not before: a server that was starting anew reads it
         for member, problem in zip(self.members, told, strict=True):
@@ -178,7 +184,7 @@ class ServerPool:
                 member.lose(problem)
         return [problem for problem in told if problem]
 
-    async def _bring(self, member: Member, label: str) -> str:
+    async def _bring(self, member: Member, label: str, version: int, *, update: bool = False) -> str:
         """A whole good sync, a second try, and at last a restart, where the server is ours. Returns what went wrong at last; empty
         if the server holds the weights."""
         process, weights, pulse = member.process, self._weights, self._pulses[member.url]
@@ -194,8 +200,9 @@ class ServerPool:
                         self.restarts += process.starts > 1
                     await self._until_it_answers(member)
                 pulse.forget()
-                load = self._server(member).load(weights, label, self._probe, self.settings.sync_timeout_s)
-                await pulse.while_it_lives(load)
+                keep = self.settings.in_flight_updates and update and number == 0
+                load = self._server(member).load(weights, label, self._probe, self.settings.sync_timeout_s, keep=keep)
+                self._labels.prove(version, await pulse.while_it_lives(load), label)
                 return ""
             except (httpx.HTTPError, BadAnswer) as error:
                 said = f"{member.url}: {words(error)}"
@@ -232,7 +239,7 @@ class ServerPool:
                 f"it ended while it started, and another server answers at its port; {process.last_words()}"
             )
         if not process.prepared:
-            await server._post("/init_weight_transfer_engine", {"init_info": {}}, self.settings.sync_timeout_s)
+            await server.prepare(self.settings.sync_timeout_s)
             process.prepared = True
 
     # Watchers
@@ -299,7 +306,7 @@ class ServerPool:
         logger.warning("rollout server %s is brought back with the present weights%s", member.url, dead and f": {dead}")
         if process is not None and (bad or dead):  # what was asked of it breaks, and is asked elsewhere
             await asyncio.to_thread(process.stop)
-        problem = await self._bring(member, self.label)
+        problem = await self._bring(member, self.label, self.version)
         if problem:
             logger.error("rollout server %s is lost: %s", member.url, problem)
             return await self._lose(number, member, problem)
@@ -369,7 +376,7 @@ class ServerPool:
         self, prompts: Sequence[Sequence[int]], uids: Sequence[int], sampling: SamplingParams, group_size: int = 1
     ) -> Begun:
         """Ask for what `generate` returns, and go on. Batches are generated one after another, in the order in which they were
-        asked for. Whoever gives other weights waits for them, or cancels them, before."""
+        asked for. Whoever gives other weights waits for them, or cancels them, before; not so with `in_flight_updates`."""
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has 0 tokens; at least 1 is needed to predict from")
         if 0 < sampling.top_p < 1 and sampling.temperature > 0:
@@ -378,7 +385,9 @@ class ServerPool:
             raise RolloutError("the servers are closed: make a new pool")
         if self.version < 0:
             raise SyncError(f"the servers have no usable weights: {self._unusable}")
-        begun = Begun(prompts, sampling, group_size, pad_id=self.pad_id, version=self.version, routes=self.routes)
+        several = self.settings.in_flight_updates
+        asked = prompts, sampling, group_size
+        begun = Begun(*asked, pad_id=self.pad_id, version=self.version, several=several, routes=self.routes)
         begun.future = self._start(self._generate(prompts, sampling, group_size, begun))
         return begun
 
@@ -400,10 +409,12 @@ class ServerPool:
     async def _batch(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, group_size: int
     ) -> list[list[Sample]]:
-        asked = Asked(self.ends, self.vocabulary, sampling.max_new_tokens, self.label, self.routes)
+        await self._labels.settled()
+        labels = self._labels.accepted(self.label)
+        asked = Asked(self.ends, self.vocabulary, sampling.max_new_tokens, labels, self.routes)
 
         async def ask(member: Member, prompt: Sequence[int]) -> list[Sample]:
-            return await self._server(member).generate(prompt, sampling, group_size, asked)
+            return await self._server(member).generate(prompt, sampling, group_size, asked, self._labels.settled)
 
         settings = self.settings
         batch = Batch(prompts, self.members, ask, attempts=settings.attempts, in_flight=settings.in_flight)
@@ -437,37 +448,19 @@ class ServerPool:
 
     def check(self) -> None:
         """Look whether all servers that are somebody else's answer, before a run starts. Raises RolloutError naming them."""
-        problems = self._do(self._check())
+        others = [self._server(member) for member in self.members if member.process is None]
+        problems = self._do(unusable(others))
         if problems:
             raise RolloutError("; ".join(problems))
-
-    async def _check(self) -> list[str]:
-        problems = []
-        for member in self.members:
-            if member.process is not None:
-                continue
-            server = self._server(member)
-            try:
-                await server.label()
-                await server._post("/init_weight_transfer_engine", {"init_info": {}}, 30.0)
-            except (httpx.HTTPError, BadAnswer) as error:
-                problems.append(
-                    f"rollout.urls has {member.url}, which cannot be used ({words(error)}): start it as docs/rollouts.md "
-                    "says, or take it out"
-                )
-        return problems
 
     def health(self) -> Health:
         """See `rollout.protocol.Engine.health`. Ready while at least one server answers."""
         if self._closed or self.version < 0:
             return Health(False, -1, "closed" if self._closed else self._unusable)
-        answering = self._do(self._answering())
+        answering = self._do(all_healthy([self._server(member) for member in self.members]))
         there = f"{sum(answering)} of {len(self.members)} servers answer"
         lost = [f"{member.url} is lost: {member.lost}" for member in self.members if member.lost]
         return Health(any(answering), self.version, "; ".join([there, *lost]))
-
-    async def _answering(self) -> list[bool]:
-        return list(await asyncio.gather(*(self._server(member).healthy() for member in self.members)))
 
     def close(self) -> None:
         """End the servers that are ours, and delete the weights' files. While an exception is handled, the run counts as failed."""

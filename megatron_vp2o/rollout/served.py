@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.errors import RolloutError, SyncError, UserError
 from megatron_vp2o.parallel import failure
-from megatron_vp2o.parallel.groups import Groups, first_rank_says, gather_objects, on_replica
+from megatron_vp2o.parallel.groups import Groups, any_rank, first_rank_says, gather_objects, on_replica
 from megatron_vp2o.rl.interfaces import RolloutEngine
 from megatron_vp2o.rl.types import Rollouts, SamplingParams
 from megatron_vp2o.rollout.begun import Begun
@@ -41,6 +41,7 @@ class ServedEngine:
         probe_tokens: sequences that servers score after each update.
         tolerance: largest difference of a probe's token, nats.
         stage: places of this pipeline stage's layers among those whose routes the pool's rollouts have.
+        in_flight: whether servers get new weights while they generate (`PoolSettings.in_flight_updates` of the pools).
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class ServedEngine:
         probe_tokens: list[list[int]],
         tolerance: float,
         stage: Sequence[int] = (),
+        in_flight: bool = False,
     ) -> None:
+        self.in_flight = in_flight
         self.snapshot, self.pool, self.groups, self.stream = snapshot, pool, groups, stream
         self.probe_tokens, self.tolerance, self.stage = probe_tokens, tolerance, list(stage)
         self.receipt: Receipt | None = None
@@ -76,9 +79,14 @@ class ServedEngine:
         self._serve()
 
     def _serve(self) -> None:
-        """Bring the servers to the snapshot's weights. No rank generates meanwhile: a batch ends on all together."""
-        assert not self._under_way, "servers would get other weights while they generate"
+        """Bring the servers to the snapshot's weights. No rank generates meanwhile, because a batch ends on all together; unless
+        responses may go on with other weights."""
+        assert self.in_flight or not self._under_way, "servers would get other weights while they generate"
         probe = self._probe()
+        if self.in_flight:
+            if self.pool is not None and self.groups.rank != 0:
+                self.pool.hold()
+            any_rank(False, self.groups.world)  # no server has new weights before all hold back what these say
         said: tuple[str, Any] = ("", None)
         stream = self.stream()
         if self.groups.rank == 0:
@@ -91,12 +99,13 @@ class ServedEngine:
             pass
         label = self.pool.label if self.pool is not None else ""
         lost = [member.lost for member in self.pool.members] if self.pool is not None else []
-        problem, receipt, label, lost = first_rank_says((*said, label, lost), self.groups.world)
+        labels = self.pool.labels if self.pool is not None else {}
+        problem, receipt, label, lost, labels = first_rank_says((*said, label, lost, labels), self.groups.world)
         if problem:
             self._served = -1
             raise SyncError(problem)
         if self.pool is not None and self.groups.rank != 0:
-            self.pool.adopt(self.version, label, lost)
+            self.pool.adopt(self.version, label, lost, labels)
         self.receipt, self._served = receipt, self.version
 
     def _probe(self) -> Probe:
@@ -192,6 +201,10 @@ class ServedBatch:
         self.begun, self.problem, self.groups, self.under_way = begun, problem, groups, under_way
         self.stage = stage
         self._awaited = False
+
+    def done(self) -> bool:
+        """See `Generating.done`."""
+        return self.begun is None or self.begun.future.done()
 
     def span(self) -> tuple[float, float] | None:
         """See `Generating.span`."""

@@ -137,6 +137,8 @@ def to_arrays(rollouts: Rollouts) -> dict[str, Any]:
         }
     if rollouts.routes_NSLK is not None:
         arrays["routes"] = rollouts.routes_NSLK
+    if rollouts.versions_NS is not None:
+        arrays["versions"] = rollouts.versions_NS
     return {name: tensor.numpy() for name, tensor in arrays.items()}
 
 
@@ -156,6 +158,7 @@ def to_rollouts(arrays: dict[str, Any], device: torch.device) -> Rollouts:
         int(t["version"]),
         gates,
         t.get("routes"),
+        t.get("versions"),
     )
 
 
@@ -356,6 +359,10 @@ class StoredBatch:
     ) -> None:
         self.rollouts, self.generating, self.keep = rollouts, generating, keep
         self.key, self.weights = key, weights
+
+    def done(self) -> bool:
+        """See `Generating.done`."""
+        return self.generating is None or self.generating.done()
 
     def span(self) -> tuple[float, float] | None:
         return None if self.generating is None else self.generating.span()

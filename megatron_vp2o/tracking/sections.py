@@ -226,6 +226,20 @@ SECTIONS: tuple[Section, ...] = (
                 REINFORCEMENT,
             ),
             Metric(
+                "overlap/token_age",
+                "steps",
+                "optimizer steps from the weights that made a token to the beginning of training on it, mean over tokens",
+                "training steps of runs with rollout.in_flight_updates",
+                REINFORCEMENT,
+            ),
+            Metric(
+                "overlap/mixed",
+                FRACTION,
+                "responses with tokens of several versions of the weights",
+                "training steps of runs with rollout.in_flight_updates",
+                REINFORCEMENT,
+            ),
+            Metric(
                 "overlap/queued",
                 COUNT,
                 "later batches that servers had been asked for when training on this one began",

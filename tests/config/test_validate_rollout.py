@@ -105,6 +105,11 @@ def test_generation_beside_training(tmp_path: Path) -> None:
     supervised.rollout = RolloutConfig(max_age=3)
     assert "rollout.max_age=3 with algorithm=supervised" in refused(supervised)
     assert "rollout.ahead=65" in refused(served(tmp_path, urls=urls, ahead=65))
+    config = served(tmp_path, urls=urls, ahead=2, in_flight_updates=True)
+    assert refused(config) == ""
+    config.rollout.router_replay = RouterReplay.R3
+    assert "rollout.in_flight_updates=true with rollout.router_replay=R3" in refused(config)
+    assert "choose rollout.ahead=1 or more" in refused(served(tmp_path, urls=urls, in_flight_updates=True))
     for ahead, minibatches, most in ((1, 1, 1), (1, 4, 8), (1, 4, 7), (3, 2, 12), (3, 2, 11)):
         config = served(tmp_path, urls=urls, ahead=ahead, max_age=most)
         config.algorithm = GRPOConfig(minibatches=minibatches, epochs=2)

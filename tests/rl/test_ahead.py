@@ -36,6 +36,9 @@ class Handle:
     def __init__(self, engine: AheadEngine, rollouts: Rollouts, uids: list[int]) -> None:
         self.engine, self.rollouts, self.uids = engine, rollouts, uids
 
+    def done(self) -> bool:
+        return self not in self.engine.under_way
+
     def span(self) -> tuple[float, float]:
         return 2.0 * self.uids[0], 2.0 * self.uids[0] + 1.5
 

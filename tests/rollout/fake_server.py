@@ -56,7 +56,21 @@ class State:
         self.fault: dict[str, Any] = {}
         self.random = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
         self.lock = threading.Lock()
-        self.served = 0
+        self.served, self.aborts = 0, 0
+        self.token_s = float(os.environ.get("VP2O_FAKE_TOKEN_S", "0"))
+
+    def pause(self, *, keep: bool) -> None:
+        """Requests in flight stop at their next token, to go on after it or to end."""
+        with self.lock:
+            self.paused = True
+            self.aborts += not keep
+
+    def next_token(self, begun: int) -> bool:
+        """Wait until it may be made. Returns whether the request, which began after so many aborts, is to have one."""
+        time.sleep(self.token_s)
+        while self.paused and self.aborts == begun:
+            time.sleep(0.005)
+        return self.aborts == begun
 
     def strikes(self, kinds: tuple[str, ...]) -> str:
         """The fault that happens now, if any."""
@@ -148,9 +162,15 @@ class State:
     def sample(self, index: int, prompt: list[int], settings: dict[str, Any]) -> dict[str, Any]:
         tokens: list[int] = []
         content: list[dict[str, Any]] = []
-        last = prompt[-1]
+        spans: list[dict[str, Any]] = []
+        last, begun = prompt[-1], self.aborts
         drawn = self.draws(prompt, index)
         while len(tokens) < settings["max_tokens"]:
+            if not self.next_token(begun):
+                break
+            if not spans or spans[-1]["version"] != self.label:
+                spans.append({"version": self.label, "start": len(tokens)})
+            spans[-1]["end"] = len(tokens) + 1
             logp = self.log_probs(last, settings["temperature"])
             with self.lock:
                 u = drawn.random()
@@ -163,11 +183,17 @@ class State:
         routed = {"routed_experts": encoded(routes_of(prompt + tokens, *ROUTED))} if ROUTED else {}
         return routed | {
             "index": index,
-            "finish_reason": "stop" if tokens[-1] in settings.get("stop_token_ids", ()) else "length",
+            "finish_reason": _reason(tokens, settings),
             "token_ids": tokens,
             "logprobs": {"content": content},
-            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
+            "weight_versions": spans,
         }
+
+
+def _reason(tokens: list[int], settings: dict[str, Any]) -> str:
+    if tokens and tokens[-1] in settings.get("stop_token_ids", ()):
+        return "stop"
+    return "length" if len(tokens) == settings["max_tokens"] else "abort"
 
 
 def routes_of(tokens: list[int], layers: int, experts: int, topk: int) -> Any:
@@ -238,11 +264,12 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length) or b"null")
         try:
-            self.reply(self.act(self.path.partition("?")[0], body))
+            path, _, query = self.path.partition("?")
+            self.reply(self.act(path, query, body))
         except ValueError as error:
             self.reply({"error": str(error)}, 500)
 
-    def act(self, path: str, body: Any) -> Any:
+    def act(self, path: str, query: str, body: Any) -> Any:
         state = self.state
         while state.fault.get("kind") == "engine_dead":  # whatever needs the engine waits for ever
             time.sleep(0.1)
@@ -250,8 +277,10 @@ class Handler(BaseHTTPRequestHandler):
             while state.paused:
                 time.sleep(0.02)
             return state.generate(body)
-        if path in ("/pause", "/resume"):
-            state.paused = path == "/pause"
+        if path == "/pause":
+            state.pause(keep="mode=keep" in query)
+        elif path == "/resume":
+            state.paused = False
         elif path == "/start_weight_update":
             state.start()
         elif path == "/update_weights":

@@ -17,7 +17,8 @@ from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.board import Board
 from megatron_vp2o.rollout.launch import ServerProcess, free_port
 from megatron_vp2o.rollout.members import Member
-from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
+from megatron_vp2o.rollout.pool import ServerPool
+from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Probe
 
 FAKE = Path(__file__).with_name("fake_server.py")
@@ -35,7 +36,7 @@ def table(model: int) -> dict[str, Tensor]:
 
 class FakeHarness:
     """A pool whose servers it starts. With `fixed` a prompt always gets the same samples of the same weights; with `routes` answers
-    have them, of all layers of a model of `layers`."""
+    have them, of all layers of a model of `layers`. A token takes `token_s`."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 1e-5
 
@@ -48,11 +49,12 @@ class FakeHarness:
         fixed: bool = False,
         routes: RoutesAsked | None = None,
         layers: int = 0,
+        token_s: float = 0.0,
     ) -> None:
         def command(model: Path, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(model), str(port)]
 
-        environment = {"VP2O_FAKE_FIXED": "1"} if fixed else {}
+        environment = {"VP2O_FAKE_TOKEN_S": str(token_s)} | ({"VP2O_FAKE_FIXED": "1"} if fixed else {})
         if routes is not None:
             environment["VP2O_FAKE_ROUTES"] = f"{layers} {routes.experts} {routes.topk}"
         logs = [folder / f"server{number}.log" for number in range(servers)]

@@ -165,6 +165,35 @@ def _timeless(run_dir: Path) -> list[dict[str, Any]]:
 
 @LONG[0]
 @LONG[1]
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_a_run_whose_responses_go_on_with_new_weights(tmp_path: Path, ranks: int) -> None:
+    """It is killed once. Which tokens are whose depends on how fast things are; what is trained on, and how often, does not."""
+    more = [
+        *("algorithm=vp2o", "algorithm.trust_region.delta=0.5", "algorithm.steps=8", "algorithm.budget.max_age=1"),
+        *("rollout.ahead=2", "rollout.in_flight_updates=true", "algorithm.mismatch.correction=tis"),
+        *("rollout.sampling.max_new_tokens=24", "algorithm.mismatch.high=1e9"),
+    ]
+    rng = random.Random(SEED)
+    with servers(token_s=0.03) as urls:
+        run_dir = tmp_path / "run"
+        started = psutil.Popen(command(run_dir, urls, *more, ranks=ranks), cwd=ROOT, env=ENVIRONMENT)
+        assert kill_after(started, run_dir, rng.randrange(3, 7), rng.random()), "it had ended"
+        train(run_dir, urls, *more, "resume=auto", ranks=ranks)
+    record = read(run_dir)
+    assert record["step"][-1] == 8 and record["samples"][-1] == 8 * 4 * 2
+    mixed = [value for value in record["overlap/mixed"] if value is not None]
+    print(
+        f"seed {SEED}: mixed {mixed}, ages {record['overlap/age']}, of tokens {record['overlap/token_age']}", flush=True
+    )
+    assert max(mixed) > 0, "no response had tokens of several weights"
+    pairs = zip(record["overlap/age"], record["overlap/token_age"], strict=True)
+    assert all(young is None or 0 <= young <= age for age, young in pairs)
+    assert record["overlap/again"][-1] in (0, 4 * 2, 2 * 4 * 2)
+
+
+@LONG[0]
+@LONG[1]
 def test_a_run_that_is_asked_to_stop_leaves_nothing_and_goes_on(tmp_path: Path) -> None:
     """SIGTERM while servers generate."""
     more = ["algorithm=grpo", "algorithm.steps=6"]

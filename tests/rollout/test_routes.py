@@ -48,7 +48,7 @@ def test_what_is_no_route_of_these_tokens_is_refused(seed: int) -> None:
     whole_TAK = np.random.default_rng(seed).integers(0, asked.experts, shape).astype(dtype)
 
     def parse(routes: Any) -> Any:
-        return samples(answered(routes, tokens), 1, Asked([], 9, tokens, "v", asked), prompt)[0].routes_TLK
+        return samples(answered(routes, tokens), 1, Asked([], 9, tokens, {"v": 0}, asked), prompt)[0].routes_TLK
 
     assert np.array_equal(parse(encoded(whole_TAK)), whole_TAK[:, list(layers)])
     spoilt = [
@@ -72,7 +72,7 @@ def test_what_is_no_route_of_these_tokens_is_refused(seed: int) -> None:
 
 
 def test_routes_that_nobody_asked_for_are_left_out() -> None:
-    asked = Asked([], 9, 4, "v")
+    asked = Asked([], 9, 4, {"v": 0})
     assert samples(answered(encoded(np.zeros((4, 1, 1)))), 1, asked, 1)[0].routes_TLK is None
 
 

@@ -28,7 +28,8 @@ from megatron_vp2o.rollout.api import GENERATE, Server
 from megatron_vp2o.rollout.contract import PROMPTS, SAMPLING, ClosingContract, EngineContract, check_form
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
 from megatron_vp2o.rollout.members import Member
-from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
+from megatron_vp2o.rollout.pool import ServerPool
+from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Probe
 from megatron_vp2o.rollout.pulse import Pulse
 from megatron_vp2o.rollout.weight_files import WeightSet
@@ -52,7 +53,13 @@ class VLLMHarness:
 
     vocabulary, end, tolerance = VOCABULARY, END, 2e-5
 
-    def __init__(self, folder: Path, routes: RoutesAsked | None = None, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        routes: RoutesAsked | None = None,
+        arguments: Sequence[str] = (),
+        in_flight_updates: bool = False,
+    ) -> None:
         self.models = [_model(seed) for seed in (0, 1)]
         limits: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
         command = vllm_command(str(PYTHON), **limits, cpu=True, arguments=list(arguments), routes=routes is not None)
@@ -65,7 +72,9 @@ class VLLMHarness:
             ends=[END],
             vocabulary=VOCABULARY,
             pad_id=PAD,
-            settings=PoolSettings(startup_s=400.0, request_timeout_s=120.0, batch_timeout_s=600.0),
+            settings=PoolSettings(
+                startup_s=400.0, request_timeout_s=120.0, batch_timeout_s=600.0, in_flight_updates=in_flight_updates
+            ),
             routes=routes,
         )
 

@@ -37,14 +37,14 @@ SECONDS = 20.0
 
 
 class Served(Submitted):
-    """A launch of the tiny recipe with servers; the last of its jobs trains."""
+    """A launch of the tiny recipe with servers, which start or cannot; the last of its jobs trains."""
 
-    def __init__(self, folder: Path, *settings: str, steps: int = 2) -> None:
+    def __init__(self, folder: Path, *settings: str, steps: int = 2, start: bool = True) -> None:
         self.folder, self.run_dir = folder, folder / "run"
         python = folder / "python"
-        python.write_text(
-            f'#!/bin/bash\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {ROOT}/tests/rollout/hf_server.py "$@"\n'
-        )
+        serves = f'exec {sys.executable} {ROOT}/tests/rollout/hf_server.py "$@"'
+        fails = 'echo "RuntimeError: no such device here" >&2; exit 1'
+        python.write_text(f'#!/bin/bash\n[ "$1" = -c ] && exit 0\n{serves if start else fails}\n')
         python.chmod(0o755)
         environment = "executor.environment={OMP_NUM_THREADS: 1}"
         done = launch(
@@ -133,3 +133,49 @@ def test_a_run_trains_through_its_servers_and_ends_with_them(tmp_path: Path, pla
     job.check_nothing_is_left()
     for other in job.others:
         assert Submitted(other).ends() in ("COMPLETED", "CANCELLED")
+
+
+def test_a_cancelled_run_leaves_neither_servers_nor_trainer(tmp_path: Path) -> None:
+    job = Served(tmp_path, "executor.nodes=2", "executor.servers=split", steps=2000)
+    job.until(lambda: len(job.record()) >= 2, "a step")
+    assert len(job.processes("hf_server")) >= 2 and job.processes("megatron_vp2o.train")
+    subprocess.run(["scancel", job.id], check=True)
+    start = time.monotonic()
+    job.check_nothing_is_left(within=60.0)
+    print(f"all processes had ended after {time.monotonic() - start:.1f} s")
+    assert job.ends() == "CANCELLED" and job.shown("Restarts") == "0", job.output()
+
+
+def test_the_error_of_one_host_ends_all_and_is_told(tmp_path: Path) -> None:
+    """A bug of the program in the servers' host of the second node; the first node's host and the ranks wait for it meanwhile."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, socket, sys, time\n"
+        "def fails(*_, **__):\n"
+        "    time.sleep(10)\n"
+        "    print('it fails at', time.time(), flush=True)\n"
+        "    raise RuntimeError('a fault of the second host')\n"
+        "if 'megatron_vp2o.serve' in sys.orig_argv and os.environ.get('SLURMD_NODENAME') == 'n2':\n"
+        "    socket.create_server = fails\n"
+    )
+    environment = f"executor.environment={{OMP_NUM_THREADS: 1, PYTHONPATH: {tmp_path}}}"
+    job = Served(tmp_path, "executor.nodes=2", "executor.servers=split", environment)
+    assert job.ends() == "FAILED", job.output()
+    ended, said = time.time(), job.output()
+    failed = re.search(r"it fails at ([\d.]+)", said)
+    assert failed is not None, said
+    assert ended - float(failed[1]) < SECONDS, said
+    assert said.count("RuntimeError: a fault of the second host") == 1 and "Traceback (most recent call last)" in said
+    assert "error: the rollout servers ended with status 1" in said, said
+    job.check_nothing_is_left()
+    assert len(job.record()) == 0
+
+
+def test_servers_that_cannot_start_end_the_job_with_one_error(tmp_path: Path) -> None:
+    """Each ends with words of its own; the run says them once."""
+    job = Served(tmp_path, "executor.nodes=2", "executor.servers=split", start=False)
+    assert job.ends() == "FAILED", job.output()
+    said = "\n".join(line for line in job.output().splitlines() if "error: " in line)
+    assert len(re.findall(r"error: no server took version 0", said)) == 1, job.output()
+    assert "no such device here" in said and "Traceback" not in job.output(), job.output()
+    job.check_nothing_is_left()
+    assert len(job.record()) == 0

@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_vp2o.rl.types import SamplingParams
 from megatron_vp2o.rollout.launch import ServerProcess, free_port, vllm_command, vllm_environment
 from megatron_vp2o.rollout.members import Member
-from megatron_vp2o.rollout.pool import PoolSettings, ServerPool
+from megatron_vp2o.rollout.pool import ServerPool
+from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.tasks.tokenizer import CharTokenizer
 
 PROMPT_TOKENS = 16
