@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.megatron.platform import compat, cpu
+from megatron_vp2o.megatron.platform import compat, cpu, repairs
 
 cpu.enable_cpu()
 
@@ -127,10 +127,10 @@ def test_inference_mode_is_left() -> None:
 
 
 def test_a_repair_that_is_not_needed_is_not_applied() -> None:
-    needed = {patch.name for patch in compat.REPAIRS if patch.name in compat.prepare()}
+    needed = {patch.name for patch in repairs.REPAIRS if patch.name in compat.prepare()}
     fixed_in_0_19 = {"undefined-gemm", "router-losses-per-token"}
     assert needed & fixed_in_0_19 == (fixed_in_0_19 if compat.megatron_version() < Version("0.17") else set())
-    assert not compat._undefined_gemm()  # repaired
+    assert not repairs._undefined_gemm()  # repaired
 
 
 @pytest.mark.parametrize("per_token", [False, True])

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from megatron_vp2o.megatron.platform import compat, cpu
+from megatron_vp2o.megatron.platform.patches import Patch
+from megatron_vp2o.megatron.platform.repairs import REPAIRS
 from tests.distributed import ROOT, run_distributed
 
 pytestmark = pytest.mark.smoke  # they are about the installed megatron-core
 
 NO_CUDA = not torch.cuda.is_available()
-ALL = [*cpu.PATCHES, *compat.REPAIRS]
+ALL = [*cpu.PATCHES, *REPAIRS]
 without_cuda = pytest.mark.skipif(not NO_CUDA, reason="nothing is patched where there is CUDA")
 
 
@@ -96,13 +98,13 @@ def _resolve(target: str) -> Any:
 
 
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
-def test_what_is_patched_exists(patch: compat.Patch) -> None:
+def test_what_is_patched_exists(patch: Patch) -> None:
     assert patch.targets and all(_resolve(target) is not None for target in patch.targets)
     assert patch.why and patch.until
 
 
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
-def test_the_lines_that_make_it_necessary_are_where_it_says(patch: compat.Patch) -> None:
+def test_the_lines_that_make_it_necessary_are_where_it_says(patch: Patch) -> None:
     version = str(compat.megatron_version())
     if version not in ("0.16.1", "0.19.2"):
         pytest.skip(f"line numbers are of 0.16.1 and 0.19.2, not {version}")

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vp2o.megatron.platform.compat import Patch, Site, prepare
+from megatron_vp2o.megatron.platform.compat import prepare
+from megatron_vp2o.megatron.platform.patches import Patch, Site
 
 CPU = torch.device("cpu")
 PACKAGE = "megatron.core"
