@@ -208,7 +208,8 @@ class ServerPool:
                 said = f"{member.url}: {words(error)}"
                 logger.warning("sync of %s failed (try %d of %d): %s", member.url, number + 1, tries, words(error))
         if process is not None:
-            said += f" ({process.last_words()})"
+            if (words_of_it := process.last_words()) not in said:
+                said += f" ({words_of_it})"
             await asyncio.to_thread(process.stop)  # nobody may get samples of whatever it holds
         return said
 
