@@ -366,8 +366,8 @@ class RLTrainer(TrainingLoop):
         refreshed before the next batch.
 
         Returns:
-            Metrics of each step; where it is measured, the budget of all samples, and of those that are the actors' present weights'
-            alone; and whether the last step was rejected.
+            Metrics of each step; where they are measured, the budget of all samples and that of the actors' present weights' alone;
+            and whether the last step was rejected.
         """
         updates, transforms, rejected = [], [], False
         for part in self._minibatches(batch, step):
@@ -403,9 +403,7 @@ class RLTrainer(TrainingLoop):
             taken["optimizer/grad_norm"] = stats.grad_norm
         return stats.metrics | taken, transformed, stats.rejected
 
-    def _judge_actors(
-        self, queued: Queued, budgets: tuple[Budget, Budget] | None, rejected: bool
-    ) -> dict[str, float]:
+    def _judge_actors(self, queued: Queued, budgets: tuple[Budget, Budget] | None, rejected: bool) -> dict[str, float]:
         """Tell the refresh policy what this rollout batch found. What is found of the samples of earlier actors says nothing of the
         present ones."""
         budget, present = budgets or (None, None)
