@@ -260,7 +260,7 @@ class Stored(Handle):
     def wait(self) -> Rollouts:
         if self in self.engine.under_way:
             super().wait()
-            self.engine.disk[self.asked] = self
+            self.engine.disk[self.asked] = self  # type: ignore[attr-defined]
         return self.rollouts
 
 
