@@ -50,6 +50,8 @@ STAGES = (
     Stage("tests", 150, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
     Stage("layer_qwen3_30b_a3b", 90, _bench("layer", "--shape", "qwen3_30b_a3b")),
     Stage("layer_vp2o_33b_a4b", 90, _bench("layer", "--shape", "vp2o_33b_a4b")),
+    Stage("layer_torch", 90, _bench("layer", "--shape", "qwen3_30b_a3b", "--implementation", "torch")),
+    Stage("layer_local", 90, _bench("layer", "--shape", "qwen3_30b_a3b", "--implementation", "local")),
     Stage("experts", 90, _bench("experts")),
     Stage("logprobs", 60, _bench("logprobs")),
     Stage("decode", 90, _bench("decode")),

@@ -32,7 +32,7 @@ def main() -> int:
     for name, bound in PRECISIONS.items():
         config = policy_job.small_config()
         config.model.precision = Precision[name]
-        config.model.implementation = Implementation.local
+        config.model.implementation = Implementation.torch
         begin = time.perf_counter()
         try:
             result = policy_job.train(config)

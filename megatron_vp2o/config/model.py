@@ -17,8 +17,9 @@ class Precision(enum.Enum):
 class Implementation(enum.Enum):
     """Which Megatron layer specs to build from."""
 
-    auto = "auto"  # transformer_engine where CUDA and transformer-engine are there, else local
+    auto = "auto"  # transformer_engine where CUDA and transformer-engine are there, else torch with CUDA, local without
     local = "local"
+    torch = "torch"
     transformer_engine = "transformer_engine"
 
 
@@ -141,7 +142,9 @@ class ModelConfig:
     precision: Precision = Precision.fp32
     """Parameters and activations; the router and the log-probabilities are always float32."""
     implementation: Implementation = Implementation.auto
-    """Layer specs: Megatron's local ones (any device) or transformer-engine (CUDA)."""
+    """Layer specs. `local`: Megatron's own, with attention, norms and experts of ours in their places (any device). `torch`: the
+    same modules and checkpoints, always by torch's fused operations, one product for all experts, and torch's fused AdamW (any
+    device; on a CPU no faster than `local`). `transformer_engine`: its modules (CUDA)."""
     recompute: bool = False
     """Full activation recomputation, layer by layer."""
     logits_chunk_mib: Annotated[float, Range(1e-3, 2**20)] = 256.0

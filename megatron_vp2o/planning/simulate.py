@@ -90,7 +90,8 @@ def trace(config: TrainConfig, rank: int, world_size: int, *, width: int, rows: 
         ConfigError: the recipe cannot work on so many processes.
     """
     implementation = config.model.implementation
-    if not torch.cuda.is_available():
+    # What is allocated and sent is the same under `torch`, whose kernels cannot be traced without values.
+    if not torch.cuda.is_available() or not use_transformer_engine(implementation):
         implementation = Implementation.local
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation=implementation))
     forget_auxiliary_losses()  # of another model, traced before

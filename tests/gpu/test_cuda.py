@@ -21,15 +21,16 @@ def test_no_cpu_patch_is_applied():
     assert enable_cpu() == []
 
 
+@pytest.mark.parametrize("implementation", ["local", "torch"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 1.0)])
-def test_generation_scoring_and_training(precision, bound):
+def test_generation_scoring_and_training(precision, bound, implementation):
     from megatron_vp2o.config.schema import Implementation, Precision
     from megatron_vp2o.megatron.platform import world
     from tests.megatron import policy_job
 
     config = policy_job.small_config()
     config.model.precision = Precision[precision]
-    config.model.implementation = Implementation.local
+    config.model.implementation = Implementation[implementation]
     try:
         result = policy_job.train(config)
     finally:

@@ -130,12 +130,41 @@ def test_the_step_computes_what_it_computes_on_the_cpu(plain: tuple[Path, Any], 
         (2, ["parallel=pipeline2", "model.precision=bf16", *PACKED]),
         (2, ["parallel.distributed_optimizer=true", "model.precision=bf16"]),
         (2, ["parallel.overlap_grad_reduce=true"]),
+        (
+            1,
+            [
+                "model.implementation=torch",
+                "model.recompute=true",
+                "model.precision=bf16",
+                "algorithm.minibatches=2",
+                *PACKED,
+            ],
+        ),
+        (2, ["model.implementation=torch", "parallel=tensor2", "rollout.router_replay=R3", *PACKED]),
+        (2, ["model.implementation=torch", "parallel=tensor2", "parallel.expert_tensor_parallel=2"]),
+        (2, ["model.implementation=torch", "parallel=pipeline2", "model.precision=bf16", *PACKED]),
+        (2, ["model.implementation=torch", "parallel.overlap_grad_reduce=true"]),
     ],
     ids=lambda value: f"{value}" if isinstance(value, int) else "+".join(value),
 )
 def test_other_settings(ranks: int, overrides: list[str], tmp_path: Path) -> None:
     steps = run(tmp_path / "run", *overrides, ranks=ranks)
     assert steps and all(step["metrics"]["optimizer/grad_norm"] > 0 for step in steps)
+
+
+def test_the_torch_implementation_goes_on_from_a_checkpoint_of_local(tmp_path: Path) -> None:
+    """And to the same end, but for rounding; both on two ranks with half of the experts each, rows packed, shards of gradients."""
+    layout = ["parallel=expert2", "parallel.distributed_optimizer=true", "rollout.router_replay=R2", *PACKED]
+    steps = run(tmp_path / "local", *layout, ranks=2)
+    again = tmp_path / "torch"
+    shutil.copytree(tmp_path / "local", again)
+    shutil.rmtree(max((again / "checkpoints").glob("step_*")))
+    (again / "checkpoints" / "latest").unlink(missing_ok=True)
+    resumed = run(again, *layout, "model.implementation=torch", ranks=2)
+    assert len(resumed) == 2
+    for key in ("policy/loss", "optimizer/grad_norm", "policy/entropy", "moe/router_entropy"):
+        found, expected = ([step["metrics"][key] for step in some] for some in (resumed, steps[2:]))
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-6), key
 
 
 @everything

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pairs", type=int, default=5, help="steps with, and as many without")
     parser.add_argument("--shrink", type=int, default=1, help="divide all widths and counts")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--implementation", choices=("auto", "torch", "local", "transformer_engine"), default="auto")
     arguments = parser.parse_known_args(argv)[0]
     from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
@@ -98,6 +99,7 @@ def _config(arguments: argparse.Namespace, **model: int) -> Any:
     shape["moe_router_topk"] = min(shape["moe_router_topk"], shape["num_moe_experts"] // 2)
     overrides = [f"model.{key}={value}" for key, value in shape.items()]
     overrides += [f"model.max_sequence_length={arguments.width}", f"model.precision={arguments.precision}"]
+    overrides.append(f"model.implementation={arguments.implementation}")
     config = compose("countdown_tiny_vp2o", ["init_from=null", *overrides])
     config.optimizer.lr = 1e-6  # steps stay within the trust region: what is timed is the check
     return config
@@ -196,7 +198,8 @@ def layer(arguments: argparse.Namespace) -> None:
             )
             for _ in range(arguments.pairs)
         ]
-        name = f"layer/{arguments.shape}"
+        kind = "" if arguments.implementation == "auto" else f"_{arguments.implementation}"
+        name = f"layer/{arguments.shape}{kind}"
         plain = statistics.median(t[0] for t in triples)
         tokens = arguments.rows * arguments.width
         figure(f"{name}/step_plain", plain * 1e3, "ms")

@@ -18,6 +18,7 @@ from megatron_vp2o.config.parameters import padded_vocab
 from megatron_vp2o.config.schema import LoadBalancing, Precision, PrefixSharing, TrainConfig
 from megatron_vp2o.core.deferred import Deferred, known, merged
 from megatron_vp2o.megatron.learner.clipping import clip_by, squared_norms, total_norm
+from megatron_vp2o.megatron.learner.fused_adam import adamw_for
 from megatron_vp2o.megatron.learner.micro_batches import MicroBatch, PackedBatches, micro_batches, token_budget
 from megatron_vp2o.megatron.learner.scoring import run_schedule, scores
 from megatron_vp2o.megatron.learner.step_state import StepState
@@ -86,23 +87,22 @@ class MegatronPolicy:
         for module in self.model.modules():
             if isinstance(module, (GroupedSequentialMLP, OutputLayer)):
                 module.add_to_main_grad = not parallel.overlap_grad_reduce
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                adam_eps=settings.adam_eps,
-                clip_grad=settings.clip_grad,
-                bf16=config.model.precision is Precision.bf16,
-                params_dtype=DTYPES[config.model.precision],
-                use_distributed_optimizer=parallel.distributed_optimizer,
-                overlap_param_gather=parallel.overlap_param_gather,
-            ),
-            [self.ddp],
+        adam = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.model.precision is Precision.bf16,
+            params_dtype=DTYPES[config.model.precision],
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
+        with adamw_for(config.model.implementation):
+            self.optimizer = get_megatron_optimizer(adam, [self.ddp])
         self.clip_grad, self.peak_lr = settings.clip_grad, settings.lr
         self._squares: Tensor | None = None  # from `gradient_norm`, for `take_step`
         self._layers = moe_layers(self.ddp)

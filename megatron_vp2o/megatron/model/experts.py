@@ -232,3 +232,9 @@ class GroupedSequentialMLP(SequentialMLP):
                 continue
             matrix_EP, reverse = found
             matrix_EP.add_((gradient_EXY.flip(0) if reverse else gradient_EXY).flatten(1))
+
+
+class GroupedProductMLP(GroupedSequentialMLP):
+    """By grouped products on every device that has them, CPUs among them."""
+
+    grouped = True

@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vp2o.config.schema import Implementation
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.model.attention import CachedSelfAttention, FusedCoreAttention
-from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
+from megatron_vp2o.megatron.model.experts import GroupedProductMLP, GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer
-from megatron_vp2o.megatron.model.norm import RMSNorm
+from megatron_vp2o.megatron.model.norm import FusedRMSNorm, RMSNorm
 from megatron_vp2o.megatron.platform.compat import replace_in_spec
 
 
@@ -33,9 +33,18 @@ def use_transformer_engine(implementation: Implementation) -> bool:
     if implementation is Implementation.transformer_engine and not available:
         raise ConfigError(
             "model.implementation=transformer_engine, but CUDA and transformer-engine are not both here; "
-            "install the [gpu] extra on a GPU machine or use model.implementation=local"
+            "install the [gpu] extra on a GPU machine or use model.implementation=torch"
         )
-    return available and implementation is not Implementation.local
+    return available and implementation in (Implementation.auto, Implementation.transformer_engine)
+
+
+def resolved(implementation: Implementation) -> Implementation:
+    """What `auto` is on this machine; else the argument."""
+    if use_transformer_engine(implementation):
+        return Implementation.transformer_engine
+    if implementation is Implementation.auto:
+        return Implementation.torch if torch.cuda.is_available() else Implementation.local
+    return implementation
 
 
 def layer_specs(config: TransformerConfig, implementation: Implementation) -> Any:
@@ -44,8 +53,9 @@ def layer_specs(config: TransformerConfig, implementation: Implementation) -> An
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
         return replace_in_spec(spec, {SelfAttention: CachedSelfAttention, MoELayer: VP2OMoELayer})
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    fused = resolved(implementation) is Implementation.torch
     replacements: dict[type, type] = {
-        WrappedTorchNorm: RMSNorm,
+        WrappedTorchNorm: FusedRMSNorm if fused else RMSNorm,
         SelfAttention: CachedSelfAttention,
         MoELayer: VP2OMoELayer,
     }
@@ -53,7 +63,7 @@ def layer_specs(config: TransformerConfig, implementation: Implementation) -> An
         replacements[DotProductAttention] = FusedCoreAttention
     plain = config.glu_linear_offset == 0 and config.activation_func_clamp_value is None
     if plain and not config.add_bias_linear and config.activation_func is F.silu:
-        replacements[SequentialMLP] = GroupedSequentialMLP
+        replacements[SequentialMLP] = GroupedProductMLP if fused else GroupedSequentialMLP
     if config.add_bias_linear:
         replacements[RowParallelLinear] = OwnOutputLinear
     return replace_in_spec(spec, replacements)
