@@ -332,11 +332,12 @@ def _context_of_documents(config: TrainConfig) -> Iterator[str]:
     """transformer-engine's context-parallel attention takes no mask, which documents packed into a row need."""
     algorithm, model, context = config.algorithm, config.model, config.parallel.context_parallel
     packs = isinstance(algorithm, SupervisedConfig) and algorithm.data.pack
-    engine = model.implementation is not Implementation.local and importlib.util.find_spec("transformer_engine")
+    asked = model.implementation in (Implementation.auto, Implementation.transformer_engine)
+    engine = asked and importlib.util.find_spec("transformer_engine")
     if packs and engine and context > 1:
         yield (
             f"parallel.context_parallel={context} with algorithm.data.pack=true: transformer-engine does not split rows of several "
-            "documents over ranks; set algorithm.data.pack=false or model.implementation=local"
+            "documents over ranks; set algorithm.data.pack=false or model.implementation=torch"
         )
 
 
