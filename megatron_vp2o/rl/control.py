@@ -37,7 +37,7 @@ class PlainSteps:
 
     def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
         lr = self._policy.learning_rate
-        stats = StepStats.of(*read(measured, self._policy.gradient_norm()), lr)
+        stats = StepStats.of(*read(measured, self._policy.gradient_norm()), lr=lr)
         if not stats.skipped:
             self._policy.take_step()
             return stats

@@ -207,7 +207,7 @@ class StepStats:
     rejected: bool = False  # the trust region took the step back
 
     @classmethod
-    def of(cls, metrics: dict[str, float], grad_norm: float, lr: float) -> StepStats:
+    def of(cls, metrics: dict[str, float], grad_norm: float, *, lr: float) -> StepStats:
         """From what was measured, `tokens` among it. A step without tokens, or whose norm is not finite, is to be skipped."""
         tokens = int(metrics["tokens"])
         return cls(metrics, grad_norm, lr, skipped=tokens == 0 or not math.isfinite(grad_norm), tokens=tokens)

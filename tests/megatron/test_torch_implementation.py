@@ -29,8 +29,14 @@ from tests.megatron import policy_job  # noqa: E402
 VOCAB = 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    world.stop()
+
+
 @pytest.fixture(autouse=True)
-def stopped() -> Iterator[None]:
+def no_model() -> Iterator[None]:
     yield
     world.stop_model_parallel()
 
@@ -51,8 +57,10 @@ def trained(implementation: Implementation, draw: int, *, steps: int = 2, **chan
     config.model.implementation = implementation
     config.model.recompute = dice.random() < 0.3
     config.model.num_query_groups = dice.choice([config.model.num_attention_heads, 1])
-    config.algorithm.micro_batch_tokens = dice.choice([None, 40])
-    config.optimizer.lr, config.optimizer.weight_decay = 1e-2, 0.1
+    algorithm: Any = config.algorithm
+    algorithm.micro_batch_tokens = dice.choice([None, 40])
+    # so large an epsilon that gradients which are nothing but rounding do not become steps of full size
+    config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.adam_eps = 3e-2, 0.1, 1e-2
     for name, value in changes.items():
         setattr(config.model, name, value)
     groups = world.start(config.parallel, config.seed)
@@ -68,9 +76,11 @@ def trained(implementation: Implementation, draw: int, *, steps: int = 2, **chan
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float, **said: Any) -> None:
+    """Each tensor to the bound times its largest value; one that is next to nothing, times a hundredth of the largest of all."""
     assert found.keys() == expected.keys()
+    sizes = {name: float(value.float().abs().max()) for name, value in expected.items()}
     for name, value in expected.items():
-        size = max(float(value.float().abs().max()), 1e-6)
+        size = max(sizes[name], 1e-2 * max(sizes.values()))
         assert float((found[name] - value).float().abs().max()) <= bound * size, (name, said)
 
 
@@ -84,13 +94,13 @@ def test_values_gradients_and_steps_in_float32(draw: int) -> None:
     assert {GroupedProductMLP, FusedRMSNorm} <= kinds and RMSNorm not in kinds
     assert all(isinstance(one.optimizer, FusedAdamW) for one in torch_["policy"].optimizers())
     assert not any(isinstance(one.optimizer, FusedAdamW) for one in local["policy"].optimizers())
-    assert torch_["losses"] == pytest.approx(local["losses"], rel=1e-5)
+    assert torch_["losses"][0] == pytest.approx(local["losses"][0], rel=1e-5)
+    assert torch_["losses"][1] == pytest.approx(local["losses"][1], rel=1e-5) != torch_["losses"][0]
     close(torch_["gradients"][0], local["gradients"][0], 2e-5, step=0)
-    # Adam divides by the size of gradients: where these are rounding, so is the direction of the step
-    close(torch_["gradients"][1], local["gradients"][1], 2e-3, step=1)
+    close(torch_["gradients"][1], local["gradients"][1], 2e-4, step=1)
     moved = [n for n, p in local["weights"].items() if float((p - torch_["weights"][n]).abs().max()) > 0]
     assert moved, "two implementations that agree to the last bit are the same one"
-    close(torch_["weights"], local["weights"], 2e-3)
+    close(torch_["weights"], local["weights"], 2e-4)
 
 
 @pytest.mark.parametrize("draw", [10])

@@ -209,7 +209,7 @@ class FakeStepper:
     def step(self, measured: Deferred[dict[str, float]]) -> StepStats:
         rejected = self.calls in self.rejects
         self.calls += 1
-        stats = StepStats.of(*read(measured, self.policy.gradient_norm()), self.policy.learning_rate)
+        stats = StepStats.of(*read(measured, self.policy.gradient_norm()), lr=self.policy.learning_rate)
         if not stats.skipped and not rejected:
             self.policy.take_step()
         return replace(stats, rejected=rejected)

@@ -212,7 +212,7 @@ class TrustRegion:
         policy, settings = self.policy, self.settings
         lr, norm = policy.learning_rate, policy.gradient_norm()
         if settings.mode is not ControlMode.enforce:
-            stats = StepStats.of(*read(measured, norm), lr)
+            stats = StepStats.of(*read(measured, norm), lr=lr)
             if stats.skipped:
                 return None, stats, {}
             policy.take_step()
@@ -220,7 +220,7 @@ class TrustRegion:
         before = Snapshot(policy, on_host=settings.snapshot_on_host)
         policy.take_step()
         metrics, grad_norm, seen = read(measured, norm, self._look())
-        stats = StepStats.of(metrics, grad_norm, lr)
+        stats = StepStats.of(metrics, grad_norm, lr=lr)
         if stats.skipped:
             before.restore()
         return before, stats, seen

@@ -47,7 +47,7 @@ def adamw_for(implementation: Implementation) -> Iterator[None]:
         yield
         return
     plain = torch.optim.AdamW
-    torch.optim.AdamW = FusedAdamW  # type: ignore[misc]
+    torch.optim.AdamW = FusedAdamW  # type: ignore[assignment, misc]
     try:
         yield
     finally:

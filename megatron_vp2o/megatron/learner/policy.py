@@ -323,7 +323,7 @@ class MegatronPolicy:
             tokens: loss tokens of all ranks, as `forward_backward` reported them.
         """
         lr = self.learning_rate
-        stats = StepStats.of({"tokens": tokens}, self.gradient_norm().read(), lr)
+        stats = StepStats.of({"tokens": tokens}, self.gradient_norm().read(), lr=lr)
         if not stats.skipped:
             self.take_step()
         return replace(stats, metrics={})
