@@ -153,13 +153,16 @@ def _kernels(hidden_TD: Tensor) -> ModuleType | None:
 def _statistics(
     kernels: ModuleType | None, logits_cV: Tensor, local_c: Tensor, softmax: _Softmax
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(greatest z, sum of exp(z - greatest), that sum weighted by z - greatest, z of the target or 0), z = logits / temperature."""
+    """(greatest z, sum of exp(z - greatest), that sum weighted by z - greatest, z of the target or 0), z = logits / temperature.
+
+    Overwrites the logits, as `_logits_gradient` does: two float32 copies of a chunk are alive at a time, and bfloat16 logits.
+    """
     if kernels is not None:
         return kernels.statistics(logits_cV, local_c, softmax.temperature, softmax.valid)  # type: ignore[no-any-return]
     if softmax.valid == 0:  # this rank's part of the vocabulary is padding
         zeros_c = local_c.new_zeros(local_c.shape, dtype=torch.float32)
         return torch.full_like(zeros_c, float("-inf")), zeros_c, zeros_c, zeros_c
-    z_cV = logits_cV[:, : softmax.valid].float() / softmax.temperature
+    z_cV = logits_cV[:, : softmax.valid].float().div_(softmax.temperature)
     peak_c = z_cV.amax(dim=-1)
     chosen_c = torch.where(_here(local_c, softmax), z_cV.gather(-1, _inside(local_c, softmax)).squeeze(-1), 0.0)
     z_cV -= peak_c[:, None]
@@ -190,18 +193,23 @@ def _logits_gradient(
             softmax.temperature,
             softmax.valid,
         )
-    log_p_cV = logits_cV[:, : softmax.valid].float() / softmax.temperature - normaliser_c[:, None]
-    p_cV = log_p_cV.exp()
-    grad_cV = p_cV * -grad_logprob_c[:, None]
+    log_p_cV = logits_cV[:, : softmax.valid].float().div_(softmax.temperature).sub_(normaliser_c[:, None])
+    if grad_entropy_c is None:
+        grad_cV = log_p_cV.exp_().mul_(-grad_logprob_c[:, None])
+    else:
+        p_cV = log_p_cV.exp()
+        grad_cV = p_cV * -grad_logprob_c[:, None]
+        inner_cV = p_cV.mul_(log_p_cV.add_(entropy_c[:, None])).nan_to_num_(0.0)
+        grad_cV.addcmul_(inner_cV, grad_entropy_c[:, None], value=-1)
     if softmax.valid > 0:
         grad_cV.scatter_add_(
             -1, _inside(local_c, softmax), (grad_logprob_c * _here(local_c, softmax)).to(grad_cV.dtype)[:, None]
         )
-    if grad_entropy_c is not None:
-        inner_cV = p_cV.mul_(log_p_cV.add_(entropy_c[:, None])).nan_to_num_(0.0)
-        grad_cV -= inner_cV * grad_entropy_c[:, None]
+    grad_cV.div_(softmax.temperature)
+    if grad_cV.shape == logits_cV.shape:
+        return grad_cV.to(logits_cV.dtype)
     out_cV = torch.zeros_like(logits_cV)
-    out_cV[:, : softmax.valid] = grad_cV / softmax.temperature
+    out_cV[:, : softmax.valid] = grad_cV
     return out_cV
 
 

@@ -61,7 +61,7 @@ class Assumptions:
         imbalance: tokens of the busiest expert rank over the mean.
         reserve_gib: CUDA and NCCL contexts, and workspaces of libraries.
         fragmentation: share of what is allocated that the allocator loses.
-        logits_bytes: bytes that one logit costs at the peak, forward to backward (four float32, two in model precision).
+        logits_bytes: bytes that one logit costs at the peak beside itself, where logits are not taken in chunks (four float32).
         server_share: what a rollout server takes of a GPU's memory (vLLM's gpu_memory_utilization, 0.92 by default).
         server_workspace_gib: what it needs of that beside weights and cache.
         server_launch_us: microseconds that one layer of one decoded token takes at least on a server, which replays graphs.
@@ -78,7 +78,7 @@ class Assumptions:
     imbalance: float = 1.3
     reserve_gib: float = 3.0
     fragmentation: float = 0.05
-    logits_bytes: float = 20.0
+    logits_bytes: float = 16.0
     server_share: float = 0.92
     server_workspace_gib: float = 4.0
     server_launch_us: float = 50.0

@@ -62,17 +62,21 @@ def static_memory(config: TrainConfig, gpus: int, vocab_size: int) -> dict[str, 
     }
 
 
-def memory(config: TrainConfig, gpus: int, vocab_size: int, work: Workload, assumed: Assumptions) -> Memory:
+def memory(
+    config: TrainConfig, gpus: int, vocab_size: int, work: Workload, assumed: Assumptions, grouped: bool = True
+) -> Memory:
     """Memory of each GPU under a recipe that `validate` accepts on so many processes.
 
     Args:
         vocab_size: rows of the embedding, padding included.
+        grouped: experts compute in one product, as on GPUs; on the CPU they take turns.
     """
     static = static_memory(config, gpus, vocab_size)
     resident = {**static, "actor weights": static["weights"], **_vp2o(config, gpus, vocab_size, work)}
     if getattr(config.algorithm, "kl_reference", KLReference.none) is KLReference.initial:
         resident["KL reference"] = static["weights"]
-    training, decoding = _training(config, vocab_size, work, assumed), _decoding(config, vocab_size, work)
+    training = _training(config, vocab_size, work, assumed, grouped)
+    decoding = _decoding(config, vocab_size, work)
     known = sum(resident.values()) + max(sum(training.values()), sum(decoding.values()))
     return Memory(resident, training, decoding, int(assumed.reserve_gib * GIB + assumed.fragmentation * known))
 
@@ -100,36 +104,69 @@ def most_logits(config: TrainConfig, vocab_size: int) -> int:
     return max(vocab_size // config.parallel.tensor_parallel, int(config.model.logits_chunk_mib * 2**20) // 4)
 
 
-def _training(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
+def _training(
+    config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions, grouped: bool
+) -> dict[str, int]:
+    """What stays between forward and backward passes, and the larger of what comes on top: logits, or a layer's backward pass."""
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     tokens = work.micro_tokens
     own = tokens // parallel.tensor_parallel  # sequence parallelism
     layers = model.num_layers // parallel.pipeline_parallel
     in_flight = min(parallel.pipeline_parallel, work.micro_batches)
-    layer = _layer_activations(config, tokens, assumed)
-    kept = own * model.hidden_size * element if model.recompute else layer // 2
-    found = {"activations": int(in_flight * layers * kept + layer)}
-    logits = min(tokens * (vocab_size // parallel.tensor_parallel), most_logits(config, vocab_size))
-    found["logits"] = int(logits * assumed.logits_bytes)
+    layer = _saved_by_layer(config, tokens, assumed)
+    kept = in_flight * layers * (own * model.hidden_size * element if model.recompute else layer)
+    ends = 2 * tokens * model.hidden_size * element  # the last norm's input and the output layer's
+    found = {"activations": int(kept + ends)}
+    logits = _logits(config, vocab_size, tokens, assumed)
+    backward = _layer_backward(config, tokens, assumed, grouped) + (layer if model.recompute else 0)
+    found["logits" if logits > backward else "backward of a layer"] = max(logits, backward)
     if config.algorithm.stein.enabled or hasattr(config.algorithm, "trust_region"):
         matrix = model.hidden_size * model.moe_ffn_hidden_size // parallel.expert_tensor_parallel
         found["output projections"] = model.num_moe_experts // parallel.expert_parallel * matrix * 4
     return found
 
 
-def _layer_activations(config: TrainConfig, tokens: int, assumed: Assumptions) -> int:
-    """What one layer holds between its forward and its backward, and as much again for gradients."""
+def _logits(config: TrainConfig, vocab_size: int, tokens: int, assumed: Assumptions) -> int:
+    """Whole, or one chunk: float32 copies (entropy's gradient needs a third), bfloat16 logits beside them; the weight's gradient."""
+    element, rows = element_bytes(config), vocab_size // config.parallel.tensor_parallel
+    whole, chunk = tokens * rows, most_logits(config, vocab_size)
+    weight = rows * config.model.hidden_size * element
+    if whole <= chunk:
+        return int(whole * (assumed.logits_bytes + element)) + weight
+    copies = 3 if getattr(config.algorithm, "entropy_coef", 0.0) else 2
+    return chunk * (4 * copies + (element if element < 4 else 0)) + (weight if element < 4 else 0)
+
+
+def _routed(config: TrainConfig, tokens: int, assumed: Assumptions) -> int:
+    """Tokens of the busiest rank's experts."""
+    parallel = config.parallel
+    own = tokens // parallel.tensor_parallel
+    return int(own * config.model.moe_router_topk * parallel.expert_tensor_parallel * assumed.imbalance)
+
+
+def _saved_by_layer(config: TrainConfig, tokens: int, assumed: Assumptions) -> int:
+    """Bytes that one layer's forward pass leaves for its backward pass, as the layers of `implementation=local` do."""
     model, parallel, element = config.model, config.parallel, element_bytes(config)
-    tensor, expert_tensor = parallel.tensor_parallel, parallel.expert_tensor_parallel
-    own = tokens // tensor
-    heads = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    attention = tokens * (model.hidden_size + (2 * heads + model.num_attention_heads * model.kv_channels) // tensor)
-    routed = int(own * model.moe_router_topk * expert_tensor * assumed.imbalance)
-    inner = 3 * model.moe_ffn_hidden_size // expert_tensor
-    experts = routed * (4 * model.hidden_size + inner) + own * model.moe_router_topk * 2 * model.hidden_size
-    shared = tokens * 3 * (model.moe_shared_expert_intermediate_size or 0) // tensor
-    routes = own * model.num_moe_experts * 4 * 4  # logits, gates, map and its permutation
-    return 2 * element * (attention + experts + shared + 4 * own * model.hidden_size) + routes
+    tensor, expert_tensor, width = parallel.tensor_parallel, parallel.expert_tensor_parallel, model.kv_channels
+    own, routed = tokens // tensor, _routed(config, tokens, assumed)
+    heads, groups = model.num_attention_heads // tensor, max(1, model.num_query_groups // tensor)
+    norms = own * 4 * model.hidden_size  # inputs of both norms, of the query-key-value product, and of the experts and the router
+    # query, key and value as they were multiplied, query and key turned, the output; with their norms, those of query and key
+    turned = (heads + 2 * groups) + heads + groups + heads + (heads + groups if model.qk_layernorm else 0)
+    experts = routed * (model.hidden_size + 2 * model.moe_ffn_hidden_size // expert_tensor)
+    shared = tokens * 5 * (model.moe_shared_expert_intermediate_size or 0) // tensor
+    scores = own * (9 * model.num_moe_experts + 32 * model.moe_router_topk)  # two float32, a mask; ids of experts, gates
+    order = routed * 12  # the tokens' order, a gate each
+    return element * (norms + tokens * turned * width + experts + shared) + 4 * tokens * heads + scores + order
+
+
+def _layer_backward(config: TrainConfig, tokens: int, assumed: Assumptions, grouped: bool) -> int:
+    """Bytes beyond what was kept, in the experts' backward pass: gradients of outputs, inputs and the inner width, and of weights."""
+    model, parallel, element = config.model, config.parallel, element_bytes(config)
+    inner = model.moe_ffn_hidden_size // parallel.expert_tensor_parallel
+    weights = model.num_moe_experts // parallel.expert_parallel * 3 * model.hidden_size * inner
+    widths = 2 * model.hidden_size + (5 if grouped else 1) * inner
+    return element * (_routed(config, tokens, assumed) * widths + weights)
 
 
 def _decoding(config: TrainConfig, vocab_size: int, work: Workload) -> dict[str, int]:

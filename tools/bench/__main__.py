@@ -9,6 +9,7 @@ BENCHMARKS = {
     "startup": "seconds from the command to its help text",
     "step": "tokens/s of rollouts and training, seconds of each phase of a step",
     "stein": "the Stein transform: its phases, and a training step with it over one without",
+    "memory": "peak memory of training beside the plan; --long: 16,384 tokens over 151,936 ids in 24 GiB",
     "control": "the trust region: a training step under it over one without",
     "packing": "trained tokens/s of rows of skewed lengths, padded and packed",
     "prefix": "forward and backward pass of groups, each prompt once a row and once a group",
