@@ -127,7 +127,7 @@ def _training(
 
 
 def _logits(config: TrainConfig, vocab_size: int, tokens: int, assumed: Assumptions) -> int:
-    """Whole, or one chunk: float32 copies (entropy's gradient needs a third), bfloat16 logits beside them; the weight's gradient."""
+    """Whole, or one chunk: float32 copies (a third for entropy's gradient), bfloat16 logits beside them; the weight's gradient."""
     element, rows = element_bytes(config), vocab_size // config.parallel.tensor_parallel
     whole, chunk = tokens * rows, most_logits(config, vocab_size)
     weight = rows * config.model.hidden_size * element
@@ -150,18 +150,22 @@ def _saved_by_layer(config: TrainConfig, tokens: int, assumed: Assumptions) -> i
     tensor, expert_tensor, width = parallel.tensor_parallel, parallel.expert_tensor_parallel, model.kv_channels
     own, routed = tokens // tensor, _routed(config, tokens, assumed)
     heads, groups = model.num_attention_heads // tensor, max(1, model.num_query_groups // tensor)
-    norms = own * 4 * model.hidden_size  # inputs of both norms, of the query-key-value product, and of the experts and the router
+    norms = (
+        own * 4 * model.hidden_size
+    )  # inputs of both norms, of the query-key-value product, and of the experts and the router
     # query, key and value as they were multiplied, query and key turned, the output; with their norms, those of query and key
     turned = (heads + 2 * groups) + heads + groups + heads + (heads + groups if model.qk_layernorm else 0)
     experts = routed * (model.hidden_size + 2 * model.moe_ffn_hidden_size // expert_tensor)
     shared = tokens * 5 * (model.moe_shared_expert_intermediate_size or 0) // tensor
-    scores = own * (9 * model.num_moe_experts + 32 * model.moe_router_topk)  # two float32, a mask; ids of experts, gates
+    scores = own * (
+        9 * model.num_moe_experts + 32 * model.moe_router_topk
+    )  # two float32, a mask; ids of experts, gates
     order = routed * 12  # the tokens' order, a gate each
     return element * (norms + tokens * turned * width + experts + shared) + 4 * tokens * heads + scores + order
 
 
 def _layer_backward(config: TrainConfig, tokens: int, assumed: Assumptions, grouped: bool) -> int:
-    """Bytes beyond what was kept, in the experts' backward pass: gradients of outputs, inputs and the inner width, and of weights."""
+    """Bytes beyond what was kept, in the experts' backward pass: gradients of outputs, inputs, inner width and weights."""
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     inner = model.moe_ffn_hidden_size // parallel.expert_tensor_parallel
     weights = model.num_moe_experts // parallel.expert_parallel * 3 * model.hidden_size * inner

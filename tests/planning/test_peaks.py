@@ -1,4 +1,4 @@
-"""The plan's memory of training against what torch's profiler sees on the CPU, at shapes drawn at random (VP2O_PEAKS=20: that many)."""
+"""The plan's memory of training against what torch's profiler sees on the CPU, at drawn shapes (VP2O_PEAKS=20: so many)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ print("bytes", *case.measured_and_planned())
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("VP2O_PEAKS", "2"))))
 def test_the_peak_of_a_drawn_shape(seed: int) -> None:
-    done = subprocess.run([sys.executable, "-c", DRAWN, str(seed)], capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DRAWN, str(seed)], capture_output=True, text=True, timeout=240, check=True
+    )
     drawn, found = done.stdout.strip().splitlines()[-2:]
     measured, planned = map(int, found.split()[1:])
     assert abs(planned / measured - 1) < 0.05, (seed, drawn, measured, planned)

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
-enable_cpu()
+if not torch.cuda.is_available():
+    enable_cpu()
 
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
@@ -131,7 +132,10 @@ def _train_long(chunk_mib: float) -> int:
             return 0
         case.policy.optimizer_step(step)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{head}; step {step}: loss {loss:.4f}, {time.monotonic() - begin:.0f} s, peak of the process {peak:.1f} GiB", flush=True)
+        print(
+            f"{head}; step {step}: loss {loss:.4f}, {time.monotonic() - begin:.0f} s, peak of the process {peak:.1f} GiB",
+            flush=True,
+        )
     return 0
 
 
