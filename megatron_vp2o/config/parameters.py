@@ -16,6 +16,13 @@ def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // unit) * unit
 
 
+def length_multiple(tensor: int, context: int) -> int:
+    """What lengths are padded to a multiple of: 2 * context chunks, and sequence parallelism cuts each rank's positions."""
+    if context == 1:
+        return tensor
+    return context * (tensor if tensor % 2 == 0 else 2 * tensor)
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of the whole model by kind. Every layer is a MoE layer."""

@@ -252,7 +252,13 @@ def _changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
 
     if not parallel.distributed_optimizer:
         yield layout("distributed_optimizer", True)
-    for name in ("expert_parallel", "tensor_parallel", "pipeline_parallel", "expert_tensor_parallel"):
+    for name in (
+        "expert_parallel",
+        "tensor_parallel",
+        "context_parallel",
+        "pipeline_parallel",
+        "expert_tensor_parallel",
+    ):
         yield layout(name, 2 * getattr(parallel, name))
     if not model.recompute:
         yield "model.recompute=true", dataclasses.replace(config, model=dataclasses.replace(model, recompute=True))

@@ -109,16 +109,21 @@ def _training(
 ) -> dict[str, int]:
     """What stays between forward and backward passes, and the larger of what comes on top: logits, or a layer's backward pass."""
     model, parallel, element = config.model, config.parallel, element_bytes(config)
-    tokens = work.micro_tokens
+    context = parallel.context_parallel
+    tokens = -(-work.micro_tokens // context)
     own = tokens // parallel.tensor_parallel  # sequence parallelism
     layers = model.num_layers // parallel.pipeline_parallel
     in_flight = min(parallel.pipeline_parallel, work.micro_batches)
     layer = _saved_by_layer(config, tokens, assumed)
+    # Keys and values of all context-parallel ranks, and in the backward pass their gradients, once more in the ranks' order.
+    heads = 2 * model.num_query_groups * model.kv_channels // parallel.tensor_parallel
+    gathered = element * tokens * context * heads if context > 1 else 0
+    layer += gathered
     kept = in_flight * layers * (own * model.hidden_size * element if model.recompute else layer)
     ends = 2 * tokens * model.hidden_size * element  # the last norm's input and the output layer's
     found = {"activations": int(kept + ends)}
     logits = _logits(config, vocab_size, tokens, assumed)
-    backward = _layer_backward(config, tokens, assumed, grouped) + (layer if model.recompute else 0)
+    backward = _layer_backward(config, tokens, assumed, grouped) + (layer if model.recompute else 0) + 2 * gathered
     found["logits" if logits > backward else "backward of a layer"] = max(logits, backward)
     if config.algorithm.stein.enabled or hasattr(config.algorithm, "trust_region"):
         matrix = model.hidden_size * model.moe_ffn_hidden_size // parallel.expert_tensor_parallel

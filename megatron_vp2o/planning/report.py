@@ -87,10 +87,11 @@ def assumptions(plan: Plan) -> list[str]:
 
 def layouts(found: Iterable[tuple[ParallelConfig, Plan]], limit: int = 10) -> str:
     """The best layouts as a table."""
-    lines = ["layouts that fit, the fastest by estimate first:", "   TP  PP  EP ETP   peak GiB   step s"]
+    lines = ["layouts that fit, the fastest by estimate first:", "   TP  CP  PP  EP ETP   peak GiB   step s"]
     for parallel, plan in list(found)[:limit]:
         sizes = (
             parallel.tensor_parallel,
+            parallel.context_parallel,
             parallel.pipeline_parallel,
             parallel.expert_parallel,
             parallel.expert_tensor_parallel,

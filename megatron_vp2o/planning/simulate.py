@@ -82,7 +82,7 @@ def trace(config: TrainConfig, rank: int, world_size: int, *, width: int, rows: 
     """Build one rank and trace an optimizer step of one micro-batch.
 
     Args:
-        width: tokens of a row; tensor_parallel divides it.
+        width: tokens of a row; a multiple of `config.parameters.length_multiple`.
         rows: sequences of the micro-batch.
         vocab_size: of the tokenizer.
 
@@ -112,8 +112,8 @@ def _step(config: TrainConfig, mode: MetaWorld, groups: Groups, width: int, rows
     if config.algorithm.stein.enabled:
         prototypes = ExpertPrototypes(policy.ddp, config.algorithm.stein, groups)
         stein = SteinTransform(prototypes, optimizer=policy.optimizer)
-    tensor = config.parallel.tensor_parallel
-    mode.awaited = torch.tensor([width // tensor, rows, config.model.hidden_size])
+    tensor, context = config.parallel.tensor_parallel, config.parallel.context_parallel
+    mode.awaited = torch.tensor([width // tensor // context, rows, config.model.hidden_size])
     mode.said = {"loss": 1.0, "tokens": float(width * rows)}  # metrics, from the last pipeline stage
     mask_NS = torch.ones(rows, width, dtype=torch.bool)
     batch = TrainBatch(torch.zeros(rows, width, dtype=torch.long), torch.full((rows,), width), mask_NS, temperature=1.0)

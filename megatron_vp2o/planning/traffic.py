@@ -37,7 +37,8 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     tensor, stages = parallel.tensor_parallel, parallel.pipeline_parallel
     experts, split = parallel.expert_parallel, parallel.expert_tensor_parallel
     layers = model.num_layers // stages
-    tokens = work.passed
+    context = parallel.context_parallel
+    tokens = work.passed / context
     rank = count_on_rank(model, parallel, vocab_size)
     dense_ranks, expert_ranks = gpus // (tensor * stages), expert_replicas(parallel, gpus)
     # Experts' ranks are neighbours, then come their replicas.
@@ -55,7 +56,7 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
     attention = layers * (2 * passes + 1) * hidden
     # The output layer gathers its input, once more in the backward pass unless chunks of logits keep it, and scatters.
     in_one = work.micro_rows * work.tokens if work.packed is None else work.packed
-    chunked = in_one * (vocab_size // tensor) > most_logits(config, vocab_size)
+    chunked = in_one // context * (vocab_size // tensor) > most_logits(config, vocab_size)
     output = (2 if chunked else 3) * hidden
     ends = output + (2 * hidden if stages == 1 else 0)  # and the embedding's output
     found["tensor parallelism"] = Stream(int(attention + ends), tensor)
@@ -70,6 +71,11 @@ def traffic(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> 
         everyone = experts * split
         moved = tokens / tensor * 2 * model.hidden_size * element
         found["expert parallelism"] = Stream(int(layers * passes * moved * (everyone - 1)), everyone, exact=False)
+    if context > 1:
+        # Keys and values are gathered in each forward pass, and their gradients scattered back; log-probability and entropy once.
+        heads = 2 * model.num_query_groups * model.kv_channels / tensor
+        moved = layers * passes * tokens * heads * element + tokens * 2 * 4
+        found["context parallelism"] = Stream(int(moved * (context - 1)), tensor * context)
     if stages > 1:
         found["pipeline"] = Stream(int(2 * tokens / tensor * model.hidden_size * element), gpus)
     if (stein := stein_traffic(config, gpus)) is not None:

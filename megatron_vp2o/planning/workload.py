@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vp2o.config.parameters import padded_vocab
+from megatron_vp2o.config.parameters import length_multiple, padded_vocab
 from megatron_vp2o.config.schema import (
     DataSource,
     EngineKind,
@@ -26,7 +26,7 @@ CHARACTERS = 104
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of one data-parallel rank in one training step (for RL, a rollout batch).
+    """The work of one data-parallel rank in one training step (for RL, a rollout batch). Context-parallel ranks share it.
 
     Attributes:
         rows: sequences trained on.
@@ -36,7 +36,7 @@ class Workload:
         micro_batches: forward and backward passes, in all updates together.
         micro_rows: sequences in one of them, on average where they are packed.
         scored: further forward passes over all rows, without gradient.
-        decoded: rows that the learner's ranks generate; 0 without rollouts, and where servers generate them.
+        decoded: rows that each of the learner's ranks generates; 0 without rollouts, and where servers generate them.
         decoded_at_once: of these, at most.
         evaluated: whether the engine generates at all, if only for evaluation.
         packed: tokens of the fullest micro-batch where rows are packed; None where they are padded.
@@ -83,7 +83,8 @@ class Workload:
 def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
     """The work under a recipe that `validate` accepts on so many processes."""
     algorithm, ranks = config.algorithm, data_parallel_size(config, gpus)
-    multiple = config.parallel.tensor_parallel
+    context = config.parallel.context_parallel
+    multiple = length_multiple(config.parallel.tensor_parallel, context)
     limit = config.rollout.sampling.max_new_tokens + int(assumed.prompt_tokens)
     if isinstance(algorithm, SupervisedConfig):
         length = algorithm.sequence_length or config.model.max_sequence_length
@@ -107,6 +108,8 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
     updates = algorithm.minibatches * algorithm.epochs
     rows = rollouts // algorithm.minibatches  # of one update
     mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
+    # Context-parallel ranks deal prompts to each other.
+    dealt = -(-algorithm.prompts_per_step // ranks // context) * algorithm.group_size
     packed, shared, sharing = None, 0.0, 1
     micro = min(algorithm.micro_batch_size, rows)
     micro_batches = -(-rows // micro)
@@ -124,8 +127,8 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
         micro_batches=updates * micro_batches,
         micro_rows=micro,
         scored=float(algorithm.kl_reference is KLReference.initial) + float(_recomputed(config)),
-        decoded=rollouts if config.rollout.engine is EngineKind.embedded else 0,
-        decoded_at_once=min(config.rollout.max_batch_size, rollouts),
+        decoded=dealt if config.rollout.engine is EngineKind.embedded else 0,
+        decoded_at_once=min(config.rollout.max_batch_size, dealt),
         evaluated=True,
         packed=packed,
         shared=shared,

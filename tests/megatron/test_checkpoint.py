@@ -311,6 +311,7 @@ def test_resumed_runs_on_two_ranks(tmp_path: Path) -> None:
         },
         "TP=2, bf16": {"tensor_parallel": 2, "bf16": True},
         "PP=2": {"pipeline_parallel": 2},
+        "CP=2": {"context_parallel": 2, "distributed_optimizer": True},
     }
     by_rank = run_distributed(f"{JOB}:continuations", 2, str(tmp_path), layouts, timeout=200)
     assert by_rank == [{name: [] for name in layouts}] * 2
@@ -334,13 +335,16 @@ def test_checkpoints_of_four_ranks_load_on_one(groups: Groups, tmp_path: Path) -
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_of_one_rank_loads_on_two_stages(groups: Groups, saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_rank_loads_on_two_stages_and_on_two_halves(
+    groups: Groups, saved: Path, tmp_path: Path
+) -> None:
     learner = Learner(config(), groups, saved)
     learner.saver.load(saved / "step_000002")
     expected = learner.log_probs()
     learner.train(2)
     path = str(saved / "step_000002")
-    for found in run_distributed(f"{JOB}:loaded", 2, path, {"pipeline_parallel": 2}, timeout=200):
+    layouts: list[dict[str, Any]] = [{"pipeline_parallel": 2}, {"context_parallel": 2}]
+    for found in [one for layout in layouts for one in run_distributed(f"{JOB}:loaded", 2, path, layout, timeout=200)]:
         resumed, started, resumed_next = map(torch.tensor, found)
         torch.testing.assert_close(resumed, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(started, expected, rtol=0, atol=1e-5)

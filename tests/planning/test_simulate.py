@@ -97,7 +97,14 @@ def test_all_groups_of_a_rank_agree() -> None:
     assert "equal on all ranks that share a group" in describe(traces)
 
 
-@pytest.mark.parametrize("recipe", ["vp2o_33b_a4b_countdown4_16k_64xh100", "vp2o_mixtral_8x7b_countdown4_8k_64xh100"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "vp2o_33b_a4b_countdown4_16k_64xh100",
+        "vp2o_mixtral_8x7b_countdown4_8k_64xh100",
+        "vp2o_33b_a4b_countdown4_context2_64xh100",
+    ],
+)
 def test_bytes_sent_are_the_planners(recipe: str) -> None:
     """One micro-batch at the recipe's full length."""
     config = shallow(compose(recipe), 2)
@@ -110,7 +117,7 @@ def test_bytes_sent_are_the_planners(recipe: str) -> None:
     }
     before = found.sent()["build"]
     measured = sum(sent.values()) - sum(before.get(name, 0) for name in sent)
-    rings = ("gradients", "parameters", "tensor parallelism", "expert tensor parallelism")
+    rings = ("gradients", "parameters", "tensor parallelism", "context parallelism", "expert tensor parallelism")
     expected = sum(stream.bytes for name, stream in planned.items() if name.startswith(rings))
     assert measured == pytest.approx(expected, rel=0.01)
     moved = found.sent()["forward_backward"]["all_to_all"]
@@ -147,6 +154,7 @@ def test_512_experts_on_64_ranks() -> None:
             4,
         ),
         (["parallel.expert_parallel=2", "parallel.distributed_optimizer=true", "model.precision=bf16"], 8),
+        (["parallel.context_parallel=2", "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"], 8),
     ],
 )
 def test_other_layouts_of_the_tiny_model(overrides: list[str], gpus: int) -> None:

@@ -1,6 +1,8 @@
 """The embedded rollout engine: an actor with its own snapshot of the weights, decoding with a KV cache on the learner's ranks.
 
-Shape legend: P prompts of this data-parallel rank, N = P * group_size sequences, R sequences still in the batch, S padded
+Context-parallel ranks, which have the same prompts, deal them to each other, since a decoded token cannot be split.
+
+Shape legend: P prompts of this rank, N = P * group_size sequences, R sequences still in the batch, S padded
 sequence length, V vocabulary, Z ids that end a response, L MoE layers of this pipeline stage, K experts of a token.
 
 Prompts that form a group share one prefill; finished sequences leave the batch; random numbers belong to a sequence and a
@@ -23,6 +25,7 @@ from megatron_vp2o.core.deferred import Deferred
 from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.errors import RolloutError, SyncError
+from megatron_vp2o.megatron.actor.dealt import gather_rollouts
 from megatron_vp2o.megatron.learner.micro_batches import token_budget
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score_and_record, scores
@@ -69,7 +72,10 @@ class MegatronEngine:
         self._borrowed = False  # whether the tensors are the learner's for now
         # Ranks whose sequences meet in an expert must decode in lockstep: experts on several ranks (EP), or their parts (ETP).
         shared = self.groups.ep.size() > 1 or self.groups.etp.size() > self.groups.tp.size()
-        self._lockstep = shared and self.groups.dp_size > 1
+        self._lockstep = shared and self.groups.dp_size * self.groups.cp.size() > 1
+        # Those that decode other prompts; tensor-parallel ranks in between say what their neighbours do.
+        self._peers = self.groups.dp if self.groups.cp.size() == 1 else self.groups.stage
+        self._group_size = 1  # of the call to `generate` under way
         self._layers = moe_layers(self.actor)
         self._logged_contexts = 0
         self._records_routes = False
@@ -206,8 +212,10 @@ class MegatronEngine:
             return
         rows, starts, ends = (column.tolist() for column in (row_R, prompt_len_N[row_R], length_N[row_R]))
         texts = tokens_NS[row_R].tolist()
+        size, context = self._group_size, self.groups.cp
+        places = [divmod(first + row, size) for row in rows]
         self._take(
-            [first + row for row in rows],
+            [(prompt * context.size() + context.rank()) * size + member for prompt, member in places],
             [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)],
         )
 
@@ -225,13 +233,29 @@ class MegatronEngine:
         longest_here = max((len(p) for p in prompts), default=1)
         agreed = max_scalars({"longest": longest_here, "drawn": len(prompts) * group_size}, self.groups.dp)
         longest, drawn = int(agreed["longest"]), int(agreed["drawn"]) * sampling.max_new_tokens
-        batches = self._batches(len(prompts), group_size)
-        if self._lockstep:
-            most = int(max_scalars({"n": len(batches)}, self.groups.dp)["n"])
-            batches += [(slice(0, 0), range(1))] * (most - len(batches))
         width = longest + sampling.max_new_tokens
         # The same on all ranks: packing may give a rank's rows to another one.
         stride = max(1, -(-drawn // self._logged_contexts)) if self._logged_contexts else 0
+        self._group_size = group_size
+        context = self.groups.cp
+        mine = slice(context.rank(), None, context.size())
+        rollouts = self._generate_own(prompts[mine], uids[mine], sampling, group_size, width, stride)
+        return rollouts if context.size() == 1 else gather_rollouts(rollouts, len(prompts), group_size, self.groups)
+
+    def _generate_own(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uids: Sequence[int],
+        sampling: SamplingParams,
+        group_size: int,
+        width: int,
+        stride: int,
+    ) -> Rollouts:
+        """`generate` for the prompts that this rank decodes."""
+        batches = self._batches(len(prompts), group_size)
+        if self._lockstep:
+            most = int(max_scalars({"n": len(batches)}, self._peers)["n"])
+            batches += [(slice(0, 0), range(1))] * (most - len(batches))
         parts: list[Any] = []
         logged: list[Any] = []
         for chosen, members in batches:
@@ -358,7 +382,7 @@ class MegatronEngine:
             if (step + 1) % self._ask_every == 0:
                 keep_R = ~finished_N[row_R]
                 live = int(keep_R.sum())
-                if not (any_rank(live > 0, self.groups.dp) if self._lockstep else live):
+                if not (any_rank(live > 0, self._peers) if self._lockstep else live):
                     break
                 if 0 < live < COMPACT_BELOW * len(row_R):
                     self._hand_over(first, row_R[~keep_R], tokens_NS, prompt_len_N, length_N)
@@ -400,7 +424,7 @@ class MegatronEngine:
     def _widest(self, length_P: Tensor) -> int:
         """Longest prompt of the batches decoded in lockstep: all of them prefill, or none does."""
         widest = int(length_P.max())
-        return int(max_scalars({"n": widest}, self.groups.dp)["n"]) if self._lockstep else widest
+        return int(max_scalars({"n": widest}, self._peers)["n"]) if self._lockstep else widest
 
     def _sample(self, logits_RV: Tensor | None, u_R: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
         """Next tokens with their log-probabilities as sampled and without the nucleus, drawn on the last pipeline stage."""

@@ -32,13 +32,14 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import pad
 
+from megatron_vp2o.config.parameters import length_multiple
 from megatron_vp2o.config.schema import ParallelConfig
 from megatron_vp2o.errors import CheckpointError, ConfigError
 from megatron_vp2o.hf.mapping import Architecture
 from megatron_vp2o.megatron.model.attention import FusedCoreAttention
 from megatron_vp2o.megatron.model.build import ACTIVATIONS, set_yarn
 from megatron_vp2o.megatron.model.norm import RMSNorm
-from megatron_vp2o.megatron.model.token_share import TokenShare, length_multiple
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.megatron.platform.compat import mark_expert_parameters, megatron_version, replace_in_spec
 from megatron_vp2o.megatron.platform.world import own_device
 from megatron_vp2o.parallel.groups import Groups

@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_vp2o.config.parameters import padded_vocab
+from megatron_vp2o.config.parameters import length_multiple, padded_vocab
 from megatron_vp2o.config.schema import LoadBalancing, Precision, PrefixSharing, TrainConfig
 from megatron_vp2o.core.deferred import Deferred, known, merged
 from megatron_vp2o.megatron.learner.clipping import clip_by, squared_norms, total_norm
@@ -30,7 +30,7 @@ from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
 from megatron_vp2o.megatron.model.router import LOAD_BALANCING, Z_LOSS, PackedTokens, StepTokens, router_losses
 from megatron_vp2o.megatron.model.shared_prefix import SharedRows
-from megatron_vp2o.megatron.model.token_share import TokenShare, length_multiple
+from megatron_vp2o.megatron.model.token_share import TokenShare
 from megatron_vp2o.parallel.checksum import weights_checksum
 from megatron_vp2o.parallel.groups import Groups, any_rank, sum_scalars
 from megatron_vp2o.rl.interfaces import Objective

@@ -55,10 +55,3 @@ class TokenShare:
         dealt = deal_one(len(values_l) * ranks, ranks, values_l.device) if packed is None else packed.dealt
         assert dealt is not None
         return dealt.whole(values_l, self.context, alike=True)
-
-
-def length_multiple(tensor: int, context: int) -> int:
-    """What lengths are padded to a multiple of: 2 * context chunks, and sequence parallelism cuts each rank's positions."""
-    if context == 1:
-        return tensor
-    return context * (tensor if tensor % 2 == 0 else 2 * tensor)
