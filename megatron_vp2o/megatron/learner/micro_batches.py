@@ -254,7 +254,7 @@ def _of_all_ranks(batch: TrainBatch, more: Tensor | None, groups: Groups) -> tup
     padded[: len(length_N)] = columns_NC
     if groups.dp_size > 1:  # alone, there is nothing to wait for
         padded = gather_rows(padded.to(groups.device, non_blocking=True), groups.dp).cpu()
-    columns_DNC = padded.view(groups.dp_size, most, -1)
+    columns_DNC = padded.view(groups.dp_size, most, columns_NC.shape[1])
     there_DN = columns_DNC[:, :, 0] >= 0
     first = [0, *there_DN.sum(1).cumsum(0).tolist()]
     return list(columns_DNC[there_DN].t().numpy()), first
