@@ -42,13 +42,15 @@ def draw(seed: int, gates: bool = False) -> Rollouts:
         seed,
         logged,
         routes_NSLK if gates else None,
+        torch.randint(-1, 9, (6, 12), generator=generator) if seed % 2 else None,
     )
 
 
 def equal(one: Rollouts, other: Rollouts) -> bool:
     pairs = [(getattr(one, name), getattr(other, name)) for name in vars(one) if name.endswith(("_N", "_NS"))]
     same = (
-        all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs) and one.weight_version == other.weight_version
+        all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+        and one.weight_version == other.weight_version
     )
     if one.gates is None or other.gates is None or one.routes_NSLK is None or other.routes_NSLK is None:
         return same and one.gates is other.gates and one.routes_NSLK is other.routes_NSLK
