@@ -104,6 +104,7 @@ def draw(seed: int) -> Draw:
         settings["algorithm.data.pack"] = dice.chance(0.5)
     else:
         settings |= _reinforcement(dice, algorithm)
+        settings |= _packing(_Dice(seed + 10**6))  # apart, so that a seed's other draws are what they were
     return Draw(seed, layout, ranks, steps, f"countdown_tiny_{algorithm}", settings, _kills(dice, ranks, steps))
 
 
@@ -202,6 +203,14 @@ def _reinforcement(dice: _Dice, algorithm: str) -> dict[str, Any]:
             "algorithm.budget.max_age": dice.one_of("null", 2, 4),
         }
     return settings
+
+
+def _packing(dice: _Dice) -> dict[str, Any]:
+    tokens = dice.one_of("null", 40, 400)
+    return {
+        "algorithm.micro_batch_tokens": tokens,
+        "algorithm.prefix_sharing": dice.one_of("on", "on", "off", "auto") if tokens != "null" else "auto",
+    }
 
 
 def _kills(dice: _Dice, ranks: int, steps: int) -> list[dict[str, Any]]:

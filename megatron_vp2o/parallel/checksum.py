@@ -24,24 +24,28 @@ def weights_checksum(tensors: Sequence[Tensor]) -> Deferred[int]:
     gives, modulo 2^64. Another value of one word always changes the result, because odd weights are invertible. So do words that
     change places, within a tensor (two experts in a stacked one) or between two, but for coincidences of one in 2^64.
     """
-    sums = [_weighted_sum(tensor) for tensor in tensors if tensor.numel()]
-    if not sums:
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
         return known(0)
+    # The weights of a place are the same in all tensors: made once, for the longest.
+    column_W = _odd(_WIDTH, tensors[0].device)
+    rows = max(tensor.numel() // _WIDTH for tensor in tensors) + 1
+    row_R = _odd(rows, tensors[0].device, 0x7A3D70A3D70A3D71)
+    sums = [_weighted_sum(tensor, column_W, row_R) for tensor in tensors]
     sums_N = torch.stack(sums)
     total = (sums_N * _odd(len(sums), sums_N.device)).sum()
     return Deferred((total,), lambda on_host: int(on_host[0].item()))
 
 
-def _weighted_sum(tensor: Tensor) -> Tensor:
+def _weighted_sum(tensor: Tensor, column_W: Tensor, row_R: Tensor) -> Tensor:
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     rows, rest = divmod(len(words), _WIDTH)
-    column_W = _odd(_WIDTH, words.device)
     parts = [
         (part.to(torch.int64) * column_W).sum(1) for part in words[: rows * _WIDTH].view(rows, _WIDTH).split(_ROWS)
     ]
     parts.append((words[rows * _WIDTH :].to(torch.int64) * column_W[:rest]).sum()[None])
     sums_R = torch.cat(parts)
-    return (sums_R * _odd(len(sums_R), words.device, 0x7A3D70A3D70A3D71)).sum()
+    return (sums_R * row_R[: len(sums_R)]).sum()
 
 
 def _odd(count: int, device: torch.device, step: int = 0x1E3779B97F4A7C15) -> Tensor:

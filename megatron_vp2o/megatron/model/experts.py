@@ -51,8 +51,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         )
         for e, (x_tD, probs_t, inner_t2F, grad_tD, dx_tD, dprobs_t) in enumerate(slices):
             gate_tF, up_tF = inner_t2F.chunk(2, dim=-1)
-            sigmoid_tF = gate_tF.sigmoid()
-            silu_tF = gate_tF * sigmoid_tF
+            silu_tF = F.silu(gate_tF)
             act_tF = silu_tF * up_tF
             dact_tF = grad_tD @ fc2[e]
             torch.sum(dact_tF * act_tF, dim=-1, out=dprobs_t)
@@ -61,8 +60,7 @@ class _SwiGLUExperts(torch.autograd.Function):
             dinner_t2F = torch.empty_like(inner_t2F)
             dgate_tF, dup_tF = dinner_t2F.chunk(2, dim=-1)
             torch.mul(dact_tF, silu_tF, out=dup_tF)
-            # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
-            torch.mul(dact_tF.mul_(up_tF), sigmoid_tF + silu_tF * (1.0 - sigmoid_tF), out=dgate_tF)
+            torch.ops.aten.silu_backward.grad_input(dact_tF.mul_(up_tF), gate_tF, grad_input=dgate_tF)
             dfc1.append(dinner_t2F.t() @ x_tD)
             torch.mm(dinner_t2F, fc1[e], out=dx_tD)
         return dx_TD, dprobs_T, None, *dfc1, *dfc2

@@ -115,11 +115,11 @@ class SharedRows(PackedRows):
         stem_out = self.stems.attend(query_T1nd[:stems], key_T1gd[:stems], value_T1gd[:stems], **settings)
         outputs = [stem_out.squeeze(1)]
         if self.branch_groups:
-            own = [x[stems:tokens].squeeze(1) for x in (query_T1nd, key_T1gd, value_T1gd)]
-            prefixes = [
+            query_Bnd, key_Bgd, value_Bgd = (x[stems:tokens].squeeze(1) for x in (query_T1nd, key_T1gd, value_T1gd))
+            keys, values = (
                 _Prefixes.apply(x[:stems].squeeze(1).contiguous(), self.branch_groups) for x in (key_T1gd, value_T1gd)
-            ]
-            outputs.append(self._attend_branches(*own, *prefixes, **settings))
+            )
+            outputs.append(self._attend_branches(query_Bnd, key_Bgd, value_Bgd, keys, values, **settings))
         out_Vx = torch.cat(outputs)
         return F.pad(out_Vx, (0, 0, 0, len(query_T1nd) - tokens))[:, None]
 
