@@ -83,7 +83,7 @@ class ReplayWatch:
         """This context-parallel rank's: of each sequence, one chunk from the front and its counterpart from the back."""
         packed, rank = self.packed, self.context.rank()
         starts = [0, width] if packed is None else packed.cu_seqlens_q.tolist()
-        found = []
+        found: list[int] = []
         for start, end in itertools.pairwise(starts):
             length = (end - start) // chunks
             for chunk in (rank, chunks - 1 - rank):

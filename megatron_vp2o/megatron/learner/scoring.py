@@ -123,7 +123,8 @@ def run_schedule(
                 found = log_probs_and_entropy(given_BLX, wanted_BL, **settings)
             if share.context is not None:
                 whole_L2B = share.whole(torch.stack(found).permute(2, 0, 1), packed)
-                found = whole_L2B[:-1].permute(1, 2, 0).unbind()
+                logprob_BL, entropy_BL = whole_L2B[:-1].permute(1, 2, 0)
+                found = logprob_BL, entropy_BL
             missing = 1 if before_L is None else 0
             logprob_BL, entropy_BL = (torch.nn.functional.pad(value_BL, (missing, 0)) for value_BL in found)
             if packed is None:

@@ -77,7 +77,7 @@ class FusedCoreAttention(MegatronModule):
             )
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("FusedCoreAttention takes no attention_bias, and of packed_seq_params PackedRows only.")
-        settings = {"dropout_p": dropout, "scale": self.softmax_scale, "enable_gqa": grouped}
+        settings: dict[str, Any] = {"dropout_p": dropout, "scale": self.softmax_scale, "enable_gqa": grouped}
         query_bnsd, allowed = query_sbnd.permute(1, 2, 0, 3), None if attention_mask is None else ~attention_mask
         if self.context is not None:
             both = self._whole(torch.cat([key_tbgd, value_tbgd], dim=-1))

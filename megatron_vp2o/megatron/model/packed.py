@@ -245,7 +245,12 @@ def pack_rows(
         place_Q, inverse_t = _places(lengths_R // ranks, shares)
         position_Q = dealt.own(position_T, rank)[place_Q]
         each = tuple(length for _, length in shares)
-        queries = _Queries(*(x.to(device, non_blocking=True) for x in (place_Q, inverse_t, position_Q)), each)
+        queries = _Queries(
+            place_Q.to(device, non_blocking=True),
+            inverse_t.to(device, non_blocking=True),
+            position_Q.to(device, non_blocking=True),
+            each,
+        )
         dealt = deal(pieces, ranks, device)
     return PackedRows(
         qkv_format="thd",
