@@ -17,6 +17,8 @@ from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.megatron.control.contexts import ContextSampler
 from megatron_vp2o.megatron.learner.micro_batches import PackedBatches, TokenBudget
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.moe_layer import OVERLAP_TOKENS
+from megatron_vp2o.megatron.model.routing_statistics import SUMS
 from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.parallel.groups import Groups, gather_objects
 from megatron_vp2o.rl.objectives import OnRollouts, policy_objective
@@ -147,9 +149,10 @@ def compare(
         if batch.routes_NSLK is not None:  # a stage has its own layers'
             numbers = [layer.layer_number - 1 for layer in policy._layers]
             batch.routes_NSLK = batch.routes_NSLK[:, :, numbers]
+        sampled = sum(gather_objects(int(batch.length_N.sum()), groups.dp)) > OVERLAP_TOKENS
         policy.token_budget = None
         before = policy.save_state()  # reducing gradients moves expert biases
-        expected, seen = _pass(policy, batch, objective, micro_batch_size), _observed(policy, sampler, groups)
+        expected, seen = _pass(policy, batch, objective, micro_batch_size), _observed(policy, sampler, groups, sampled)
         bias = [buffer.clone() for name, buffer in policy.model.named_buffers() if "expert_bias" in name]
         for budget in budgets:
             policy.token_budget = TokenBudget(budget, 0.05, PrefixSharing.on)
@@ -157,7 +160,7 @@ def compare(
             metrics, gradients, scored_NS = _pass(policy, batch, objective)
             moved = [buffer for name, buffer in policy.model.named_buffers() if "expert_bias" in name]
             found["bias"] += sum(int((a != b).sum()) for a, b in zip(moved, bias, strict=True))
-            counts, contexts = _observed(policy, sampler, groups)
+            counts, contexts = _observed(policy, sampler, groups, sampled)
             found["gradient"] = max(found["gradient"], _apart(gradients, expected[1]))
             found["log_prob"] = max([found["log_prob"], *(scored_NS - expected[2]).abs().flatten().tolist()])
             found["statistics"] = max(found["statistics"], _far(counts, seen[0]))
@@ -179,12 +182,20 @@ def compare(
     return found
 
 
-def _observed(policy: MegatronPolicy, sampler: ContextSampler, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all ranks: routing statistics of this stage's layers, and sorted sums of the routers' inputs at contexts."""
+def _observed(
+    policy: MegatronPolicy, sampler: ContextSampler, groups: Groups, sampled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all ranks: routing statistics of this stage's layers, and sorted sums of the routers' inputs at contexts.
+
+    Args:
+        sampled: so many tokens that the overlap of outputs is that of some of them, which depend on the micro-batch.
+    """
     counts, sums = [], []
     for layer in policy._layers:
         assert layer.statistics is not None
         totals = layer.statistics.take(groups.device)
+        if sampled:
+            totals.sums[[SUMS.index("output_overlap"), SUMS.index("output_pairs")]] = 0.0
         counts.append(torch.cat([totals.counts_EE.flatten(), totals.sums]))
         # a number for each context; a rank has its own, and under sequence parallelism its share of the positions
         sums.append(layer.contexts().double().abs().sum(1))
