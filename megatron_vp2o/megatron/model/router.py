@@ -82,7 +82,7 @@ class ObservedRouter(TopKRouter):
     def _sum(self, values_TE: Tensor) -> Tensor:
         """Over tokens, each as often as there are rows that it stands for."""
         weight_T = None if self.packed is None else self.packed.weight_T
-        return values_TE.sum(0) if weight_T is None else weight_T @ values_TE.float()
+        return values_TE.sum(0) if weight_T is None else (weight_T[None] @ values_TE.float())[0]
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the base class."""
