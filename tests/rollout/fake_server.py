@@ -236,6 +236,7 @@ class Handler(BaseHTTPRequestHandler):
     """Routes of the client's API."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets, and the second waited 40 ms
     state: State
 
     def log_message(self, *_: Any) -> None:
