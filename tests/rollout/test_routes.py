@@ -93,7 +93,7 @@ def test_rollouts_have_the_routes_of_their_tokens(tmp_path: Path) -> None:
                 assert (routes_NSLK[n, length - 1 :] == FREE).all()
         pool: Any = harness.engine
         snapshot: Any = SimpleNamespace(version=1)
-        groups: Any = SimpleNamespace(tp=One, pp=One, world=One)
+        groups: Any = SimpleNamespace(tp=One, pp=One, cp=One, world=One, _of_replica=(One, One, One))
         staged = ServedEngine(snapshot, pool, groups, stream=iter, probe_tokens=[], tolerance=1.0, stage=[2, 0])  # type: ignore[arg-type]
         staged._served = 1
         stage = staged.generate(MANY[:2], range(2), SAMPLING, 2)
