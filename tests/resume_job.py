@@ -183,18 +183,17 @@ def _diverge(step: int) -> None:
     """Let the weights of this process go wrong after an optimizer step."""
     from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 
-    take, taken = MegatronPolicy.optimizer_step, 0
+    take, taken = MegatronPolicy.take_step, 0
 
-    def optimizer_step(policy: MegatronPolicy, tokens: int) -> Any:
+    def take_step(policy: MegatronPolicy) -> None:
         nonlocal taken
-        stats = take(policy, tokens)
+        take(policy)
         taken += 1
         if taken == step:
             parameters = list(policy.model.parameters())
             parameters[-1].data.view(-1)[0] = float("nan")
-        return stats
 
-    MegatronPolicy.optimizer_step = optimizer_step  # type: ignore[method-assign,assignment]
+    MegatronPolicy.take_step = take_step  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([LARGE, "--no-build", "parallel.expert_parallel=2"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert command.main([LARGE, "--suggest", "--gpus", "32"]) == 0
-    assert "TP  PP  EP ETP" in capsys.readouterr().out
+    assert "TP  CP  PP  EP ETP" in capsys.readouterr().out
     assert simulate_command.main([LARGE, "--rank", "64"]) == 2
     assert "--rank=64 is not in a world of 64" in capsys.readouterr().err
 

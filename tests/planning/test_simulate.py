@@ -83,6 +83,7 @@ def test_all_groups_of_a_rank_agree() -> None:
     assert {name: len(ranks) for name, ranks in first.groups.items()} == {
         "world": 64,
         "tp": 2,
+        "cp": 1,
         "pp": 1,
         "dp": 32,
         "ep": 16,
