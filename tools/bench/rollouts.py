@@ -173,6 +173,7 @@ def _theirs(url: str, pool: ServerPool, options: argparse.Namespace, scratch: Pa
             *("--tokenizer", str(pool._weights.folder), "--dataset-name", "random"),
             *("--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(options.tokens)),
             *("--num-prompts", str(options.prompts), "--max-concurrency", str(options.in_flight)),
+            *("--logprobs", "1"),  # ours needs the log-probability of each token, too
             *("--ignore-eos", "--temperature", "1.0", "--disable-tqdm", "--save-result"),
             *("--result-dir", str(scratch), "--result-filename", result.name),
         ],
