@@ -21,6 +21,7 @@ from megatron_vp2o.core.deferred import Deferred, known, read
 from megatron_vp2o.parallel.groups import Groups, any_rank, max_scalars, sum_scalars
 from megatron_vp2o.rl.ahead import Queued, RolloutQueue, Scored, token_ages
 from megatron_vp2o.rl.batching import PromptSchedule, policy_batch, split
+from megatron_vp2o.rl.combine import combine
 from megatron_vp2o.rl.control import BudgetMeter, PlainSteps
 from megatron_vp2o.rl.evaluate import evaluate_splits
 from megatron_vp2o.rl.grading import Grading
@@ -43,7 +44,6 @@ from megatron_vp2o.rl.samples import samples_of
 from megatron_vp2o.rl.selection import select_tokens
 from megatron_vp2o.rl.sync import verify_sync
 from megatron_vp2o.rl.types import Problem, Rollouts, SamplingParams, TrainBatch, Verdict
-from megatron_vp2o.tracking.schema import Aggregate, aggregate_of
 
 REFRESHES, REFRESH_POLICY = "refreshes", "refresh_policy"  # keys of Progress.extra
 POSITION = "position"  # another one: prompts drawn
@@ -476,30 +476,3 @@ class RLTrainer(TrainingLoop):
 
     def evaluate(self, final: bool) -> dict[str, float]:
         return evaluate_splits(self.engine, self.task, self.config, self.groups, final=final)
-
-
-_APART = ("tokens", "ratio", "logprob_mismatch")
-"""Keys of an update that `combine` leaves out; `_mismatch` reports `logprob_mismatch` itself."""
-
-
-def combine(updates: list[dict[str, float]]) -> dict[str, float]:
-    """One step's metrics from its optimizer steps', each as `tracking.schema` says that it aggregates.
-
-    An update without a loss token measured nothing of its tokens: means over tokens and maxima of `policy/*` leave it out.
-    """
-    tokens = sum(update["tokens"] for update in updates)
-    combined: dict[str, float] = {"tokens": tokens}
-    for key in sorted({key for update in updates for key in update}.difference(_APART)):
-        name = key if "/" in key else f"policy/{key}"
-        having = [u for u in updates if key in u and (u["tokens"] > 0 or "/" in key)]
-        if not having:
-            continue
-        values = [update[key] for update in having]
-        aggregate = aggregate_of(name)
-        if aggregate is Aggregate.maximum:
-            combined[name] = max(values)
-        elif aggregate is Aggregate.token_mean:
-            combined[name] = sum(u[key] * u["tokens"] for u in having) / tokens
-        else:
-            combined[name] = sum(values) / len(values)
-    return combined

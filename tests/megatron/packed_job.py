@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,6 +95,11 @@ def rows_of(chance: random.Random, rank: int, ranks: int) -> TrainBatch:
 
 def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One result a case; the world's size is the same for all."""
+    return run_each(compare, cases)
+
+
+def run_each(compare: Callable[..., dict[str, Any]], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `compare` finds in each case, each with model-parallel groups of its own."""
     torch.set_num_threads(1)
     results = []
     for case in cases:

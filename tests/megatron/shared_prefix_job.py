@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.megatron.packed_job import LONGEST, VOCAB, _apart, _moved, _pass, small_config  # isort: skip  # sets up the CPU
+from tests.megatron.packed_job import LONGEST, VOCAB, _apart, _moved, _pass, run_each, small_config  # isort: skip  # sets up the CPU
 from megatron_vp2o.config.schema import LoadBalancing, PrefixSharing, RouterScore, TrainConfig
 from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.megatron.control.contexts import ContextSampler
@@ -99,15 +99,7 @@ def model_config(
 
 def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One result a case; the world's size is the same for all."""
-    torch.set_num_threads(1)
-    results = []
-    for case in cases:
-        try:
-            results.append(compare(**case))
-        finally:
-            world.stop_model_parallel()
-    world.stop()
-    return results
+    return run_each(compare, cases)
 
 
 def compare(

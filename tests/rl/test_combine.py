@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vp2o.rl.trainer import combine
+from megatron_vp2o.rl.combine import combine
 
 EMPTY = {"tokens": 0.0, "loss": 0.0, "ratio_max": 0.0, "optimizer/lr": 1.0, "stein/prototype_rank": 2.0}
 FULL = {
