@@ -351,6 +351,18 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "task.colors=4",
         ],
     ),
+    "linear order": (
+        1,
+        [
+            "algorithm=supervised",
+            "task=linear_order",
+            *SMALL,
+            "task.train_size=20",
+            "task.letters=5",
+            "task.precedences=4",
+            "task.min_answers=5",
+        ],
+    ),
     "tensor and pipeline": (
         4,
         [

@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "addends": schema.AddendsTaskConfig,
         "coloring": schema.ColoringTaskConfig,
         "open_path": schema.OpenPathTaskConfig,
+        "linear_order": schema.LinearOrderTaskConfig,
     },
     "reward": {"task": schema.RewardConfig},
     "rollout": {"in_process": schema.RolloutConfig},

@@ -51,6 +51,7 @@ from megatron_vp2o.config.task import AddendsTaskConfig as AddendsTaskConfig
 from megatron_vp2o.config.task import AnswerFormat as AnswerFormat
 from megatron_vp2o.config.task import ColoringTaskConfig as ColoringTaskConfig
 from megatron_vp2o.config.task import CountdownTaskConfig as CountdownTaskConfig
+from megatron_vp2o.config.task import LinearOrderTaskConfig as LinearOrderTaskConfig
 from megatron_vp2o.config.task import OpenPathTaskConfig as OpenPathTaskConfig
 from megatron_vp2o.config.task import OwnTaskConfig as OwnTaskConfig
 from megatron_vp2o.config.task import ShortestPathTaskConfig as ShortestPathTaskConfig

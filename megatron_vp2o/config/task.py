@@ -127,6 +127,24 @@ class ColoringTaskConfig(TaskConfig):
 
 
 @dataclass
+class LinearOrderTaskConfig(TaskConfig):
+    """Letters in an order that meets given precedences: tens of right answers a problem."""
+
+    name: str = "linear_order"
+    """Which task."""
+    letters: Annotated[int, Range(3, 9)] = 6
+    """Letters of each problem."""
+    precedences: Annotated[int, Range(1, 36)] = 5
+    """Pairs of letters of which one must come before the other."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Problems with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space, commas or < between
+    letters;
+    strict: the response is the answer and nothing else."""
+
+
+@dataclass
 class OpenPathTaskConfig(TaskConfig):
     """A shortest way from corner to corner of a grid with few blocked cells: tens of right answers a problem."""
 

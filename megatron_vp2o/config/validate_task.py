@@ -12,6 +12,7 @@ from megatron_vp2o.config.schema import (
     AddendsTaskConfig,
     ColoringTaskConfig,
     CountdownTaskConfig,
+    LinearOrderTaskConfig,
     OwnTaskConfig,
     ShortestPathTaskConfig,
     TaskConfig,
@@ -51,6 +52,8 @@ def task_problems(task: TaskConfig) -> Iterator[str]:
             )
     if isinstance(task, ColoringTaskConfig) and task.edges > (most := task.nodes * (task.nodes - 1) // 2):
         yield f"task.edges={task.edges}: task.nodes={task.nodes} nodes have at most {most} edges; choose no more"
+    if isinstance(task, LinearOrderTaskConfig) and task.precedences > (most := task.letters * (task.letters - 1) // 2):
+        yield f"task.precedences={task.precedences}: task.letters={task.letters} letters have at most {most} pairs; choose no more"
     if isinstance(task, ShortestPathTaskConfig) and task.rows * task.columns < 2:
         yield f"task.rows={task.rows} and task.columns={task.columns}: choose at least two cells"
 

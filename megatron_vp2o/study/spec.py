@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Study:
     description: str = ""
     overrides: tuple[str, ...] = ()  # of every run
     preload: bool = False  # many small runs: fork them from one process that has imported everything (CPU only)
+    first: tuple[str, ...] = ()  # variants whose runs, of all seeds and tasks, come before those of the others
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,12 @@ def parse_study(name: str, body: Any, source: str) -> Study:
         body.get("description", ""),
         tuple(body.get("overrides") or ()),
         bool(body.get("preload", False)),
+        tuple(body.get("first") or ()),
     )
 
 
 def _problems(body: Any) -> Iterator[str]:
-    known = {"description", "tasks", "variants", "seeds", "baseline", "overrides", "preload"}
+    known = {"description", "tasks", "variants", "seeds", "baseline", "overrides", "preload", "first"}
     needed = {"tasks": dict, "variants": dict, "seeds": list, "baseline": str}
     if not isinstance(body, dict):
         yield "a study is a mapping with tasks, variants, seeds and baseline"
@@ -114,6 +117,9 @@ def _problems(body: Any) -> Iterator[str]:
             return
     if body["baseline"] not in body["variants"]:
         yield f"baseline={body['baseline']} is no variant: choose one of {', '.join(body['variants'])}"
+    first = body.get("first") or []
+    if not isinstance(first, list) or not set(map(str, first)) <= body["variants"].keys():
+        yield f"first={first!r} must be a list of variants: choose from {', '.join(body['variants'])}"
     for group in ("tasks", "variants"):
         for name in body[group]:
             if not set(str(name)) <= NAME_CHARACTERS or name == WARM_UP:
@@ -130,19 +136,27 @@ def _problems(body: Any) -> Iterator[str]:
 
 
 def jobs(study: Study, folder: Path) -> list[Job]:
-    """Every run of a study, warm-ups first, in the order in which they are worth having: seed by seed."""
+    """Every run of a study in the order in which they are worth having: warm-ups, then seed by seed those of the variants named
+    in `first`, then seed by seed the others'."""
     found = []
     for task, spec in study.tasks.items():
         place = folder / task / WARM_UP
         found.append(
             _job(study, spec, task, WARM_UP, 0, place, ["--config-name", spec.warm_up], [*spec.warm_up_overrides])
         )
-    for seed in study.seeds:
-        for task, spec in study.tasks.items():
-            for variant, overrides in study.variants.items():
-                place = folder / task / variant / f"seed_{seed}"
-                own = [f"seed={seed}", f"init_from={folder / task / WARM_UP}", *spec.recipe_overrides, *overrides]
-                found.append(_job(study, spec, task, variant, seed, place, ["--config-name", spec.recipe], own))
+    early = [variant for variant in study.variants if variant in study.first]
+    late = [variant for variant in study.variants if variant not in study.first]
+    for variants, seed, task in product((early, late), study.seeds, study.tasks):
+        spec = study.tasks[task]
+        for variant in variants:
+            place = folder / task / variant / f"seed_{seed}"
+            own = [
+                f"seed={seed}",
+                f"init_from={folder / task / WARM_UP}",
+                *spec.recipe_overrides,
+                *study.variants[variant],
+            ]
+            found.append(_job(study, spec, task, variant, seed, place, ["--config-name", spec.recipe], own))
     return found
 
 

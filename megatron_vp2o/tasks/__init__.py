@@ -11,6 +11,7 @@ from megatron_vp2o.rl.interfaces import Reward, Task
 from megatron_vp2o.tasks.addends import AddendsTask
 from megatron_vp2o.tasks.coloring import ColoringTask
 from megatron_vp2o.tasks.countdown import CountdownTask
+from megatron_vp2o.tasks.linear_order import LinearOrderTask
 from megatron_vp2o.tasks.open_path import OpenPathTask
 from megatron_vp2o.tasks.own import own_task
 from megatron_vp2o.tasks.rows import RowsTask
@@ -22,6 +23,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "addends": AddendsTask,
     "coloring": ColoringTask,
     "open_path": OpenPathTask,
+    "linear_order": LinearOrderTask,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,30 @@ def test_every_run_of_a_shipped_study_composes(path):
         ({"variants": {"grpo": [], "warm_up": []}}, "warm_up"),
         ({"tasks": {"addends": {"recipe": "x"}}}, "needs warm_up and recipe"),
         ({"sedes": [1]}, "sedes is unknown"),
+        ({"first": ["vpo"]}, "first=['vpo']"),
+        ({"first": "grpo"}, "first='grpo'"),
+        ({"first": [["grpo"]]}, "first=[['grpo']]"),
     ],
 )
 def test_what_is_wrong_is_said(change, quoted):
     with pytest.raises(ConfigError, match=r"study\.yaml") as error:
         parse_study("study", {**GOOD, **change}, "study.yaml")
     assert quoted in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_runs(seed):
+    rng = random.Random(seed)
+    names = [f"v{i}" for i in range(5)]
+    first = rng.sample(names, rng.randint(0, 5))
+    tasks = {task: GOOD["tasks"]["addends"] for task in ("one", "two", "three")}  # type: ignore[index]
+    body = {"tasks": tasks, "variants": {name: [] for name in names}, "seeds": [3, 1], "baseline": "v0", "first": first}
+    found = jobs(parse_study("s", body, "s"), Path("folder"))
+    assert [job.task for job in found[:3]] == list(tasks) and all(job.variant == WARM_UP for job in found[:3])
+    place = {(job.variant not in first, job.seed, job.task, job.variant): i for i, job in enumerate(found[3:])}
+    order = {3: 0, 1: 1}
+    wanted = sorted(place, key=lambda run: (run[0], order[run[1]], [*tasks].index(run[2]), names.index(run[3])))
+    assert [place[run] for run in wanted] == [*range(3 * 2 * 5)]
 
 
 def test_an_unknown_study_names_those_that_there_are():

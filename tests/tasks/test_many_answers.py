@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import combinations, combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, permutations, product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_vp2o.config.schema import AddendsTaskConfig, AnswerFormat, ColoringTaskConfig, OpenPathTaskConfig
+from megatron_vp2o.config.schema import (
+    AddendsTaskConfig,
+    AnswerFormat,
+    ColoringTaskConfig,
+    LinearOrderTaskConfig,
+    OpenPathTaskConfig,
+)
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.rl.types import Problem, Split
 from megatron_vp2o.tasks import make_task
 from megatron_vp2o.tasks.addends import Addends, AddendsTask, ways
 from megatron_vp2o.tasks.coloring import Coloring, ColoringTask, colorings, renamed
+from megatron_vp2o.tasks.linear_order import LinearOrderTask, Precedences, closure, completions
 
 SIZES = {"train_size": 60, "validation_size": 8, "test_size": 8}
 CONFIGS = [
     AddendsTaskConfig(max_target=60, **SIZES),  # type: ignore[arg-type]
     ColoringTaskConfig(nodes=5, edges=4, min_answers=4, **SIZES),  # type: ignore[arg-type]
     OpenPathTaskConfig(rows=4, columns=4, blocked_probability=0.1, min_answers=4, **SIZES),  # type: ignore[arg-type]
+    LinearOrderTaskConfig(letters=5, precedences=4, min_answers=4, **SIZES),  # type: ignore[arg-type]
 ]
 
 
@@ -92,12 +102,56 @@ def test_colorings_are_counted_and_judged_as_by_search(seed):
         assert not task.verify(problem, text).correct
 
 
+STRICT_ORDER = LinearOrderTask(LinearOrderTaskConfig(answer_format=AnswerFormat.strict, **SIZES))  # type: ignore[arg-type]
+LENIENT_ORDER = LinearOrderTask(LinearOrderTaskConfig(**SIZES))  # type: ignore[arg-type]
+
+
+@st.composite
+def precedences(draw):
+    letters = draw(st.integers(3, 6))
+    hidden = draw(st.permutations(range(letters)))
+    pairs = [(hidden[i], hidden[j]) for i, j in combinations(range(letters), 2)]
+    return Precedences(letters, tuple(sorted(draw(st.sets(st.sampled_from(pairs), min_size=1)))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(precedences())
+def test_linear_orders_are_counted_and_judged_as_by_search(data):
+    problem = Problem(0, "", data, 0)
+    right = set()
+    for letters in permutations("abcdef"[: data.letters]):
+        text = "".join(letters)
+        verdict = STRICT_ORDER.verify(problem, text)
+        assert verdict.correct == all(text.index("abcdef"[a]) < text.index("abcdef"[b]) for a, b in data.pairs)
+        assert verdict.canonical == (text if verdict.correct else None)
+        if verdict.correct:
+            right.add(text)
+            assert LENIENT_ORDER.verify(problem, f"\\boxed{{{' < '.join(text)}}}").canonical == text
+    assert completions(data)[0] == len(right)
+    # what follows from the precedences is what holds in every right answer, and no more
+    follows = {(a, b) for a in range(data.letters) for b in range(data.letters) if a != b}
+    follows = {(a, b) for a, b in follows if all(text.index("abcdef"[a]) < text.index("abcdef"[b]) for text in right)}
+    assert set(closure(data)) == follows
+
+
+@settings(max_examples=60, deadline=None)
+@given(precedences(), st.text(alphabet="abcdefg< ,A", max_size=12))
+def test_what_is_no_order_is_wrong(data, text):
+    given_letters = "abcdef"[: data.letters]
+    verdict = STRICT_ORDER.verify(Problem(0, "", data, 0), text)
+    assert verdict.correct <= (sorted(text) == list(given_letters))
+    assert verdict.correct or verdict.reason in ("parse", "order")
+    for changed in (given_letters[:-1], given_letters + "a", given_letters.upper(), given_letters[0] * data.letters):
+        assert STRICT_ORDER.verify(Problem(0, "", data, 0), changed).reason == "parse"
+
+
 @pytest.mark.parametrize(
     ("config", "quoted"),
     [
         (AddendsTaskConfig(min_target=50, max_target=40), ["min_target=50", "max_target=40"]),
         (AddendsTaskConfig(addends=4, min_target=2, max_target=3), ["max_target=3", "at least 4"]),
         (ColoringTaskConfig(nodes=4, edges=7), ["edges=7", "at most 6"]),
+        (LinearOrderTaskConfig(letters=4, precedences=7), ["precedences=7", "at most 6"]),
     ],
 )
 def test_settings_that_give_no_task(config, quoted):
