@@ -363,6 +363,33 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "task.min_answers=5",
         ],
     ),
+    "brackets": (
+        1,
+        [
+            "algorithm=supervised",
+            "task=brackets",
+            *SMALL,
+            "task.train_size=20",
+            "task.pairs=6",
+            "task.min_given=1",
+            "task.max_given=3",
+            "task.min_answers=5",
+        ],
+    ),
+    "change": (
+        1,
+        [
+            "algorithm=supervised",
+            "task=change",
+            *SMALL,
+            "task.train_size=20",
+            "task.kinds=4",
+            "task.coins=6",
+            "task.min_amount=12",
+            "task.max_amount=30",
+            "task.min_answers=5",
+        ],
+    ),
     "tensor and pipeline": (
         4,
         [

@@ -39,6 +39,8 @@ GROUPS: dict[str, dict[str, Any]] = {
         "coloring": schema.ColoringTaskConfig,
         "open_path": schema.OpenPathTaskConfig,
         "linear_order": schema.LinearOrderTaskConfig,
+        "brackets": schema.BracketsTaskConfig,
+        "change": schema.ChangeTaskConfig,
     },
     "reward": {"task": schema.RewardConfig},
     "rollout": {"in_process": schema.RolloutConfig},

@@ -49,6 +49,8 @@ from megatron_vp2o.config.rollout import SamplingConfig as SamplingConfig
 from megatron_vp2o.config.rollout import ServerConfig as ServerConfig
 from megatron_vp2o.config.task import AddendsTaskConfig as AddendsTaskConfig
 from megatron_vp2o.config.task import AnswerFormat as AnswerFormat
+from megatron_vp2o.config.task import BracketsTaskConfig as BracketsTaskConfig
+from megatron_vp2o.config.task import ChangeTaskConfig as ChangeTaskConfig
 from megatron_vp2o.config.task import ColoringTaskConfig as ColoringTaskConfig
 from megatron_vp2o.config.task import CountdownTaskConfig as CountdownTaskConfig
 from megatron_vp2o.config.task import LinearOrderTaskConfig as LinearOrderTaskConfig

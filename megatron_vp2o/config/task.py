@@ -145,6 +145,48 @@ class LinearOrderTaskConfig(TaskConfig):
 
 
 @dataclass
+class BracketsTaskConfig(TaskConfig):
+    """A balanced string of brackets with a given number of peaks and some given brackets: tens of right answers a problem."""
+
+    name: str = "brackets"
+    """Which task."""
+    pairs: Annotated[int, Range(2, 12)] = 7
+    """Pairs of brackets."""
+    min_given: Annotated[int, Range(0, 22)] = 2
+    """Fewest brackets that are given in their places."""
+    max_given: Annotated[int, Range(0, 22)] = 4
+    """Most brackets that are given in their places."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Problems with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space or commas between
+    brackets;
+    strict: the response is the answer and nothing else."""
+
+
+@dataclass
+class ChangeTaskConfig(TaskConfig):
+    """An amount in coins of given kinds, no more of them than allowed: tens of right answers a problem."""
+
+    name: str = "change"
+    """Which task."""
+    kinds: Annotated[int, Range(1, 9)] = 5
+    """How many kinds of coins each problem has, drawn from 1 to 9."""
+    coins: Annotated[int, Range(1, 20)] = 7
+    """Most coins of an answer."""
+    min_amount: Annotated[int, Range(1, 180)] = 10
+    """Smallest amount."""
+    max_amount: Annotated[int, Range(1, 180)] = 40
+    """Largest amount."""
+    min_answers: Annotated[int, Range(1, 10**6)] = 10
+    """Problems with fewer right answers are left out."""
+    answer_format: AnswerFormat = AnswerFormat.lenient
+    """lenient: an answer may stand after `</think>`, in `<answer>`, in `\\boxed{}`, with white space, commas or + between
+    coins;
+    strict: the response is the answer and nothing else."""
+
+
+@dataclass
 class OpenPathTaskConfig(TaskConfig):
     """A shortest way from corner to corner of a grid with few blocked cells: tens of right answers a problem."""
 

@@ -10,6 +10,8 @@ from megatron_vp2o.config.register import GROUPS
 from megatron_vp2o.config.rows import RowsTaskConfig, rows_problems
 from megatron_vp2o.config.schema import (
     AddendsTaskConfig,
+    BracketsTaskConfig,
+    ChangeTaskConfig,
     ColoringTaskConfig,
     CountdownTaskConfig,
     LinearOrderTaskConfig,
@@ -54,6 +56,19 @@ def task_problems(task: TaskConfig) -> Iterator[str]:
         yield f"task.edges={task.edges}: task.nodes={task.nodes} nodes have at most {most} edges; choose no more"
     if isinstance(task, LinearOrderTaskConfig) and task.precedences > (most := task.letters * (task.letters - 1) // 2):
         yield f"task.precedences={task.precedences}: task.letters={task.letters} letters have at most {most} pairs; choose no more"
+    if isinstance(task, BracketsTaskConfig):
+        if task.min_given > task.max_given:
+            yield f"task.min_given={task.min_given} and task.max_given={task.max_given}: choose the smaller first"
+        elif task.max_given > (most := 2 * task.pairs - 2):
+            yield f"task.max_given={task.max_given}: task.pairs={task.pairs} leave {most} places between the ends; choose no more"
+    if isinstance(task, ChangeTaskConfig):
+        if task.min_amount > task.max_amount:
+            yield f"task.min_amount={task.min_amount} and task.max_amount={task.max_amount}: choose the smaller first"
+        elif task.min_amount > 9 * task.coins:
+            yield (
+                f"task.min_amount={task.min_amount} cannot be paid with task.coins={task.coins} coins of at most 9: "
+                f"choose at most {9 * task.coins}"
+            )
     if isinstance(task, ShortestPathTaskConfig) and task.rows * task.columns < 2:
         yield f"task.rows={task.rows} and task.columns={task.columns}: choose at least two cells"
 

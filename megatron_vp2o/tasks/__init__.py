@@ -9,6 +9,8 @@ from megatron_vp2o.config.schema import OwnTaskConfig, TaskConfig
 from megatron_vp2o.config.validate_task import check_task
 from megatron_vp2o.rl.interfaces import Reward, Task
 from megatron_vp2o.tasks.addends import AddendsTask
+from megatron_vp2o.tasks.brackets import BracketsTask
+from megatron_vp2o.tasks.change import ChangeTask
 from megatron_vp2o.tasks.coloring import ColoringTask
 from megatron_vp2o.tasks.countdown import CountdownTask
 from megatron_vp2o.tasks.linear_order import LinearOrderTask
@@ -24,6 +26,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "coloring": ColoringTask,
     "open_path": OpenPathTask,
     "linear_order": LinearOrderTask,
+    "brackets": BracketsTask,
+    "change": ChangeTask,
 }
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from megatron_vp2o.config.schema import (
     AddendsTaskConfig,
     AnswerFormat,
+    BracketsTaskConfig,
+    ChangeTaskConfig,
     ColoringTaskConfig,
     LinearOrderTaskConfig,
     OpenPathTaskConfig,
@@ -30,6 +32,8 @@ CONFIGS = [
     ColoringTaskConfig(nodes=5, edges=4, min_answers=4, **SIZES),  # type: ignore[arg-type]
     OpenPathTaskConfig(rows=4, columns=4, blocked_probability=0.1, min_answers=4, **SIZES),  # type: ignore[arg-type]
     LinearOrderTaskConfig(letters=5, precedences=4, min_answers=4, **SIZES),  # type: ignore[arg-type]
+    BracketsTaskConfig(pairs=5, min_given=1, max_given=4, min_answers=3, **SIZES),  # type: ignore[arg-type]
+    ChangeTaskConfig(kinds=4, coins=5, max_amount=20, min_answers=3, **SIZES),  # type: ignore[arg-type]
 ]
 
 
@@ -151,6 +155,10 @@ def test_what_is_no_order_is_wrong(data, text):
         (AddendsTaskConfig(min_target=50, max_target=40), ["min_target=50", "max_target=40"]),
         (AddendsTaskConfig(addends=4, min_target=2, max_target=3), ["max_target=3", "at least 4"]),
         (ColoringTaskConfig(nodes=4, edges=7), ["edges=7", "at most 6"]),
+        (BracketsTaskConfig(min_given=4, max_given=3), ["min_given=4", "max_given=3"]),
+        (BracketsTaskConfig(pairs=2), ["max_given=4", "pairs=2", "leave 2 places"]),
+        (ChangeTaskConfig(min_amount=50), ["min_amount=50", "max_amount=40"]),
+        (ChangeTaskConfig(min_amount=30, coins=3), ["min_amount=30", "coins=3", "at most 27"]),
         (LinearOrderTaskConfig(letters=4, precedences=7), ["precedences=7", "at most 6"]),
     ],
 )
