@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORKSPACE = 2**22
+"""Most counts of n-grams that are held at a time."""
+
 
 def equality_kernel(answer_PG: Tensor) -> Tensor:
     """1 where two answers of a group are the same, else 0.
@@ -65,23 +68,35 @@ def ngram_kernel(tokens_PGS: Tensor, length_PG: Tensor, *, n: int, bandwidth: fl
         >>> round(kernel_PGG[0, 0, 1].log().item(), 6)
         -0.5
     """
-    P, G, S = tokens_PGS.shape
+    _, G, S = tokens_PGS.shape
     position_S = torch.arange(S, device=tokens_PGS.device)
     inside_PGS = position_S < length_PG[..., None]
     padded_PGS = torch.nn.functional.pad(torch.where(inside_PGS, tokens_PGS, -1), (0, n - 1), value=-1)
     gram_PGSn = padded_PGS.unfold(2, n, 1)
     last_PG = (length_PG - n).clamp(min=0)  # where the last n-gram begins
     counts_PGS = (position_S <= last_PG[..., None]).double()
-    kernels_PGG = [embedding_kernel(_counts(gram_PGSn[p], counts_PGS[p])[None], bandwidth)[0] for p in range(P)]
-    return torch.stack(kernels_PGG) if kernels_PGG else tokens_PGS.new_zeros((0, G, G), dtype=torch.float64)
+    which_PGS, U = _numbered(gram_PGSn)
+    at_once = max(1, WORKSPACE // (G * U))
+    kernels_PGG = [
+        embedding_kernel(counts.new_zeros((len(which), G, U)).scatter_add_(2, which, counts), bandwidth)
+        for which, counts in zip(which_PGS.split(at_once), counts_PGS.split(at_once), strict=True)
+    ]
+    return torch.cat(kernels_PGG)
 
 
-def _counts(gram_GSn: Tensor, counts_GS: Tensor) -> Tensor:
-    """How often each n-gram occurs in each answer of one group: float64 [G, U]."""
-    G, S, n = gram_GSn.shape
-    _, which = torch.unique(gram_GSn.reshape(G * S, n), dim=0, return_inverse=True)
-    counts_GU = gram_GSn.new_zeros((G, int(which.max()) + 1 if G * S else 0), dtype=torch.float64)
-    return counts_GU.scatter_add_(1, which.view(G, S), counts_GS)
+def _numbered(gram_PGSn: Tensor) -> tuple[Tensor, int]:
+    """A number from 0 on for each n-gram, equal within a group for equal ones [P, G, S]; and U, the most that a group has."""
+    P, G, S, n = gram_PGSn.shape
+    if P * G * S == 0:
+        return gram_PGSn.new_zeros((P, G, S)), 1
+    token_PGSn = gram_PGSn - gram_PGSn.min()
+    vocabulary = int(token_PGSn.max()) + 1
+    # Numbers of (group, tokens so far), with one token more each time. They keep the groups' order.
+    which_PGS = torch.arange(P, device=gram_PGSn.device)[:, None, None].expand(P, G, S)
+    for i in range(n):
+        which_PGS = torch.unique(which_PGS * vocabulary + token_PGSn[..., i], return_inverse=True)[1]
+    which_PGS = which_PGS - which_PGS.flatten(1).amin(dim=1)[:, None, None]
+    return which_PGS, int(which_PGS.max()) + 1
 
 
 def edit_kernel(tokens_PGS: Tensor, length_PG: Tensor, *, bandwidth: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -48,6 +49,27 @@ def ngram_distance(a: list[int], b: list[int], n: int) -> float:
     x, y = counts(a), counts(b)
     product = sum(x[key] * y[key] for key in x)
     return 1.0 - product / math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ngrams_of_large_vocabularies_are_exact_whatever_is_held_at_a_time(seed, monkeypatch):
+    rng = random.Random(seed)
+    P, G, S, n = rng.randint(1, 5), rng.randint(1, 5), rng.randint(1, 6), rng.randint(1, 4)
+    some = [rng.randrange(10**6) for _ in range(3)]  # few of many tokens, so that n-grams repeat
+    tokens_PGS = torch.tensor(rng.choices(some, k=P * G * S)).view(P, G, S)
+    length_PG = torch.tensor([[rng.randint(0, S) for _ in range(G)] for _ in range(P)])
+    whole_PGG = ngram_kernel(tokens_PGS, length_PG, n=n, bandwidth=0.7)
+    monkeypatch.setattr("megatron_vp2o.core.answers.WORKSPACE", rng.choice([1, 20, 40]))
+    assert torch.equal(ngram_kernel(tokens_PGS, length_PG, n=n, bandwidth=0.7), whole_PGG)
+    for p, i, j in product(range(P), range(G), range(G)):
+        a, b = (tokens_PGS[p, g, : length_PG[p, g]].tolist() for g in (i, j))
+        expected = math.exp(-(ngram_distance(a, b, n) if i != j else 0.0) / 0.7)
+        assert whole_PGG[p, i, j].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_answers_have_a_kernel():
+    none = torch.zeros((0, 3, 2), dtype=torch.int64)
+    assert ngram_kernel(none, none[..., 0], n=2, bandwidth=1.0).shape == (0, 3, 3)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "stein": "the Stein transform: its phases, and a training step with it over one without",
     "memory": "peak memory of training beside the plan; --long: 16,384 tokens over 151,936 ids in 24 GiB",
     "control": "the trust region: a training step under it over one without",
+    "variants": "shaping of rewards by each variant over GRPO's, as a share of a tiny step",
     "packing": "trained tokens/s of rows of skewed lengths, padded and packed",
     "prefix": "forward and backward pass of groups, each prompt once a row and once a group",
     "experts": "the experts' forward pass on the CPU: one at a time, together, torch's grouped product",
