@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import peer_ours, peer_work, step
+from megatron_vp2o.config.compose import compose
+from megatron_vp2o.config.schema import GRPOConfig
+from tools.bench import peer_ours, peer_work, step, variants
 
 
 def test_prompts_are_the_same_on_both_sides_and_about_twelve_characters() -> None:
@@ -37,3 +39,27 @@ def test_step_report_takes_medians_after_the_warm_up(tmp_path: Path, capsys: pyt
     step.report("grpo", record)
     shown = capsys.readouterr().out
     assert "5 steps" in shown and "250.0 ms" in shown and "1,000" in shown
+
+
+def test_a_variant_is_compared_with_grpo_within_each_step() -> None:
+    # the machine slows down by half in the last step: the shares of the steps stay
+    turns = [
+        {"step": 1.0 * slow, "grpo": 0.010 * slow, "darling": 0.030 * slow, variants.REFERENCE: 0.1 * slow}
+        for slow in (1.0, 1.0, 1.5)
+    ]
+    shown = variants.report(turns, "process_time")
+    assert "darling" in shown and "over grpo +2.00 % of a step (goal: 2 %)" in shown
+    assert "reference's forward pass: 10.0 % of a step" in shown and "maxrl" not in shown
+
+
+def test_every_variant_of_the_benchmark_changes_the_shaping() -> None:
+    settings = {
+        name: compose("linear_order_tiny_grpo", [*own, "init_from=null"]).algorithm
+        for name, own in variants.VARIANTS.items()
+    }
+    assert all(isinstance(one, GRPOConfig) for one in settings.values())
+    shapes = [
+        (one.advantage, one.answer_repulsion, one.unlikeliness, one.kl_coef)  # type: ignore[union-attr]
+        for one in settings.values()
+    ]
+    assert all(shapes.count(shape) == 1 for shape in shapes)

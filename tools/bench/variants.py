@@ -152,7 +152,7 @@ def made_up(task: Any, problem: Any, draw: random.Random) -> Any:
 def report(turns: list[dict[str, float]], clock: str) -> str:
     """Medians over the steps; each variant's difference from GRPO is taken within a step."""
     lines = [f"{len(turns)} steps by {clock}: {statistics.median(turn['step'] for turn in turns) * 1e3:,.1f} ms a step"]
-    for name in (name for name in turns[0] if name not in ("step", REFERENCE)):
+    for name in (name for name in VARIANTS if name in turns[0]):
         own = statistics.median(turn[name] for turn in turns)
         more = [100 * (turn[name] - turn[BASE]) / turn["step"] for turn in turns]
         said = "" if name == BASE else f"; over {BASE} {statistics.median(more):+.2f} % of a step (goal: {GOAL:.0f} %)"
