@@ -140,7 +140,7 @@ vllm-env: ## Make the environment of vLLM servers for CPUs (Python 3.11; minutes
 
 test-vllm: install-dev vllm-env ## Against a real vLLM server on this machine: contract, faults, GRPO and VP2O through it, evaluation
 	VP2O_VLLM_PYTHON='$(abspath $(VLLM_ENV)/bin/python)' $(PY) -m pytest tests/rollout/test_vllm.py tests/rollout/test_vllm_routes.py \
-		tests/rollout/test_vllm_in_flight.py \
+		tests/rollout/test_vllm_in_flight.py tests/rollout/test_vllm_broadcast.py \
 		tests/evaluation/test_launched.py --durations=0 $(TESTARGS)
 
 soak: install-dev ## After `make countdown`: 40 faults, 100 of servers, 30 uneven steps for each world, eight ranks for 30 steps (WARM_UP=run)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vp2o.config.schema import EngineKind, RolloutConfig, RouterReplay, TrainConfig
+from megatron_vp2o.config.schema import EngineKind, RolloutConfig, RouterReplay, TrainConfig, WeightTransfer
 from megatron_vp2o.errors import RolloutError
 from megatron_vp2o.hf.families import architecture
 from megatron_vp2o.hf.mapping import Architecture
@@ -42,6 +42,7 @@ from megatron_vp2o.rollout.pool import ServerPool
 from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.served import ServedEngine
 from megatron_vp2o.rollout.store import FOLDER, StoredEngine
+from megatron_vp2o.rollout.transfer import BroadcastTransfer, FileTransfer, Transfer
 from megatron_vp2o.rollout.weight_files import default_folder, random_probe_tokens
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -102,6 +103,7 @@ def _engine(
             owner=groups.rank == 0,
             board=board,
             routes=routes,
+            transfer=_transfer(config, groups),
         )
         if groups.rank == 0:
             pool.check()
@@ -116,6 +118,13 @@ def _engine(
         stage=stage,
         in_flight=config.rollout.in_flight_updates,
     )
+
+
+def _transfer(config: TrainConfig, groups: Groups) -> Transfer:
+    server = config.rollout.server
+    if server.transfer is WeightTransfer.files:
+        return FileTransfer()
+    return BroadcastTransfer(groups.device, server.trainer_address, timeout_s=server.sync_timeout_s)
 
 
 def _routes(config: TrainConfig, snapshot: MegatronEngine, model: Architecture) -> tuple[RoutesAsked | None, list[int]]:

@@ -14,6 +14,11 @@ class EngineKind(enum.Enum):
     vllm = "vllm"  # servers, over HTTP
 
 
+class WeightTransfer(enum.Enum):
+    files = "files"
+    broadcast = "broadcast"  # from the first rank to the servers' workers
+
+
 class RouterReplay(enum.Enum):
     off = "off"
     R2 = "R2"  # the trainer's own, of its scoring pass under the actor's weights
@@ -70,9 +75,16 @@ class ServerConfig:
     silence_s: Annotated[float, Range(1, 10**6)] = 30.0
     """How long a launched server may leave looks at its health (/health) unanswered before it is taken for dead and restarted. A
     server that is only busy answers them."""
+    transfer: WeightTransfer = WeightTransfer.files
+    """How weights get to servers. files: written by the first rank, read by servers; broadcast: from the first rank's memory, over
+    a process group with each server's workers (gloo on CPUs, nccl on GPUs)."""
+    trainer_address: Optional[str] = None
+    """With transfer=broadcast, the address at which servers reach the first rank; null: that of its interface which leads to
+    them."""
     weights_dir: Optional[str] = None
     """Folder through which weights travel, seen by trainer and servers under the same path; null: in shared memory (/dev/shm)
-    where there is some and the first rank has launched the servers, else in the run folder."""
+    where there is some and the first rank has launched the servers, else in the run folder. With transfer=broadcast only what
+    launched servers start from, config.json and the tokenizer, is there."""
     probe_tolerance: Annotated[Optional[float], Range(1e-9, 1000)] = None
     """After each weight update: largest difference of a token's log-probability between server and trainer, in nats; null: 1e-4
     with float32, 0.25 with bfloat16."""

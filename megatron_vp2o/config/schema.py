@@ -47,6 +47,7 @@ from megatron_vp2o.config.rollout import RolloutConfig as RolloutConfig
 from megatron_vp2o.config.rollout import RouterReplay as RouterReplay
 from megatron_vp2o.config.rollout import SamplingConfig as SamplingConfig
 from megatron_vp2o.config.rollout import ServerConfig as ServerConfig
+from megatron_vp2o.config.rollout import WeightTransfer as WeightTransfer
 from megatron_vp2o.config.task import AddendsTaskConfig as AddendsTaskConfig
 from megatron_vp2o.config.task import AnswerFormat as AnswerFormat
 from megatron_vp2o.config.task import BracketsTaskConfig as BracketsTaskConfig

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_vp2o.config.rollout import EngineKind, RolloutConfig, RouterReplay
+from megatron_vp2o.config.rollout import EngineKind, RolloutConfig, RouterReplay, WeightTransfer
 from megatron_vp2o.config.schema import (
     ControlMode,
     GRPOConfig,
@@ -61,6 +61,11 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
             f"rollout.server.port={rollout.server.port} with rollout.server.count={rollout.server.count} goes beyond port 65535: "
             f"choose at most {65536 - rollout.server.count}"
         )
+    if rollout.server.trainer_address is not None and rollout.server.transfer is WeightTransfer.files:
+        yield (
+            f"rollout.server.trainer_address={rollout.server.trainer_address} with rollout.server.transfer=files: servers read "
+            "files, and connect to nobody; choose rollout.server.transfer=broadcast, or leave it out"
+        )
     if rollout.launch:
         yield from _not_split(config)
     elif rollout.server.hosts:
@@ -76,10 +81,12 @@ def rollout_problems(config: TrainConfig) -> Iterator[str]:
         if url.rstrip("/") in seen:
             yield f"rollout.urls has {url!r} twice: name each server once"
         seen.add(url.rstrip("/"))
-        if not problem and rollout.server.weights_dir is None and urlsplit(url).hostname not in _HERE:
+        files = rollout.server.transfer is WeightTransfer.files
+        if not problem and files and rollout.server.weights_dir is None and urlsplit(url).hostname not in _HERE:
             yield (
                 f"rollout.urls has {url!r}, which may be another machine, and rollout.server.weights_dir=null puts weights where "
-                "only this one sees them: name a folder that both see under the same path"
+                "only this one sees them: name a folder that both see under the same path, or choose "
+                "rollout.server.transfer=broadcast"
             )
 
 

@@ -1,8 +1,8 @@
 """What a vLLM server is asked over HTTP: tokens in and out, and vLLM's own protocol of weight updates.
 
     POST /inference/v1/generate        token ids in; ids, log-probabilities and the weight version of every token out
-    POST /pause, /start_weight_update, /update_weights (once a file), /finish_weight_update, /resume, /update_weight_version
-    GET  /health, /weight_info
+    POST /pause, /start_weight_update, /update_weights (once a part), /finish_weight_update, /resume, /update_weight_version
+    GET  /health, /weight_info, /get_world_size
 
 The server needs `--enable-scale-out`, VLLM_SERVER_DEV_MODE=1 and the extension of `server_side/` (`launch.vllm_command`).
 """
@@ -19,7 +19,6 @@ import httpx
 from megatron_vp2o.rl.types import SamplingParams
 from megatron_vp2o.rollout.answers import Asked, BadAnswer, Sample, prompt_log_probs, samples
 from megatron_vp2o.rollout.protocol import Probe
-from megatron_vp2o.rollout.weight_files import WeightSet
 
 GENERATE = "/inference/v1/generate"
 UNPROVEN = "-unproven"
@@ -57,9 +56,21 @@ class Server:
             raise BadAnswer(f"{said!r} from /weight_info")
         return str(said["weight_version"])
 
-    async def prepare(self, timeout: float) -> None:
-        """Before its first update. Raises httpx.HTTPError or BadAnswer."""
-        await self._post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
+    async def workers(self) -> int:
+        """How many processes of the server hold weights. Raises httpx.HTTPError or BadAnswer."""
+        path = "/get_world_size"
+        said = _answer(await self.http.get(self.url + path, timeout=5.0), path)
+        if not isinstance(said, dict) or not isinstance(said.get("world_size"), int) or said["world_size"] < 1:
+            raise BadAnswer(f"{said!r} from {path}")
+        return int(said["world_size"])
+
+    async def join(self, meeting: dict[str, Any], timeout: float) -> None:
+        """Before its first update: what its side of the transfer needs to know. Raises httpx.HTTPError or BadAnswer."""
+        await self._post("/init_weight_transfer_engine", {"init_info": meeting}, timeout)
+
+    async def update(self, part: dict[str, Any], timeout: float) -> None:
+        """One part of an update, or what all of it comes to. Raises httpx.HTTPError or BadAnswer."""
+        await self._post("/update_weights", {"update_info": part}, timeout)
 
     async def generate(
         self,
@@ -104,11 +115,18 @@ class Server:
         return prompt_log_probs(answer, tokens)
 
     async def load(
-        self, weights: WeightSet, label: str, probe: Probe | None, timeout: float, *, keep: bool = False
+        self,
+        send: Callable[[], Awaitable[None]],
+        label: str,
+        probe: Probe | None,
+        timeout: float,
+        *,
+        keep: bool = False,
     ) -> str:
         """Give it a whole set of weights, and let samples count only after the probe agrees.
 
         Args:
+            send: brings all parts to the server, and what they come to (`transfer.Transfer.send`).
             keep: requests in flight go on with the new weights, for which the server reads what they have so far again; else they
                 are aborted.
 
@@ -122,12 +140,7 @@ class Server:
         # Without clear_cache requests would go on from keys and values of the old weights.
         await self._post("/pause?mode=keep&clear_cache=true" if keep else "/pause?mode=abort", timeout=timeout)
         await self._post("/start_weight_update", timeout=timeout)
-        folder = str(weights.folder)
-        for file in weights.files:
-            part = {"file": file.name, "tensors": file.tensors, "bytes": file.bytes, "digest": file.digest}
-            await self._post("/update_weights", {"update_info": {"folder": folder, **part}}, timeout)
-        total = {"file": "", "tensors": weights.tensors, "bytes": weights.bytes, "digest": weights.digest}
-        await self._post("/update_weights", {"update_info": {"folder": folder, **total}}, timeout)
+        await send()
         unproven = (
             f"{label}-{uuid.uuid4().hex[:4]}{UNPROVEN}"  # of this try: an earlier one may have loaded something else
         )
@@ -151,13 +164,13 @@ class Server:
         return unproven
 
 
-async def unusable(servers: Sequence[Server]) -> list[str]:
-    """What is wrong with servers that somebody else started."""
+async def unusable(servers: Sequence[Server], prepare: Callable[[Server, float], Awaitable[None]]) -> list[str]:
+    """What is wrong with servers that somebody else started; those that are sound are prepared for weights."""
     problems = []
     for server in servers:
         try:
             await server.label()
-            await server.prepare(30.0)
+            await prepare(server, 30.0)
         except (httpx.HTTPError, BadAnswer) as error:
             problems.append(
                 f"rollout.urls has {server.url}, which cannot be used ({str(error) or type(error).__name__}): start it as "

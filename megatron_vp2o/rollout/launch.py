@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_vp2o.config.schema import Precision, RouterReplay, TrainConfig
+from megatron_vp2o.config.schema import Precision, RouterReplay, TrainConfig, WeightTransfer
 from megatron_vp2o.errors import RolloutError
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -45,18 +45,20 @@ def vllm_command(
     tensor_parallel: int = 1,
     address: str = "127.0.0.1",
     routes: bool = False,
+    transfer: WeightTransfer = WeightTransfer.files,
 ) -> Command:
     """How a vLLM server is started that this client can talk to; a person can start the same by hand.
 
     Args:
         address: of this machine, at which the server listens.
         routes: whether its answers say which experts tokens went to.
+        transfer: how its weights come. Those that come by broadcast are not in the folder that it starts with.
     """
     own = [
         *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
         *("--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"),
         *("--enable-scale-out", "--worker-extension-cls", "vp2o_vllm.Extension"),
-        *("--weight-transfer-config", '{"backend": "vp2o_file"}'),
+        *transfer_arguments(transfer),
         *(routes_arguments(cpu) if routes else ()),
     ]
     if tensor_parallel > 1:
@@ -77,7 +79,15 @@ def run_command(config: TrainConfig, *, cpu: bool, address: str = "127.0.0.1") -
         tensor_parallel=server.tensor_parallel,
         address=address,
         routes=config.rollout.router_replay is RouterReplay.R3,
+        transfer=server.transfer,
     )
+
+
+def transfer_arguments(transfer: WeightTransfer) -> tuple[str, ...]:
+    """Which of the extension's backends takes weights, and what the server starts with: `server_side/vp2o_vllm.py`."""
+    if transfer is WeightTransfer.files:
+        return ("--weight-transfer-config", '{"backend": "vp2o_file"}')
+    return ("--weight-transfer-config", '{"backend": "vp2o_broadcast"}', "--load-format", "dummy")
 
 
 def routes_arguments(cpu: bool) -> tuple[str, ...]:

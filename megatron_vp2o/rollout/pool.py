@@ -1,6 +1,6 @@
 """Several vLLM servers as one engine: work is shared among them, weights reach all of them, and one that dies loses nothing.
 
-    update_weights: files -> start what is not running -> every server loads, is probed, and gets the version's label
+    update_weights: a whole set (`transfer.py`) -> start what is not running -> every server loads, is probed, gets its label
     generate:       prompts in a queue, some in flight to each server; what fails goes back into the queue (`batch.py`)
     begin:          the same while the caller does something else (`begun.py`)
     watchers:       one for each server, which alone asks how it is while it is in trouble, and mends it (`members.py`)
@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +42,11 @@ from megatron_vp2o.rollout.members import STRIKES, Member
 from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Health, Probe, Receipt
 from megatron_vp2o.rollout.pulse import Pulse
-from megatron_vp2o.rollout.weight_files import WeightSet, write_weights
+from megatron_vp2o.rollout.transfer import FileTransfer, Transfer, Weights
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-BUCKET_BYTES = 256 * 2**20
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is kept: shorter than servers do (uvicorn 5 s), lest they end one that is about to be used."""
 
@@ -58,11 +58,12 @@ class ServerPool:
         members: the servers. Those with a process are started at the first update, and restarted when they die.
         shapes: names and shapes of a whole set of weights.
         describe: writes config.json and tokenizer into a folder of weights.
-        folder: where sets of weights are written; servers must see it under the same path.
+        folder: where sets of weights are described, and with files written; servers started with one must see it under this path.
         ends: ids that end a response. vocabulary: ids that a response may have are below it. pad_id: after a response.
         owner: whether this process gives servers their weights and keeps them; others only generate (`adopt`).
         board: where ranks tell each other about servers; None: no other rank asks them.
         routes: of which layers rollouts carry the routes, in the order of `routes_NSLK`; None: of none.
+        transfer: how weights get to the servers; None: as files.
     """
 
     def __init__(
@@ -79,16 +80,17 @@ class ServerPool:
         owner: bool = True,
         board: Board | None = None,
         routes: RoutesAsked | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         self.members, self.settings, self.owner = list(members), settings or PoolSettings(), owner
         self.shapes, self.describe, self.folder = shapes, describe, folder
         self.ends, self.vocabulary, self.pad_id = frozenset(ends), vocabulary, pad_id
-        self.board, self.routes = board, routes
+        self.board, self.routes, self.transfer = board, routes, transfer or FileTransfer()
         self.version = -1
         self.label = ""
         self.restarts = 0
         self._run = uuid.uuid4().hex[:8]
-        self._weights: WeightSet | None = None
+        self._weights: Weights | None = None
         self._probe: Probe | None = None
         self._unusable = "it was given none yet"
         self._closed, self._well = False, True
@@ -118,9 +120,7 @@ class ServerPool:
         self._unusable = f"the update to version {version} was not completed"
         label = f"{self._run}-{version}-{uuid.uuid4().hex[:4]}"
         try:
-            new = write_weights(
-                self.folder / label, weights, self.shapes, describe=self.describe, bucket_bytes=BUCKET_BYTES
-            )
+            new = self.transfer.take(self.folder / label, weights, self.shapes, self.describe)
         except SyncError as error:
             self._unusable = str(error)
             raise
@@ -164,7 +164,7 @@ class ServerPool:
                 member.lose(lost[number])
         await self._watch_all()
 
-    async def _load_all(self, new: WeightSet, label: str, version: int, probe: Probe | None) -> list[str]:
+    async def _load_all(self, new: Weights, label: str, version: int, probe: Probe | None) -> list[str]:
         """Bring every server to new weights, side by side. Returns what went wrong, and marks who is lost."""
         await self._unwatch_all()  # whatever a watcher was doing was for the old weights
         await self._labels.hold()
@@ -201,7 +201,9 @@ class ServerPool:
                     await self._until_it_answers(member)
                 pulse.forget()
                 keep = self.settings.in_flight_updates and update and number == 0
-                load = self._server(member).load(weights, label, self._probe, self.settings.sync_timeout_s, keep=keep)
+                server, limit = self._server(member), self.settings.sync_timeout_s
+                send = partial(self.transfer.send, server, weights, limit)
+                load = server.load(send, label, self._probe, limit, keep=keep)
                 self._labels.prove(version, await pulse.while_it_lives(load), label)
                 return ""
             except (httpx.HTTPError, BadAnswer) as error:
@@ -240,7 +242,7 @@ class ServerPool:
                 f"it ended while it started, and another server answers at its port; {process.last_words()}"
             )
         if not process.prepared:
-            await server.prepare(self.settings.sync_timeout_s)
+            await self.transfer.prepare(server, self.settings.sync_timeout_s)
             process.prepared = True
 
     # Watchers
@@ -307,6 +309,7 @@ class ServerPool:
         logger.warning("rollout server %s is brought back with the present weights%s", member.url, dead and f": {dead}")
         if process is not None and (bad or dead):  # what was asked of it breaks, and is asked elsewhere
             await asyncio.to_thread(process.stop)
+        self.transfer.forget(member.url)  # somebody else's server may have been started anew
         problem = await self._bring(member, self.label, self.version)
         if problem:
             logger.error("rollout server %s is lost: %s", member.url, problem)
@@ -450,7 +453,7 @@ class ServerPool:
     def check(self) -> None:
         """Look whether all servers that are somebody else's answer, before a run starts. Raises RolloutError naming them."""
         others = [self._server(member) for member in self.members if member.process is None]
-        problems = self._do(unusable(others))
+        problems = self._do(unusable(others, self.transfer.prepare))
         if problems:
             raise RolloutError("; ".join(problems))
 
@@ -464,7 +467,7 @@ class ServerPool:
         return Health(any(answering), self.version, "; ".join([there, *lost]))
 
     def close(self) -> None:
-        """End the servers that are ours, and delete the weights' files. While an exception is handled, the run counts as failed."""
+        """End the servers that are ours, and delete the weights. While an exception is handled, the run counts as failed."""
         self._closed = True
         self._well = sys.exc_info()[0] is None
         if self._loop is not None and self._thread is not None:
@@ -488,6 +491,7 @@ class ServerPool:
             task.cancel()
         await asyncio.gather(*batches, return_exceptions=True)
         await self._unwatch_all()
+        await self.transfer.close()
         processes = [member.process for member in self.members if member.process is not None]
         await asyncio.gather(*(asyncio.to_thread(process.close, well=self._well) for process in processes))
         if self._http is not None:

@@ -75,31 +75,45 @@ def write_weights(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     writer = _Writer(partial, bucket_bytes)
-    left = dict(shapes)
-    problems: list[str] = []
-    try:
+
+    def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    except OSError as error:
-        problems.append(str(error))
+
+    problems = take_all(weights, shapes, begin, writer.add, lambda: _finish(writer, describe, folder))
+    if problems:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SyncError(f"the weights for the servers could not be written to {folder}: {problems}")
+    return WeightSet(folder, tuple(writer.files))
+
+
+def take_all(
+    weights: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    begin: Callable[[], object],
+    add: Callable[[str, Tensor], object],
+    finish: Callable[[], object],
+) -> str:
+    """Take all tensors of a stream to its end, because other ranks may be sending them, and add those of a set that is right.
+
+    Returns:
+        What is wrong with the set, or kept this machine from taking it; empty: nothing, and it is finished.
+    """
+    left = dict(shapes)
+    problems = _attempt(begin)
     for name, tensor in weights:
         wanted = left.pop(name, None)
         if wanted != tuple(tensor.shape):
             of = "unknown, or there twice" if wanted is None else f"not {list(wanted)}"
             problems.append(f"{name} {list(tensor.shape)} is {of}")
         if not problems:
-            problems += _attempt(lambda n=name, t=tensor: writer.add(n, t))  # type: ignore[misc]
+            problems += _attempt(lambda n=name, t=tensor: add(n, t))  # type: ignore[misc]
     problems += [f"{name} is missing" for name in left]
     if not problems:
-        problems += _attempt(lambda: _finish(writer, describe, folder))
-    if problems:
-        shutil.rmtree(partial, ignore_errors=True)
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise SyncError(
-            f"the weights for the servers could not be written to {folder}: {'; '.join(problems[:3])}{more}"
-        )
-    return WeightSet(folder, tuple(writer.files))
+        problems += _attempt(finish)
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return f"{'; '.join(problems[:3])}{more}"
 
 
 def _finish(writer: _Writer, describe: Callable[[Path], object], folder: Path) -> None:

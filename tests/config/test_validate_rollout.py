@@ -19,6 +19,7 @@ from megatron_vp2o.config.schema import (
     TrainConfig,
     TrustRegionConfig,
     VP2OConfig,
+    WeightTransfer,
 )
 from megatron_vp2o.config.validate import validate
 from megatron_vp2o.config.validate_rollout import servers_on_node
@@ -68,6 +69,17 @@ def test_each_server_once_and_shared_folder(tmp_path: Path) -> None:
     config = served(tmp_path, urls=["http://gpu7:8000"])
     config.rollout.server.weights_dir = str(tmp_path)
     assert refused(config) == ""
+
+
+def test_servers_that_get_broadcasts_need_no_folder(tmp_path: Path) -> None:
+    config = served(tmp_path, urls=["http://gpu7:8000"])
+    assert "or choose rollout.server.transfer=broadcast" in refused(config)
+    config.rollout.server.transfer = WeightTransfer.broadcast
+    config.rollout.server.trainer_address = "10.0.0.1"
+    assert refused(config) == ""
+    config.rollout.server.transfer = WeightTransfer.files
+    config.rollout.server.weights_dir = str(tmp_path)
+    assert "rollout.server.trainer_address=10.0.0.1 with rollout.server.transfer=files" in refused(config)
 
 
 def test_routes_to_replay_must_come_from_somewhere(tmp_path: Path) -> None:

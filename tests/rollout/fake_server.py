@@ -1,7 +1,8 @@
 """A server that speaks what the client speaks, with a model of one table and faults on demand: `fake_server.py FOLDER PORT`.
 
 The model is a bigram: the logits of the next token are a row of a table, which arrives in the files of a weight set in several
-tensors. It checks an update as `server_side/vp2o_vllm.py` does. POST /fault {"kind": ..., "after": n} arms one fault of this
+tensors. It checks an update of files as `server_side/vp2o_vllm.py` does, and takes one by broadcast with the code that vLLM's
+workers run (`server_side/vp2o_broadcast.py`). POST /fault {"kind": ..., "after": n} arms one fault of this
 process, at the n-th request from then on that it applies to; {"kind": ..., "always": true} leaves it on.
 """
 
@@ -41,7 +42,8 @@ GENERATING = (
     "short_routes",
     "foreign_routes",
 )
-LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse")
+LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse", "hang_receiving")
+SERVER_SIDE = Path(__file__).resolve().parents[2] / "megatron_vp2o" / "rollout" / "server_side"
 
 
 class State:
@@ -57,6 +59,7 @@ class State:
         self.random = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
         self.lock = threading.Lock()
         self.served, self.aborts = 0, 0
+        self.group: Any = None  # with a trainer that broadcasts
         self.token_s = float(os.environ.get("VP2O_FAKE_TOKEN_S", "0"))
 
     def pause(self, *, keep: bool) -> None:
@@ -87,6 +90,8 @@ class State:
 
     def remember(self) -> None:
         """The table of logits, once for each set of weights."""
+        if not self.tensors:  # started for a trainer that broadcasts them
+            return
         rows = [self.tensors[name] for name in sorted(self.tensors) if name.startswith("rows")]
         self.logits = np.concatenate(rows).astype(np.float64) + self.tensors["bias"]
 
@@ -96,11 +101,59 @@ class State:
 
     # updates
 
+    def join(self, info: dict[str, Any]) -> None:
+        """As the only worker. Nothing is to be agreed on where weights come as files."""
+        self.leave()
+        if info:
+            sys.path.insert(0, str(SERVER_SIDE))
+            import torch
+            from vp2o_broadcast import Group, Meeting
+
+            torch.set_num_threads(1)
+            self.group = Group(Meeting(**info), 1, torch.device("cpu"))
+
+    def leave(self) -> None:
+        if self.group is not None:
+            self.group.close()
+        self.group = None
+
     def start(self) -> None:
         self.staged: dict[str, Any] = {}
         self.seen, self.whole, self.digest = [0, 0], False, hashlib.blake2b(digest_size=8)
+        self.received: Any = None
 
     def update(self, info: dict[str, Any]) -> None:
+        if "entries" not in info:
+            return self.update_by_file(info)
+        try:
+            self.update_by_broadcast(info)
+        except BaseException:
+            self.leave()
+            raise
+
+    def update_by_broadcast(self, info: dict[str, Any]) -> None:
+        from vp2o_broadcast import Received, buffer_bytes
+
+        if self.received is None:
+            self.received = Received()
+        entries = info["entries"]
+        if not entries:
+            self.received.compare(info["tensors"], info["bytes"], info["digest"])
+            self.whole = True
+            return
+        kind = self.strikes(LOADING)
+        if kind == "die_loading":
+            os._exit(9)
+        if kind == "refuse" or self.group is None:
+            raise ValueError("a fault that was asked for" if kind else "no group")
+        if kind == "hang_receiving":
+            time.sleep(60)
+        size = buffer_bytes(entries)
+        buffer = self.group.receive(size)
+        loaded = {name: tensor.numpy() for name, tensor in self.received.tensors_of(entries, buffer, info["digest"])}
+        self.stage(loaded, kind)
+
+    def update_by_file(self, info: dict[str, Any]) -> None:
         kind = self.strikes(LOADING) if info["file"] else ""
         if kind == "die_loading":
             os._exit(9)
@@ -116,6 +169,9 @@ class State:
         loaded = load_file(path)
         self.seen[0] += len(loaded)
         self.seen[1] += sum(tensor.nbytes for tensor in loaded.values())
+        self.stage(loaded, kind)
+
+    def stage(self, loaded: dict[str, Any], kind: str) -> None:
         names = sorted(loaded)
         if kind == "load_nothing":
             return
@@ -258,6 +314,7 @@ class Handler(BaseHTTPRequestHandler):
             "/weight_info": {"weight_version": state.label},
             "/served": state.served,
             "/fault": state.fault,
+            "/get_world_size": {"world_size": 1},
         }
         self.reply(known.get(self.path, "?"), 200 if self.path in known else 404)
 
@@ -267,7 +324,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             path, _, query = self.path.partition("?")
             self.reply(self.act(path, query, body))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             self.reply({"error": str(error)}, 500)
 
     def act(self, path: str, query: str, body: Any) -> Any:
@@ -292,7 +349,9 @@ class Handler(BaseHTTPRequestHandler):
             state.label = body["new_version"]
         elif path == "/fault":
             state.fault = body
-        elif path != "/init_weight_transfer_engine":
+        elif path == "/init_weight_transfer_engine":
+            state.join(body["init_info"])
+        else:
             raise ValueError(f"no such path: {path}")
         return {}
 

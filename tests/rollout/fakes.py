@@ -20,6 +20,7 @@ from megatron_vp2o.rollout.members import Member
 from megatron_vp2o.rollout.pool import ServerPool
 from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Probe
+from megatron_vp2o.rollout.transfer import BroadcastTransfer
 
 FAKE = Path(__file__).with_name("fake_server.py")
 VOCABULARY, END, PAD = 24, 1, 0
@@ -36,7 +37,8 @@ def table(model: int) -> dict[str, Tensor]:
 
 class FakeHarness:
     """A pool whose servers it starts. With `fixed` a prompt always gets the same samples of the same weights; with `routes` answers
-    have them, of all layers of a model of `layers`. A token takes `token_s`."""
+    have them, of all layers of a model of `layers`. A token takes `token_s`. `broadcast`: weights come by it, one or two tensors
+    at once."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 1e-5
 
@@ -50,6 +52,7 @@ class FakeHarness:
         routes: RoutesAsked | None = None,
         layers: int = 0,
         token_s: float = 0.0,
+        broadcast: bool = False,
     ) -> None:
         def command(model: Path, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(model), str(port)]
@@ -61,7 +64,7 @@ class FakeHarness:
         processes = [ServerProcess(command, environment, free_port(), log) for log in logs]
         self.processes = processes
         members = [Member(process.url, process) for process in processes]
-        self.engine = make_pool(members, folder, settings, board=board, routes=routes)
+        self.engine = make_pool(members, folder, settings, board=board, routes=routes, broadcast=broadcast)
 
     def weights(self, model: int) -> Iterator[tuple[str, Tensor]]:
         yield from table(model).items()
@@ -81,8 +84,17 @@ class FakeHarness:
         post(f"{self.engine.members[server].url}/fault", {"kind": kind, **more})
 
 
-def make_pool(members: list[Member], folder: Path, settings: dict[str, Any] | None = None, **more: Any) -> ServerPool:
+def make_pool(
+    members: list[Member],
+    folder: Path,
+    settings: dict[str, Any] | None = None,
+    broadcast: bool = False,
+    **more: Any,
+) -> ServerPool:
     """A pool for the fake model."""
+    timing = PoolSettings(**(QUICK | (settings or {})))
+    if broadcast:
+        more["transfer"] = BroadcastTransfer(torch.device("cpu"), timeout_s=timing.sync_timeout_s, bucket_bytes=500)
     return ServerPool(
         members,
         shapes={name: tuple(tensor.shape) for name, tensor in table(0).items()},
@@ -91,7 +103,7 @@ def make_pool(members: list[Member], folder: Path, settings: dict[str, Any] | No
         ends=[END],
         vocabulary=VOCABULARY,
         pad_id=PAD,
-        settings=PoolSettings(**(QUICK | (settings or {}))),
+        settings=timing,
         **more,
     )
 

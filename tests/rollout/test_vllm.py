@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vp2o.config.schema import WeightTransfer
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.rollout.answers import RoutesAsked
 from megatron_vp2o.rollout.api import GENERATE, Server
@@ -32,6 +33,7 @@ from megatron_vp2o.rollout.pool import ServerPool
 from megatron_vp2o.rollout.pool_settings import PoolSettings
 from megatron_vp2o.rollout.protocol import Probe
 from megatron_vp2o.rollout.pulse import Pulse
+from megatron_vp2o.rollout.transfer import BroadcastTransfer
 from megatron_vp2o.rollout.weight_files import WeightSet
 from megatron_vp2o.tracking.record import read
 from tests.rollout.test_pool import alive, descendants, wait_for
@@ -49,7 +51,8 @@ VOCABULARY, END, PAD = 64, 2, 0
 
 
 class VLLMHarness:
-    """Two tiny Qwen3-MoE models, and a server that holds either; with `routes` it says where tokens went."""
+    """Two tiny Qwen3-MoE models, and a server that holds either; with `routes` it says where tokens went. `broadcast`: weights come
+    by it, in buckets of 100 kB, to `workers` of the server."""
 
     vocabulary, end, tolerance = VOCABULARY, END, 2e-5
 
@@ -59,10 +62,20 @@ class VLLMHarness:
         routes: RoutesAsked | None = None,
         arguments: Sequence[str] = (),
         in_flight_updates: bool = False,
+        broadcast: bool = False,
+        workers: int = 1,
     ) -> None:
         self.models = [_model(seed) for seed in (0, 1)]
         limits: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
-        command = vllm_command(str(PYTHON), **limits, cpu=True, arguments=list(arguments), routes=routes is not None)
+        command = vllm_command(
+            str(PYTHON),
+            **limits,
+            cpu=True,
+            arguments=list(arguments),
+            tensor_parallel=workers,
+            routes=routes is not None,
+            transfer=WeightTransfer.broadcast if broadcast else WeightTransfer.files,
+        )
         self.process = ServerProcess(command, vllm_environment(cpu=True), free_port(), folder / "server.log")
         self.engine = ServerPool(
             [Member(self.process.url, self.process)],
@@ -76,6 +89,7 @@ class VLLMHarness:
                 startup_s=400.0, request_timeout_s=120.0, batch_timeout_s=600.0, in_flight_updates=in_flight_updates
             ),
             routes=routes,
+            transfer=BroadcastTransfer(torch.device("cpu"), bucket_bytes=10**5) if broadcast else None,
         )
 
     def weights(self, model: int) -> Iterator[tuple[str, Tensor]]:
@@ -268,16 +282,16 @@ def _half_of_it(weights: WeightSet) -> WeightSet:
 @pytest.mark.parametrize("spoil", [_truncated, _without_files, _half_of_it])
 def test_a_sync_that_is_not_whole(harness: VLLMHarness, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     """Three tries fail, the last after a restart; a whole good set puts all right again."""
-    from megatron_vp2o.rollout import pool
+    from megatron_vp2o.rollout import transfer
 
     harness.engine.update_weights(harness.weights(0), 1, harness.probe(0))
-    write = pool.write_weights
+    write = transfer.write_weights
     monkeypatch.setattr(
-        pool, "write_weights", lambda *args, **more: spoil(write(*args, **more | {"bucket_bytes": 10**5}))
+        transfer, "write_weights", lambda *args, **more: spoil(write(*args, **more | {"bucket_bytes": 10**5}))
     )
     with pytest.raises(SyncError, match="no server took version 2"):
         harness.engine.update_weights(harness.weights(1), 2, harness.probe(1))
-    monkeypatch.setattr(pool, "write_weights", write)
+    monkeypatch.setattr(transfer, "write_weights", write)
     harness.engine.update_weights(harness.weights(1), 3, harness.probe(1))
     harness.check(1)
 
