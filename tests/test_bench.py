@@ -53,13 +53,9 @@ def test_a_variant_is_compared_with_grpo_within_each_step() -> None:
 
 
 def test_every_variant_of_the_benchmark_changes_the_shaping() -> None:
-    settings = {
-        name: compose("linear_order_tiny_grpo", [*own, "init_from=null"]).algorithm
-        for name, own in variants.VARIANTS.items()
-    }
-    assert all(isinstance(one, GRPOConfig) for one in settings.values())
-    shapes = [
-        (one.advantage, one.answer_repulsion, one.unlikeliness, one.kl_coef)  # type: ignore[union-attr]
-        for one in settings.values()
-    ]
+    shapes = []
+    for own in variants.VARIANTS.values():
+        settings = compose("linear_order_tiny_grpo", [*own, "init_from=null"]).algorithm
+        assert isinstance(settings, GRPOConfig)
+        shapes.append((settings.advantage, settings.answer_repulsion, settings.unlikeliness, settings.kl_coef))
     assert all(shapes.count(shape) == 1 for shape in shapes)
