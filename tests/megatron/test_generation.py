@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 enable_cpu()
 
 from megatron_vp2o.config.schema import ModelConfig, TrainConfig  # noqa: E402
+from megatron_vp2o.megatron.actor.direct import DirectDecoder  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
-from megatron_vp2o.megatron.model.attention import KVCache  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.rl.types import SamplingParams, TrainBatch  # noqa: E402
 
@@ -101,13 +102,13 @@ def test_small_batches_give_the_same_sequences(engine, monkeypatch, limit):
     sampling = SamplingParams(1.0, 1.0, 12, seed=7)
     whole = engine.generate(PROMPTS, range(4), sampling, group_size=4)
     rows: list[int] = []
-    select = KVCache.select
+    step = DirectDecoder.step
 
-    def counted(cache: KVCache, index: torch.Tensor) -> None:
-        rows.append(len(index))
-        select(cache, index)
+    def counted(decoder: DirectDecoder, tokens: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        rows.append(len(tokens))
+        return step(decoder, tokens, *arguments, **settings)
 
-    monkeypatch.setattr(KVCache, "select", counted)
+    monkeypatch.setattr(DirectDecoder, "step", counted)
     monkeypatch.setattr(engine, "max_batch_size", limit)
     parts = engine.generate(PROMPTS, range(4), sampling, group_size=4)
     assert [parts.response(n) for n in range(16)] == [whole.response(n) for n in range(16)]
@@ -122,23 +123,23 @@ def test_every_response_is_handed_over_once_when_it_is_complete(engine, monkeypa
     sampling = SamplingParams(1.0, 1.0, 12, seed=11)
     handed: dict[int, list[int]] = {}
     calls = []
-    forward = engine._forward
+    step = DirectDecoder.step
 
     def take(rows, responses):
         assert not handed.keys() & set(rows)
         handed.update(zip(rows, responses, strict=True))
         calls.append("take")
 
-    def counted(*arguments):
-        calls.append("forward")
-        return forward(*arguments)
+    def counted(*arguments, **settings):
+        calls.append("step")
+        return step(*arguments, **settings)
 
-    monkeypatch.setattr(engine, "_forward", counted)
+    monkeypatch.setattr(DirectDecoder, "step", counted)
     with engine.handing_over(take):
         rollouts = engine.generate(PROMPTS, range(4), sampling, group_size=size)
     assert [handed[n] for n in range(4 * size)] == [rollouts.response(n) for n in range(4 * size)]
     assert calls[-1] == "take"
-    assert "forward" in calls[calls.index("take") :]
+    assert "step" in calls[calls.index("take") :]
     plain = engine.generate(PROMPTS, range(4), sampling, group_size=size)
     assert len(handed) == 4 * size and torch.equal(plain.tokens_NS, rollouts.tokens_NS)
     assert torch.equal(plain.logprobs_NS, rollouts.logprobs_NS)

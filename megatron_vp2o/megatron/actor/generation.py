@@ -12,7 +12,7 @@ position, so that neither the layout nor the batch order changes what is drawn.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -26,10 +26,11 @@ from megatron_vp2o.core.routes import packed_dtype, sentinel
 from megatron_vp2o.core.sampling import sample, uniform_N
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.megatron.actor.dealt import gather_rollouts
+from megatron_vp2o.megatron.actor.decoding import Decoder, ModuleDecoder
+from megatron_vp2o.megatron.actor.direct import DirectDecoder, supported
 from megatron_vp2o.megatron.learner.micro_batches import token_budget
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
 from megatron_vp2o.megatron.learner.scoring import score_and_record, scores
-from megatron_vp2o.megatron.model.attention import KVCache
 from megatron_vp2o.megatron.model.build import build_model, named_weight_tensors, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
@@ -77,6 +78,8 @@ class MegatronEngine:
         self._peers = self.groups.dp if self.groups.cp.size() == 1 else self.groups.stage
         self._group_size = 1  # of the call to `generate` under way
         self._layers = moe_layers(self.actor)
+        self.direct = supported(self.actor, self.groups)
+        """Decode straight from the weights, not through modules."""
         self._logged_contexts = 0
         self._records_routes = False
         self._take: HandOver | None = None
@@ -328,20 +331,17 @@ class MegatronEngine:
         prompt_PS = torch.full((len(prompts), width), self.pad_id)
         for row, prompt in zip(prompt_PS, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(len(prompts), width)
         # Everything but each prompt's last token: that one is the first to be decoded from, at its own position.
-        # Rows shorter than the longest leave keys of padding behind, which decoding overwrites before it can see them.
         routes_PSLK = self._no_routes(len(prompts), width)
         prefill = self._widest(length_P) - 1
+        decoder = self._decoder(len(prompts), prefill, width)
         if prefill > 0:
-            position_PS = torch.arange(prefill, device=device).expand(len(prompts), -1)
-            cache.start(position_PS, prefill, prefill=True)
-            with self._recording():
-                self._forward(prompt_PS[:, :prefill].to(device, non_blocking=True), position_PS, cache)
+            moved_PS = prompt_PS[:, :prefill].to(device, non_blocking=True)
+            decoder.prefill(moved_PS, length_P.to(device, non_blocking=True))
             if self._records_routes:
-                routes_PSLK[:, :prefill] = self._replay.take().unflatten(0, (prefill, -1)).transpose(0, 1)
+                routes_PSLK[:, :prefill] = decoder.routes().unflatten(0, (-1, prefill))
         expand_N = torch.arange(len(prompts)).repeat_interleave(len(members))
-        cache.select(expand_N.to(device, non_blocking=True))
+        decoder.begin(expand_N.to(device, non_blocking=True))
 
         tokens_NS, routes_NSLK = (
             prompt_PS[expand_N].to(device, non_blocking=True),
@@ -363,14 +363,13 @@ class MegatronEngine:
         row_R = torch.arange(len(expand_N), device=device)  # which sequence each batch row is
         for step in range(sampling.max_new_tokens):
             at_R = prompt_len_N[row_R] + step
-            cache.start((at_R - 1)[:, None], prefill + 1 + step, prefill=False)
             log = bool(stride) and step % stride == 0
-            with self._gates(log) as logs, self._recording():
-                logits_RV = self._forward(tokens_NS[row_R, at_R - 1][:, None], (at_R - 1)[:, None], cache)
+            logits_RV = decoder.step(tokens_NS[row_R, at_R - 1], at_R - 1, step, log=log)
             if self._records_routes:
-                routes_NSLK[row_R, at_R - 1] = self._replay.take()
-            for gates_NJE, seen in zip(gates_LNJE, logs, strict=False):  # no logs at steps in between
-                gates_NJE[row_R, step // stride] = seen[0].float()
+                routes_NSLK[row_R, at_R - 1] = decoder.routes()
+            if log:
+                for gates_NJE, seen_RE in zip(gates_LNJE, decoder.gates(), strict=True):
+                    gates_NJE[row_R, step // stride] = seen_RE.float()
             token_R, logprob_R, model_logprob_R = self._sample(logits_RV, u_NS[row_R, step], sampling)
             live_R = ~finished_N[row_R]
             tokens_NS[row_R, at_R] = torch.where(live_R, token_R, self.pad_id)
@@ -388,7 +387,7 @@ class MegatronEngine:
                     self._hand_over(first, row_R[~keep_R], tokens_NS, prompt_len_N, length_N)
                     kept_R = keep_R.nonzero().squeeze(1)
                     row_R = row_R[kept_R]
-                    cache.select(kept_R)
+                    decoder.select(kept_R)
         if not dummy:
             self._hand_over(first, row_R, tokens_NS, prompt_len_N, length_N)
         # What stands at a last token or beyond comes of padding, or of how long its neighbours were.
@@ -404,22 +403,12 @@ class MegatronEngine:
         dtype = packed_dtype(config.num_moe_experts)
         return torch.full((rows, width, layers, topk), sentinel(dtype), dtype=dtype, device=self.groups.device)
 
-    def _recording(self) -> AbstractContextManager[None]:
-        """Keeps the routes of the forward passes inside, if they are wanted."""
-        return self._replay.recording() if self._records_routes else nullcontext()
-
-    @contextmanager
-    def _gates(self, log: bool) -> Iterator[list[list[Tensor]]]:
-        """What each layer's gates are inside, if they are to be logged; else nothing."""
-        layers = self._layers if log else []
-        logs: list[list[Tensor]] = [[] for _ in layers]
-        for layer, seen in zip(layers, logs, strict=True):
-            layer.gate_log = seen
-        try:
-            yield logs
-        finally:
-            for layer in layers:
-                layer.gate_log = None
+    def _decoder(self, rows: int, prefill: int, width: int) -> Decoder:
+        """What computes the logits of a batch of so many prompts, longest `prefill` without their last tokens."""
+        if self.direct:
+            return DirectDecoder(self.actor, rows, prefill, width, needs_routes=self._records_routes)
+        replay = self._replay if self._records_routes else None
+        return ModuleDecoder(self.actor, self._layers, self.groups, rows, prefill, width, replay)
 
     def _widest(self, length_P: Tensor) -> int:
         """Longest prompt of the batches decoded in lockstep: all of them prefill, or none does."""
@@ -448,20 +437,6 @@ class MegatronEngine:
             for values in (token_R, logprob_R, model_logprob_R):
                 dist.broadcast(values, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
         return token_R, logprob_R, model_logprob_R
-
-    def _forward(self, tokens_RS: Tensor, position_RS: Tensor, cache: KVCache) -> Tensor | None:
-        """Run the actor over new tokens. Returns the last position's logits, [R, V], on the last pipeline stage, else None."""
-        pp, config = self.groups.pp, self.actor.config
-        if not self.groups.is_first_stage:
-            rows, width = tokens_RS.shape
-            hidden = torch.empty(width, rows, config.hidden_size, dtype=config.params_dtype, device=tokens_RS.device)
-            dist.recv(hidden, group=pp, group_src=pp.rank() - 1)
-            self.actor.set_input_tensor(hidden)
-        out: Any = self.actor(tokens_RS, position_RS, None, inference_context=cache, runtime_gather_output=True)
-        if not self.groups.is_last_stage:
-            dist.send(out.contiguous(), group=pp, group_dst=pp.rank() + 1)
-            return None
-        return out[:, -1]
 
     def log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probabilities of the response tokens by a teacher-forced pass of the actor. [N, S]; 0 outside responses.
