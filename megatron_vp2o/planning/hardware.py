@@ -66,6 +66,7 @@ class Assumptions:
         server_workspace_gib: what it needs of that beside weights and cache.
         server_launch_us: microseconds that one layer of one decoded token takes at least on a server, which replays graphs.
         file_gbs: GB/s at which one process writes and hashes files of weights, or reads, hashes and loads them.
+        broadcast_gbs: GB/s at which the first rank takes weights into its memory, and at which it sends to all servers together.
     """
 
     mfu: float = 0.3
@@ -83,6 +84,7 @@ class Assumptions:
     server_workspace_gib: float = 4.0
     server_launch_us: float = 50.0
     file_gbs: float = 0.5
+    broadcast_gbs: float = 2.0
 
     def override(self, words: Iterable[str]) -> Assumptions:
         """With `name=value` words applied. Raises ConfigError for a name that is none, or a value that is no number."""

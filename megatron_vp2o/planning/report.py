@@ -15,7 +15,8 @@ NOTES = (
     "the learner; training and decoding take turns",
     "traffic: bytes that leave the rank, a ring's least; times: every row as long as it may get (response_share)",
     "weights are synchronised by a local copy, and to servers through files: the first rank writes all of them, then all "
-    "servers read them side by side; whether disk and network let so many read at once is not asked",
+    "servers read them side by side; whether disk and network let so many read at once is not asked. With "
+    "rollout.server.transfer=broadcast the first rank sends all of them once to each server",
     "evaluation and checkpoints are not in the step time; nothing here was measured on a GPU",
 )
 
@@ -67,8 +68,8 @@ def _servers(plan: Plan, servers: ServerPlan) -> list[str]:
         *_table({name: size / GIB for name, size in parts.items()}, "{:8.2f}"),
         f"  the cache holds {servers.held} of the {servers.asked} sequences that a server is asked for at once",
         f"  {servers.tokens_per_second:.0f} tokens/s a server, {servers.servers * servers.tokens_per_second:.0f} in all",
-        f"  a synchronisation: {servers.transferred / GIB:.1f} GiB are written in {servers.write_seconds:.1f} s and read in "
-        f"{servers.read_seconds:.1f} s",
+        f"  a synchronisation: {servers.transferred / GIB:.1f} GiB are written (transfer=broadcast: taken) in "
+        f"{servers.write_seconds:.1f} s and read (sent) in {servers.read_seconds:.1f} s",
         f"  a step: {plan.synchronous_seconds:.1f} s with generation before training (rollout.ahead=0), "
         f"{plan.overlapped_seconds:.1f} s with both side by side (rollout.ahead=1)",
     ]

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_vp2o.config.parameters import ParameterCount, count_parameters
-from megatron_vp2o.config.schema import EngineKind, GRPOConfig, ModelConfig, TrainConfig
+from megatron_vp2o.config.schema import EngineKind, GRPOConfig, ModelConfig, TrainConfig, WeightTransfer
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.planning.compute import attention_flops, layers_flops, output_flops
 from megatron_vp2o.planning.hardware import GIB, Assumptions, Device
@@ -33,7 +33,8 @@ class ServerPlan:
         tokens_per_second: of a server, while it decodes that many.
         seconds: for a rollout batch.
         transferred: bytes of a whole set of weights.
-        write_seconds, read_seconds: a weight synchronisation: the first rank writes files, then all servers read them.
+        write_seconds, read_seconds: a weight synchronisation: the first rank writes files, then all servers read them; or it takes
+            the weights into its memory, then sends them once to each server, over what they share.
         problems: why it cannot work, each with the fix; empty: it can.
         warnings: what works and is slow.
     """
@@ -111,7 +112,8 @@ def plan_servers(config: TrainConfig, vocab_size: int, device: Device, assumed: 
     response = assumed.response_share * config.rollout.sampling.max_new_tokens
     parameters = count_parameters(config.model, vocab_size)
     transferred = parameters.total * element_bytes(config)
-    at = max(assumed.file_gbs, 1e-9) * 1e9
+    files = server.transfer is WeightTransfer.files
+    at = max(assumed.file_gbs if files else assumed.broadcast_gbs, 1e-9) * 1e9
     problems = tuple(_problems(config, made, vocab_size, device, assumed))
     return dataclasses.replace(
         made,
@@ -122,7 +124,7 @@ def plan_servers(config: TrainConfig, vocab_size: int, device: Device, assumed: 
         seconds=rounds * response * token,
         transferred=transferred,
         write_seconds=transferred / at,
-        read_seconds=transferred / at,
+        read_seconds=transferred / at * (1 if files else count),
         problems=problems,
         warnings=() if problems else tuple(_warnings(config, made, held, mean)),
     )

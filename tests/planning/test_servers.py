@@ -199,6 +199,21 @@ def test_a_synchronisation_takes_as_long_as_its_bytes(tmp_path: Path) -> None:
     assert predicted / 4 < second < predicted * 4
 
 
+def test_broadcasts_go_to_one_server_after_another() -> None:
+    """By the plan's own account; files are read side by side."""
+    for count in (1, 3):
+        found = {}
+        for way in ("files", "broadcast"):
+            words = [*SERVED, f"rollout.server.count={count}", f"rollout.server.transfer={way}"]
+            found[way] = plan_servers(
+                compose("train", words), 128, DEVICES["h100"], Assumptions(file_gbs=1, broadcast_gbs=4)
+            )
+        files, sent = found["files"], found["broadcast"]
+        assert files is not None and sent is not None and files.transferred == sent.transferred > 0
+        assert sent.write_seconds == pytest.approx(files.write_seconds / 4)
+        assert sent.read_seconds == pytest.approx(files.read_seconds * count / 4)
+
+
 def test_nothing_is_planned_without_servers() -> None:
     config: TrainConfig = compose(QWEN)
     assert plan_servers(config, 151936, DEVICES["h100"], Assumptions()) is None

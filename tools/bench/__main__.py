@@ -20,6 +20,7 @@ BENCHMARKS = {
     "rows": "a start of task=rows over a thousand and a million rows: seconds, memory",
     "rewards": "answers a second: mathematics, bad answers among them, programs in the sandbox",
     "rollouts": "tokens/s of the client of vLLM servers beside vLLM's own, and seconds of a sync (make vllm-env first)",
+    "transfer": "seconds of a weight sync by files and by broadcast, in turn (make vllm-env first)",
     "overlap": "a step with rollout.ahead=1 over one without, with servers that take as long as training",
     "peers": "whole GRPO steps of TRL and ours in turn (make bench-peers)",
 }

@@ -39,27 +39,26 @@ main(parser.parse_args())
 
 
 class Model:
-    """Random weights in the names of checkpoints."""
+    """Random weights in the names of checkpoints, of these sizes beside those below."""
 
-    def __init__(self) -> None:
+    def __init__(self, **sizes: int) -> None:
         from transformers import AutoModelForCausalLM
 
         from tools.tiny_qwen3_moe import tiny_config
 
         torch.manual_seed(0)
-        config = tiny_config(
-            CharTokenizer.vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            moe_intermediate_size=64,
-            num_hidden_layers=4,
-            head_dim=32,
-            num_experts=16,
-            num_experts_per_tok=4,
-            max_position_embeddings=256,
-            pad_token_id=CharTokenizer.pad_id,
-            eos_token_id=CharTokenizer.eos_id,
-        )
+        small = {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "max_position_embeddings": 256,
+        }
+        ends = {"pad_token_id": CharTokenizer.pad_id, "eos_token_id": CharTokenizer.eos_id}
+        config = tiny_config(CharTokenizer.vocab_size, **(small | sizes), **ends)
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.model.config.architectures = ["Qwen3MoeForCausalLM"]
 
