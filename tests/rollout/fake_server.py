@@ -44,6 +44,7 @@ GENERATING = (
 )
 LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse", "hang_receiving")
 SERVER_SIDE = Path(__file__).resolve().parents[2] / "megatron_vp2o" / "rollout" / "server_side"
+sys.path.insert(0, str(SERVER_SIDE))
 
 
 class State:
@@ -105,12 +106,8 @@ class State:
         """As the only worker. Nothing is to be agreed on where weights come as files."""
         self.leave()
         if info:
-            sys.path.insert(0, str(SERVER_SIDE))
-            import torch
-            from vp2o_broadcast import Group, Meeting
-
-            torch.set_num_threads(1)
-            self.group = Group(Meeting(**info), 1, torch.device("cpu"))
+            Group, Meeting, device = server_side()
+            self.group = Group(Meeting(**info), 1, device)
 
     def leave(self) -> None:
         if self.group is not None:
@@ -246,6 +243,15 @@ class State:
         }
 
 
+def server_side() -> tuple[Any, Any, Any]:
+    """What takes broadcasts. It needs torch, whose import takes seconds."""
+    import torch
+    from vp2o_broadcast import Group, Meeting
+
+    torch.set_num_threads(1)
+    return Group, Meeting, torch.device("cpu")
+
+
 def _reason(tokens: list[int], settings: dict[str, Any]) -> str:
     if tokens and tokens[-1] in settings.get("stop_token_ids", ()):
         return "stop"
@@ -367,4 +373,6 @@ def serve(state: State, port: int, address: str = "127.0.0.1") -> None:
 
 
 if __name__ == "__main__":
+    if "VP2O_FAKE_BROADCAST" in os.environ:  # before it answers, as vLLM
+        server_side()
     serve(State(Path(sys.argv[1])), int(sys.argv[2]))

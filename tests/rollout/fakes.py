@@ -58,6 +58,8 @@ class FakeHarness:
             return [sys.executable, str(FAKE), str(model), str(port)]
 
         environment = {"VP2O_FAKE_TOKEN_S": str(token_s)} | ({"VP2O_FAKE_FIXED": "1"} if fixed else {})
+        if broadcast:
+            environment["VP2O_FAKE_BROADCAST"] = "1"
         if routes is not None:
             environment["VP2O_FAKE_ROUTES"] = f"{layers} {routes.experts} {routes.topk}"
         logs = [folder / f"server{number}.log" for number in range(servers)]

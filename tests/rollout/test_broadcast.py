@@ -335,7 +335,9 @@ def test_nobody_comes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHarness]:
     """Two servers that take weights by broadcast."""
-    harness = FakeHarness(tmp_path_factory.mktemp("pool"), servers=2, settings={"sync_timeout_s": 8.0}, broadcast=True)
+    harness = FakeHarness(
+        tmp_path_factory.mktemp("pool"), servers=2, settings={"sync_timeout_s": 8.0, "startup_s": 120.0}, broadcast=True
+    )
     yield harness
     threads = [thread for thread in threading.enumerate() if thread.name == "left-broadcast"]
     harness.engine.close()

@@ -234,7 +234,7 @@ class Group:
             RuntimeError: somebody is gone, or has not taken part in time. Stopped: it was given up.
         """
         deadline = time.monotonic() + self.meeting.timeout_s
-        self._work = work = self._group.broadcast(buffer, 0)
+        self._work = work = self._group.broadcast(buffer, 0, timedelta(seconds=self.meeting.timeout_s))
         pause = 1e-4
         while not work.is_completed():
             self._look(deadline, f"a broadcast of {len(buffer)} bytes was not over within {self.meeting.timeout_s:g} s")
@@ -271,7 +271,7 @@ def _outlive(group: Any, work: Any) -> None:
 
 def _process_group(store: dist.Store, meeting: Meeting, rank: int, address: str) -> Any:
     """A group beside torch's own one of this process, if it has one."""
-    limit = timedelta(seconds=meeting.timeout_s)
+    limit = timedelta(seconds=meeting.meet_s)  # until all are connected
     if meeting.backend == "gloo":
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
@@ -279,7 +279,7 @@ def _process_group(store: dist.Store, meeting: Meeting, rank: int, address: str)
         return dist.ProcessGroupGloo(store, rank, meeting.size, options)
     options = dist.ProcessGroupNCCL.Options()
     # `Group.broadcast` looks at the time. NCCL's watchdog would end the process, of the trainer too, where a server has died.
-    options._timeout = 10 * limit
+    options._timeout = timedelta(seconds=10 * meeting.timeout_s)
     with _variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
         return dist.ProcessGroupNCCL(store, rank, meeting.size, options)
 
