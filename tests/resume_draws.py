@@ -47,6 +47,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"parallel.pipeline_parallel": 2}),
 }
 
+CONTEXT: dict[str, dict[str, Any]] = {
+    "CP2": {"parallel.context_parallel": 2},
+    "CP2, EP2 inside": {"parallel.context_parallel": 2, "parallel.expert_parallel": 2},
+}
+"""What two data-parallel ranks may become."""
+
 
 @dataclass
 class Draw:
@@ -105,6 +111,13 @@ def draw(seed: int) -> Draw:
     else:
         settings |= _reinforcement(dice, algorithm)
         settings |= _packing(_Dice(seed + 10**6))  # apart, so that a seed's other draws are what they were
+    later = _Dice(seed + 2 * 10**6)
+    settings |= _kernels(later)
+    if layout == "DP2":
+        layout = later.one_of(layout, *CONTEXT)
+        settings |= CONTEXT.get(layout, {})
+        if layout in CONTEXT and settings.get("algorithm.prefix_sharing") == "on":  # refused
+            settings["algorithm.prefix_sharing"] = "auto"
     return Draw(seed, layout, ranks, steps, f"countdown_tiny_{algorithm}", settings, _kills(dice, ranks, steps))
 
 
@@ -213,6 +226,13 @@ def _packing(dice: _Dice) -> dict[str, Any]:
     }
 
 
+def _kernels(dice: _Dice) -> dict[str, Any]:
+    return {
+        "model.implementation": dice.one_of("auto", "torch", "torch"),
+        "model.logits_chunk_mib": dice.one_of(256.0, 0.005, 0.02),  # 12 and 51 tokens of 104 ids
+    }
+
+
 def _kills(dice: _Dice, ranks: int, steps: int) -> list[dict[str, Any]]:
     """Kills in the order in which they are to happen."""
     kills = []
@@ -286,7 +306,8 @@ def movement(run_dir: Path) -> dict[str, Any]:
     last = record(run_dir)[-1]
     keys = {"taken": "optimizer/steps", "skipped": "optimizer/skipped", "rejected": "trust_region/rejected"}
     counts = {name: int(last.get(key) or 0) for name, key in {**keys, "refreshes": "actor/refreshes"}.items()}
-    return {**counts, "moved": _largest_change(run_dir)}
+    shared = max(line.get("packing/tokens_shared") or 0.0 for line in record(run_dir))
+    return {**counts, "shared": shared, "moved": _largest_change(run_dir)}
 
 
 def _largest_change(run_dir: Path) -> float:

@@ -18,6 +18,7 @@ enable_cpu()
 
 from megatron_vp2o.config.schema import (  # noqa: E402
     GRPOConfig,
+    Implementation,
     KLEstimator,
     LoadBalancing,
     ModelConfig,
@@ -112,10 +113,17 @@ def run_each(compare: Callable[..., dict[str, Any]], cases: list[dict[str, Any]]
 
 
 def compare(
-    layout: dict[str, Any], seed: int, budgets: list[int], chunk_mib: float, recompute: bool, draws: int = 2
+    layout: dict[str, Any],
+    seed: int,
+    budgets: list[int],
+    chunk_mib: float,
+    recompute: bool,
+    draws: int = 2,
+    implementation: str = "auto",
 ) -> dict[str, Any]:
     """Largest differences between padded and packed passes over several batches and budgets."""
     config = small_config(chunk_mib, recompute, **layout)
+    config.model.implementation = Implementation(implementation)
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=4)
     objective = OnRollouts(policy_objective(config.algorithm))  # type: ignore[arg-type]  # it is a GRPOConfig

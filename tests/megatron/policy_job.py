@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -48,13 +49,14 @@ def small_config(**parallel: Any) -> TrainConfig:
 
 
 def run(layouts: list[dict[str, Any]], model: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One result a layout; the world's size is the same for all. `model`: further settings of it."""
+    """One result a layout; the world's size is the same for all. `model`: further settings of it, in words."""
     torch.set_num_threads(1)
     results = []
     for layout in layouts:
         config = small_config(**layout)
         for name, value in (model or {}).items():
-            setattr(config.model, name, value)
+            old = getattr(config.model, name)
+            setattr(config.model, name, type(old)(value) if isinstance(old, Enum) else value)
         try:
             results.append(train(config))
         finally:

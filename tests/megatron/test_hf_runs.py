@@ -212,6 +212,48 @@ def test_a_run_starts_from_a_hugging_face_folder_and_gives_it_back(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(400)
+def test_sequences_over_two_ranks_come_from_and_go_to_hugging_face(tmp_path: Path) -> None:
+    """A run with CP=2 starts from a folder and exports one; scored again from either, by one rank or two, it is the same model."""
+    source, run = tmp_path / "hf", tmp_path / "run"
+    reference = _hf_folder(source, "qwen3_moe")
+    small = [word for word in ONE_STEP if not word.startswith(("optimizer.lr=", "algorithm.steps"))]
+    job = ["--config-name=countdown_tiny_supervised", *small, "model=checkpoint"]
+    context = "parallel.context_parallel=2"
+    statuses = run_in_one_process(
+        tmp_path / "first",
+        [Run(str(run), [*job, context, "algorithm.steps=2", "optimizer.lr=1e-2", f"init_from={source}", EXPORT], 2)],
+    )
+    said = (tmp_path / "first" / "output-0.txt").read_text()
+    assert statuses == [[0, 0]], said
+    assert "logits of 96 random tokens differ from transformers' by at most" in said
+    assert main(["to-hf", str(run), str(tmp_path / "back")]) == 0
+    assert main(["verify", str(run / "hf"), str(run), "--logits"]) == 0
+    assert main(["to-megatron", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
+    exported = transformers.AutoModelForCausalLM.from_pretrained(run / "hf", attn_implementation="eager").eval()
+    assert (models.logits(exported, models.tokens()) - models.logits(reference, models.tokens())).abs().max() > 1e-2
+
+    starts = [(run, 2), (run, 1), (tmp_path / "back", 2), (tmp_path / "back", 1), (tmp_path / "again", 2)]
+    runs = [
+        Run(
+            str(tmp_path / f"run-{number}"),
+            [*job, f"init_from={start}", "algorithm.steps=1", *([context] if ranks == 2 else [])],
+            ranks,
+        )
+        for number, (start, ranks) in enumerate(starts)
+    ]
+    statuses = run_in_one_process(tmp_path / "second", runs)
+    assert statuses == [[0] * one.ranks for one in runs], statuses
+    loss = measured(run, "supervised/validation_loss")
+    assert loss[-1] < loss[0] - 1e-2
+    for one in runs:
+        assert measured(Path(one.run_dir), "supervised/validation_loss")[0] == pytest.approx(loss[-1], rel=2e-6)
+        for key in ("eval/greedy_accuracy", "eval/response_length"):
+            assert measured(Path(one.run_dir), key)[0] == measured(run, key)[-1], key
+
+
+@pytest.mark.slow
 def test_a_folder_of_another_model_is_one_clear_error(tmp_path: Path) -> None:
     source = tmp_path / "hf"
     _hf_folder(source, "qwen3_moe")

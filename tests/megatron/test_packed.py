@@ -58,6 +58,7 @@ def test_packed_rows_give_what_padded_ones_do(ranks: int) -> None:
     chance = random.Random(SEED * 10 + ranks)
     cases = [case(chance, layout) for layout in LAYOUTS[ranks]]
     cases += [case(chance, chance.choice(LAYOUTS[ranks])) for _ in range(NUMBER)]
+    cases += [{**case(chance, one), "implementation": "torch"} for one in LAYOUTS[ranks] if "context_parallel" in one]
     by_rank = run_distributed(JOB, ranks, cases, timeout=40 * len(cases) + 60)
     moved = 0
     for rank, results in enumerate(by_rank):

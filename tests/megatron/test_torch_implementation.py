@@ -24,6 +24,7 @@ from megatron_vp2o.megatron.model.norm import FusedRMSNorm, RMSNorm  # noqa: E40
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.rl.objectives import next_token  # noqa: E402
 from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
+from tests.distributed import run_distributed  # noqa: E402
 from tests.megatron import policy_job  # noqa: E402
 
 VOCAB = 64
@@ -101,6 +102,34 @@ def test_values_gradients_and_steps_in_float32(draw: int) -> None:
     moved = [n for n, p in local["weights"].items() if float((p - torch_["weights"][n]).abs().max()) > 0]
     assert moved, "two implementations that agree to the last bit are the same one"
     close(torch_["weights"], local["weights"], 2e-4)
+
+
+CONTEXT: dict[int, list[dict[str, Any]]] = {
+    2: [{"context_parallel": 2}, {"context_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True}],
+    4: [{"context_parallel": 2, "tensor_parallel": 2}],
+}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Any]:
+    (results,) = run_distributed("tests.megatron.policy_job:run", 1, [{}], {"implementation": "local"})
+    return dict(results[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", CONTEXT)
+def test_sequences_over_several_ranks(one_process: dict[str, Any], ranks: int) -> None:
+    """Generation, scoring and four steps of training under context parallelism, against `local` in one process."""
+    by_rank = run_distributed("tests.megatron.policy_job:run", ranks, CONTEXT[ranks], {"implementation": "torch"})
+    for layout, *found in zip(CONTEXT[ranks], *by_rank, strict=True):
+        for rank, ours in enumerate(found):
+            where = f"{layout}, rank {rank}"
+            assert ours["tokens"] == one_process["tokens"], where
+            for key in ("loss", "entropy", "grad_norm"):
+                assert ours[key] == pytest.approx(one_process[key], rel=1e-4, abs=1e-5), f"{key}: {where}"
+            assert max(ours["mismatch"]) <= 1e-5, where
+            final, expected = torch.tensor(ours["final"]), torch.tensor(one_process["final"])
+            assert 0 < float((final - expected).abs().max()) <= 2e-4, where
 
 
 @pytest.mark.parametrize("draw", [10])

@@ -190,6 +190,7 @@ class MegatronEngine:
             self._borrowed = True
             yield
         finally:
+            leave_inference_mode()  # which generation that failed did not
             self._borrowed = False
             for mine, own in zip(self._tensors(), kept, strict=True):
                 mine.data = own
