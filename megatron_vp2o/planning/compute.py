@@ -89,14 +89,17 @@ def stein_flops(config: TrainConfig) -> float:
 
 
 def step_flops(config: TrainConfig, work: Workload, replicas: int, vocab_size: int) -> Flops:
-    """Operations of a training step in which `replicas` data-parallel ranks do `work` each."""
+    """Operations of a training step in which `replicas` data-parallel ranks do `work` each. Their context-parallel ranks generate
+    other responses each, and score the same rows each."""
     model, rows, tokens = config.model, work.rows * replicas, work.tokens
-    decoded = work.decoded * replicas
+    decoded = work.decoded * replicas * config.parallel.context_parallel
     once = rows / max(1, getattr(config.algorithm, "epochs", 1))
     return Flops(
         decoding=decoded * tokens * (layers_flops(model) + output_flops(model, vocab_size))
         + decoded * attention_flops(model, tokens, tokens) / 2,
-        scoring=work.scored * forward_flops(model, once, work.computed, vocab_size, work.pairs),
+        scoring=work.scored
+        * config.parallel.context_parallel
+        * forward_flops(model, once, work.computed, vocab_size, work.pairs),
         training=training_flops(model, rows, work.computed, vocab_size, work.pairs),
         recomputing=recomputing_flops(model, rows, work.computed, work.pairs),
         stein=work.updates * stein_flops(config),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vp2o.config.parameters import count_on_rank
-from megatron_vp2o.config.schema import ControlMode, KLReference, ParallelConfig, Precision, TrainConfig, VP2OConfig
+from megatron_vp2o.config.schema import (
+    ControlMode,
+    KLReference,
+    ParallelConfig,
+    Precision,
+    RouterReplay,
+    TrainConfig,
+    VP2OConfig,
+)
 from megatron_vp2o.planning.hardware import GIB, Assumptions
 from megatron_vp2o.planning.workload import Workload
 
@@ -17,18 +25,19 @@ LOGGED_PER_CONTEXT = 4  # session.LOGGED_PER_CONTEXT, which a test compares
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by kind. What is resident stays; training and decoding take turns."""
+    """Bytes by kind. What is resident stays; training, decoding and scoring (by the actor, by the KL reference) take turns."""
 
     resident: dict[str, int]
     training: dict[str, int]
     decoding: dict[str, int]
+    scoring: dict[str, int]
     lost: int
     """Contexts, workspaces and fragmentation."""
 
     @property
     def peak(self) -> int:
-        turns = max(sum(self.training.values()), sum(self.decoding.values()))
-        return sum(self.resident.values()) + turns + self.lost
+        turns = (self.training, self.decoding, self.scoring)
+        return sum(self.resident.values()) + max(sum(turn.values()) for turn in turns) + self.lost
 
 
 def element_bytes(config: TrainConfig) -> int:
@@ -76,9 +85,9 @@ def memory(
     if getattr(config.algorithm, "kl_reference", KLReference.none) is KLReference.initial:
         resident["KL reference"] = static["weights"]
     training = _training(config, vocab_size, work, assumed, grouped)
-    decoding = _decoding(config, vocab_size, work)
-    known = sum(resident.values()) + max(sum(training.values()), sum(decoding.values()))
-    return Memory(resident, training, decoding, int(assumed.reserve_gib * GIB + assumed.fragmentation * known))
+    turns = (training, _decoding(config, vocab_size, work, assumed), _scoring(config, vocab_size, work, assumed))
+    known = sum(resident.values()) + max(sum(turn.values()) for turn in turns)
+    return Memory(resident, *turns, int(assumed.reserve_gib * GIB + assumed.fragmentation * known))
 
 
 def _vp2o(config: TrainConfig, gpus: int, vocab_size: int, work: Workload) -> dict[str, int]:
@@ -154,12 +163,10 @@ def _saved_by_layer(config: TrainConfig, tokens: int, assumed: Assumptions) -> i
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     tensor, expert_tensor, width = parallel.tensor_parallel, parallel.expert_tensor_parallel, model.kv_channels
     own, routed = tokens // tensor, _routed(config, tokens, assumed)
-    heads, groups = model.num_attention_heads // tensor, max(1, model.num_query_groups // tensor)
+    heads, turned = model.num_attention_heads // tensor, _heads(config)
     norms = (
         own * 4 * model.hidden_size
     )  # inputs of both norms, of the query-key-value product, and of the experts and the router
-    # query, key and value as they were multiplied, query and key turned, the output; with their norms, those of query and key
-    turned = (heads + 2 * groups) + heads + groups + heads + (heads + groups if model.qk_layernorm else 0)
     experts = routed * (model.hidden_size + 2 * model.moe_ffn_hidden_size // expert_tensor)
     shared = tokens * 5 * (model.moe_shared_expert_intermediate_size or 0) // tensor
     scores = own * (
@@ -167,6 +174,14 @@ def _saved_by_layer(config: TrainConfig, tokens: int, assumed: Assumptions) -> i
     )  # two float32, a mask; ids of experts, gates
     order = routed * 12  # the tokens' order, a gate each
     return element * (norms + tokens * turned * width + experts + shared) + 4 * tokens * heads + scores + order
+
+
+def _heads(config: TrainConfig) -> int:
+    """Heads' widths of a token in one layer: query, key and value as they were multiplied, query and key turned, the output; with
+    their norms, those of query and key."""
+    model, tensor = config.model, config.parallel.tensor_parallel
+    heads, groups = model.num_attention_heads // tensor, max(1, model.num_query_groups // tensor)
+    return (heads + 2 * groups) + heads + groups + heads + (heads + groups if model.qk_layernorm else 0)
 
 
 def _layer_backward(config: TrainConfig, tokens: int, assumed: Assumptions, grouped: bool) -> int:
@@ -178,12 +193,32 @@ def _layer_backward(config: TrainConfig, tokens: int, assumed: Assumptions, grou
     return element * (_routed(config, tokens, assumed) * widths + weights)
 
 
-def _decoding(config: TrainConfig, vocab_size: int, work: Workload) -> dict[str, int]:
-    if not work.evaluated:
+def _decoding(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
+    """Of rollouts where the learner's ranks generate them, or of an evaluation's samples, if more are generated at once."""
+    rows = max(work.decoded_at_once if work.decoded else 0, work.evaluated_at_once)
+    if not rows:
         return {}
     model, parallel, element = config.model, config.parallel, element_bytes(config)
     layers = model.num_layers // parallel.pipeline_parallel
-    longest = max(work.longest if work.decoded else 0, config.rollout.sampling.max_new_tokens)
+    longest = config.rollout.sampling.max_new_tokens + int(assumed.prompt_tokens)
     heads = 2 * model.num_query_groups // parallel.tensor_parallel * model.kv_channels
-    logits = work.decoded_at_once * vocab_size * 4 * 3
-    return {"KV cache": work.decoded_at_once * longest * layers * heads * element, "sampled logits": logits}
+    return {"KV cache": rows * longest * layers * heads * element, "sampled logits": rows * vocab_size * 4 * 3}
+
+
+def _scoring(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
+    """A forward pass with weights that are not the learner's, of which nothing is kept: one layer's tensors, or logits. The actor and
+    the reference see whole sequences, without sequence and context parallelism."""
+    if not work.scored:
+        return {}
+    model, element, split = config.model, element_bytes(config), config.parallel.expert_tensor_parallel
+    tokens = work.micro_tokens
+    if config.rollout.router_replay is RouterReplay.R2:  # the pass that records routes pads
+        tokens = max(tokens, config.algorithm.micro_batch_size * work.longest)
+    routed = int(tokens * model.moe_router_topk * split * assumed.imbalance)
+    stream = 3 * tokens * model.hidden_size  # a layer's input, its norm's output, and what is added to it
+    experts = routed * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size // split)
+    shared = tokens * 3 * (model.moe_shared_expert_intermediate_size or 0) // config.parallel.tensor_parallel
+    layer = element * (stream + max(tokens * _heads(config) * model.kv_channels, experts + shared))
+    found = min(tokens * (vocab_size // config.parallel.tensor_parallel), most_logits(config, vocab_size))
+    logits = element * tokens * model.hidden_size + found * (8 + (element if element < 4 else 0))
+    return {"a layer" if layer > logits else "logits": max(layer, logits)}

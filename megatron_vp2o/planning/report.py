@@ -33,6 +33,7 @@ def describe(plan: Plan) -> str:
         *_table({name: size / GIB for name, size in memory.resident.items()}, "{:8.2f}"),
         *_table({f"{name} (training)": size / GIB for name, size in memory.training.items()}, "{:8.2f}"),
         *_table({f"{name} (decoding)": size / GIB for name, size in memory.decoding.items()}, "{:8.2f}"),
+        *_table({f"{name} (scoring)": size / GIB for name, size in memory.scoring.items()}, "{:8.2f}"),
         *_table({"contexts of CUDA and NCCL, fragmentation": memory.lost / GIB}, "{:8.2f}"),
         f"  {'peak':<44}{memory.peak / GIB:8.2f} of {plan.capacity / GIB:.0f}",
         "sent by a rank in a training step, GiB:",

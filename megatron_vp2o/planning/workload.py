@@ -38,7 +38,7 @@ class Workload:
         scored: further forward passes over all rows, without gradient.
         decoded: rows that each of the learner's ranks generates; 0 without rollouts, and where servers generate them.
         decoded_at_once: of these, at most.
-        evaluated: whether the engine generates at all, if only for evaluation.
+        evaluated_at_once: samples of an evaluation that are generated together at most; 0 without evaluation of a task.
         packed: tokens of the fullest micro-batch where rows are packed; None where they are padded.
         shared: leading tokens of a row that it shares with others; 0 where no prompt is shared.
         sharing: rows that share them.
@@ -53,7 +53,7 @@ class Workload:
     scored: float
     decoded: int
     decoded_at_once: int
-    evaluated: bool
+    evaluated_at_once: int
     packed: int | None = None
     shared: float = 0.0
     sharing: int = 1
@@ -100,16 +100,18 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
             micro,
             0.0,
             0,
-            config.rollout.max_batch_size,
-            task,
+            0,
+            _evaluated_at_once(config, ranks) if task else 0,
         )
     assert isinstance(algorithm, GRPOConfig)
     rollouts = algorithm.prompts_per_step // ranks * algorithm.group_size
     updates = algorithm.minibatches * algorithm.epochs
     rows = rollouts // algorithm.minibatches  # of one update
     mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
-    # Context-parallel ranks deal prompts to each other.
+    # Context-parallel ranks deal prompts to each other; the engine also generates the evaluation's samples.
     dealt = -(-algorithm.prompts_per_step // ranks // context) * algorithm.group_size
+    embedded = config.rollout.engine is EngineKind.embedded
+    asked = -(-config.evaluation.problems // (ranks * context)) * config.evaluation.samples
     packed, shared, sharing = None, 0.0, 1
     micro = min(algorithm.micro_batch_size, rows)
     micro_batches = -(-rows // micro)
@@ -129,11 +131,18 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
         scored=float(algorithm.kl_reference is KLReference.initial) + float(_recomputed(config)),
         decoded=dealt if config.rollout.engine is EngineKind.embedded else 0,
         decoded_at_once=min(config.rollout.max_batch_size, dealt),
-        evaluated=True,
+        evaluated_at_once=_evaluated_at_once(config, ranks),
         packed=packed,
         shared=shared,
         sharing=sharing,
     )
+
+
+def _evaluated_at_once(config: TrainConfig, ranks: int) -> int:
+    """Whole groups of samples, as `MegatronEngine` puts them together; context-parallel ranks deal problems to each other."""
+    most, samples = config.rollout.max_batch_size, config.evaluation.samples
+    problems = -(-config.evaluation.problems // (ranks * config.parallel.context_parallel))
+    return min(most, samples) if samples >= most else min(most // samples, problems) * samples
 
 
 def _shared(config: TrainConfig, mean: float, assumed: Assumptions) -> tuple[float, int]:
@@ -141,6 +150,8 @@ def _shared(config: TrainConfig, mean: float, assumed: Assumptions) -> tuple[flo
     stay whole. `auto` counts only for models whose attention is certainly this project's."""
     algorithm, sharing = config.algorithm, 1
     assert isinstance(algorithm, GRPOConfig)
+    if config.parallel.context_parallel > 1:  # nothing is shared there
+        return 0.0, 1
     prompt = float(assumed.prompt_tokens)
     computed = mean - prompt * (1 - 1 / algorithm.group_size)
     if algorithm.prefix_sharing is PrefixSharing.on:
