@@ -206,8 +206,8 @@ def _decoding(config: TrainConfig, vocab_size: int, work: Workload, assumed: Ass
 
 
 def _scoring(config: TrainConfig, vocab_size: int, work: Workload, assumed: Assumptions) -> dict[str, int]:
-    """A forward pass with weights that are not the learner's, of which nothing is kept: one layer's tensors, or logits. The actor and
-    the reference see whole sequences, without sequence and context parallelism."""
+    """A forward pass with weights that are not the learner's, of which nothing is kept: one layer's tensors, or logits. The actor
+    and the reference see whole sequences, without sequence and context parallelism."""
     if not work.scored:
         return {}
     model, element, split = config.model, element_bytes(config), config.parallel.expert_tensor_parallel

@@ -108,10 +108,8 @@ def workload(config: TrainConfig, gpus: int, assumed: Assumptions) -> Workload:
     updates = algorithm.minibatches * algorithm.epochs
     rows = rollouts // algorithm.minibatches  # of one update
     mean = assumed.prompt_tokens + assumed.response_share * config.rollout.sampling.max_new_tokens
-    # Context-parallel ranks deal prompts to each other; the engine also generates the evaluation's samples.
+    # Context-parallel ranks deal prompts to each other.
     dealt = -(-algorithm.prompts_per_step // ranks // context) * algorithm.group_size
-    embedded = config.rollout.engine is EngineKind.embedded
-    asked = -(-config.evaluation.problems // (ranks * context)) * config.evaluation.samples
     packed, shared, sharing = None, 0.0, 1
     micro = min(algorithm.micro_batch_size, rows)
     micro_batches = -(-rows // micro)

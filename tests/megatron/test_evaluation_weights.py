@@ -43,7 +43,9 @@ def test_evaluation_borrows_the_learners_weights(ranks: int) -> None:
     for rank, results in enumerate(run_distributed(JOB, ranks, cases, timeout=280)):
         for case, found in zip(cases, results, strict=True):
             where = f"{case}, rank {rank}: {found}"
-            assert found["moved"] and found["stopped"], where  # the two have other weights, and one evaluation broke off
+            assert found["moved"] and found["stopped"], (
+                where
+            )  # the two have other weights, and one evaluation broke off
             assert not any(found["as a copy"]) and not any(found["routes"]), where
             assert found["own"] and found["added"] < 0.01 * found["weights"], where
             assert not any(found["left"]), where

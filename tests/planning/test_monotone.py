@@ -82,10 +82,8 @@ def changed(settings: Any, path: list[str], value: Any) -> Any:
     """With one setting changed; an enumeration's by its word."""
     old = getattr(settings, path[0])
     if len(path) > 1:
-        new = changed(old, path[1:], value)
-    else:
-        new = type(old)(value) if isinstance(old, Enum) else value
-    return replace(settings, **{path[0]: new})
+        return replace(settings, **{path[0]: changed(old, path[1:], value)})
+    return replace(settings, **{path[0]: type(old)(value) if isinstance(old, Enum) else value})
 
 
 def recipe(chance: random.Random) -> tuple[Words, int, Assumptions]:
@@ -146,13 +144,16 @@ def _context(a: Planned, b: Planned) -> list[bool]:
     """CP doubled, on twice the GPUs."""
     packed = b.work.packed is not None
     tokens = [one.work.micro_tokens / one.config.parallel.context_parallel for one in (a, b)]
-    plain = _plain(b) and not _plain(a)  # logits that fit into one chunk are taken whole, with more copies than a chunk has
+    plain = _plain(b) and not _plain(
+        a
+    )  # logits that fit into one chunk are taken whole, with more copies than a chunk has
     return [
         tokens[1] <= 0.5 * tokens[0] + 8,
         b.memory.training["activations"] < a.memory.training["activations"],
         b.static <= a.static,
         plain or b.turns[0] < a.turns[0] or a.config.model.num_query_groups > 8,
-        b.turns[1] <= a.turns[1] and (packed or b.turns[2] <= 1.01 * a.turns[2]),  # actors and references see whole rows
+        b.turns[1] <= a.turns[1]
+        and (packed or b.turns[2] <= 1.01 * a.turns[2]),  # actors and references see whole rows
         b.bytes.get("context parallelism", 0) > a.bytes.get("context parallelism", 0),
         b.flops.training == pytest.approx(a.flops.training, rel=1e-9),
         b.flops.scoring == pytest.approx(2 * a.flops.scoring, rel=1e-9),
@@ -189,9 +190,11 @@ def _recompute(a: Planned, b: Planned) -> list[bool]:
 def _budget(a: Planned, b: Planned) -> list[bool]:
     """Fewer tokens in a micro-batch."""
     longer = a.work.micro_tokens > a.work.longest  # else a single row is what takes room
-    activations = [one.memory.training["activations"] for one in (a, b)]
+    stages = a.config.parallel.pipeline_parallel
+    # as many micro-batches as there are stages are under way at once, if there are so many
+    each = [one.memory.training["activations"] / min(stages, one.work.micro_batches) for one in (a, b)]
     return [
-        activations[1] < activations[0] if longer else activations[1] == activations[0],
+        each[1] < each[0] if longer else each[1] <= each[0],
         b.work.micro_batches >= a.work.micro_batches,
         b.flops.total == pytest.approx(a.flops.total, rel=1e-9),
     ]
@@ -211,7 +214,12 @@ def _sharing(a: Planned, b: Planned) -> list[bool]:
 
 def _reference(a: Planned, b: Planned) -> list[bool]:
     more = b.memory.resident["KL reference"] == a.memory.resident["weights"]
-    return [more, b.static - a.static == a.memory.resident["weights"], bool(b.memory.scoring), b.flops.total > a.flops.total]
+    return [
+        more,
+        b.static - a.static == a.memory.resident["weights"],
+        bool(b.memory.scoring),
+        b.flops.total > a.flops.total,
+    ]
 
 
 def _sharded(a: Planned, b: Planned) -> list[bool]:
@@ -223,7 +231,7 @@ def _longer(a: Planned, b: Planned) -> list[bool]:
     packed = b.work.packed is not None and a.work.packed == b.work.packed
     supervised = a.config.algorithm.name == "supervised"
     activations = b.memory.training["activations"] > a.memory.training["activations"]
-    found = [grown or _plain(a) and not _plain(b), activations or packed or supervised]
+    found = [grown or (_plain(a) and not _plain(b)), activations or packed or supervised]
     if a.servers is not None and b.servers is not None:
         found += [b.servers.held <= a.servers.held, b.servers.seconds > a.servers.seconds]
     return found
@@ -266,7 +274,9 @@ def changes(words: Words) -> list[tuple[Any, Words, int]]:
         if words["algorithm.kl_reference"] == "none":
             found.append((_reference, {**words, "algorithm.kl_reference": "initial", "algorithm.kl_coef": 0.1}, 1))
         if words["algorithm.micro_batch_tokens"] is not None:
-            found.append((_budget, {**words, "algorithm.micro_batch_tokens": words["algorithm.micro_batch_tokens"] // 2}, 1))
+            found.append(
+                (_budget, {**words, "algorithm.micro_batch_tokens": words["algorithm.micro_batch_tokens"] // 2}, 1)
+            )
     if "rollout" in words:
         found.append((_server_split, doubled(words, "rollout.server.tensor_parallel"), 1))
     return found

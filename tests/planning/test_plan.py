@@ -71,7 +71,12 @@ def test_what_a_rank_of_the_33b_recipe_does() -> None:
     assert (work.rows, work.decoded, work.updates, work.micro_batches, work.micro_rows) == (32, 32, 4, 32, 1)
     assert (work.tokens, work.longest, work.decoded_at_once) == (32 + 8192, 8224, 16)
     pretraining = workload(compose("vp2o_33b_a4b_indexed_pretraining_64xh100"), 64, Assumptions())
-    assert (pretraining.rows, pretraining.tokens, pretraining.decoded, pretraining.evaluated_at_once) == (32, 4096, 0, 0)
+    assert (pretraining.rows, pretraining.tokens, pretraining.decoded, pretraining.evaluated_at_once) == (
+        32,
+        4096,
+        0,
+        0,
+    )
 
 
 def test_packed_rows_fill_micro_batches_up_to_their_tokens() -> None:
