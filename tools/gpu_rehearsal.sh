@@ -25,6 +25,8 @@ if ! cmp -s tools/gpu_image.txt "$environment/made-from.txt"; then
         fail "$BASE is no Python 3.12, which the image has; make gpu-rehearsal PYTHON=python3.12"
     "$BASE" -m venv "$environment"
     "$environment/bin/python" -m pip install -q --no-cache-dir -r tools/gpu_image.txt
+    # What dependencies bring beyond the image.
+    "$environment/bin/python" -m pip uninstall -q -y pydantic pydantic-core annotated-types typing-inspection tzdata
     cp tools/gpu_image.txt "$environment/made-from.txt"
 fi
 python=$(cd "$environment/bin" && pwd)/python
