@@ -49,7 +49,7 @@ def case(chance: random.Random, ranks: int, layout: dict[str, Any]) -> dict[str,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.smoke), 4])
 def test_shared_prompts_give_what_padded_rows_do(ranks: int) -> None:
     chance = random.Random(SEED * 10 + ranks)
     cases = [case(chance, ranks, layout) for layout in LAYOUTS[ranks]]

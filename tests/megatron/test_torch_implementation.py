@@ -117,7 +117,7 @@ def one_process() -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", CONTEXT)
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.smoke), 4])
 def test_sequences_over_several_ranks(one_process: dict[str, Any], ranks: int) -> None:
     """Generation, scoring and four steps of training under context parallelism, against `local` in one process."""
     by_rank = run_distributed("tests.megatron.policy_job:run", ranks, CONTEXT[ranks], {"implementation": "torch"})
