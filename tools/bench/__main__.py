@@ -14,6 +14,7 @@ BENCHMARKS = {
     "variants": "shaping of rewards by each variant over GRPO's, as a share of a tiny step",
     "packing": "trained tokens/s of rows of skewed lengths, padded and packed",
     "prefix": "forward and backward pass of groups, each prompt once a row and once a group",
+    "context": "what gathering keys and values costs under context parallelism (started by torchrun)",
     "experts": "the experts' forward pass on the CPU: one at a time, together, torch's grouped product",
     "gpu": "on a CUDA device: ceilings, layers of large models with and without VP2O, the hook by experts, decoding",
     "convert": "seconds a GB and memory of converting a checkpoint with the names of Qwen3-30B-A3B, both ways",

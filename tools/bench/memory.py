@@ -75,7 +75,9 @@ class Case:
         self.ids = padded_vocabulary(self.config)
         self.policy = MegatronPolicy(self.config, groups, vocab_size=self.ids, optimizer_steps=100)
         tokens = torch.randint(IDS, (rows, length), generator=torch.Generator().manual_seed(0))
-        self.batch = TrainBatch(tokens, torch.full((rows,), length), torch.ones(rows, length, dtype=torch.bool))
+        mask = torch.ones(rows, length, dtype=torch.bool)
+        mask[:, 0] = False  # nothing predicts it
+        self.batch = TrainBatch(tokens, torch.full((rows,), length), mask)
 
     def measured_and_planned(self) -> tuple[int, int]:
         """Bytes of weights, gradients, optimizer state and the most that forward and backward pass add to them."""
