@@ -50,7 +50,7 @@ def evaluate(layout: dict[str, Any], implementation: str, precision: str, fails_
     """What an evaluation said beside an engine with a copy of the learner's weights, and what it left behind.
 
     Args:
-        fails_after: forward passes of the actor after which a second evaluation breaks off.
+        fails_after: tokens that the actor draws of each sequence before a second evaluation breaks off.
     """
     config = small_config(**layout)
     config.model.implementation, config.model.precision = Implementation(implementation), Precision(precision)
@@ -103,24 +103,24 @@ def _train(policy: MegatronPolicy) -> None:
 
 
 def _broken(engine: MegatronEngine, evaluation: Any, after: int) -> bool:
-    """Whether an evaluation was under way when its actor broke off, in the same pass on all ranks."""
-    forward, passes = engine._forward, 0
+    """Whether an evaluation was under way when its actor broke off, at the same token on all ranks."""
+    sample, tokens = engine._sample, 0
 
     def failing(*args: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        if passes > after:
+        nonlocal tokens
+        tokens += 1
+        if tokens > after:
             raise _Stopped
-        return forward(*args)
+        return sample(*args)
 
-    engine._forward = failing  # type: ignore[method-assign]
+    engine._sample = failing  # type: ignore[method-assign]
     try:
         with engine.at_learner_weights():
             evaluation()
     except _Stopped:
-        return passes > after
+        return tokens > after
     finally:
-        engine._forward = forward  # type: ignore[method-assign]
+        engine._sample = sample  # type: ignore[method-assign]
     return False
 
 
