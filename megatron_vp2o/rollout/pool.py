@@ -85,7 +85,8 @@ class ServerPool:
         self.members, self.settings, self.owner = list(members), settings or PoolSettings(), owner
         self.shapes, self.describe, self.folder = shapes, describe, folder
         self.ends, self.vocabulary, self.pad_id = frozenset(ends), vocabulary, pad_id
-        self.board, self.routes, self.transfer = board, routes, transfer or FileTransfer()
+        self.board, self.routes = board, routes
+        self.transfer: Transfer = transfer or FileTransfer()
         self.version = -1
         self.label = ""
         self.restarts = 0

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -213,7 +214,7 @@ class BroadcastTransfer:
         host = urlsplit(server.url).hostname or ""
         stop = threading.Event()
         try:
-            address = self.address or await asyncio.to_thread(address_towards, host)
+            found = self.address or await asyncio.to_thread(address_towards, host)
             timeout = min(timeout, MEET_S)
             limit = timedelta(seconds=timeout)
             store = dist.TCPStore("localhost", 0, workers + 1, True, limit, wait_for_workers=False)
@@ -222,7 +223,7 @@ class BroadcastTransfer:
                 f"no address of this machine that servers could connect to: {error}. Name one (rollout.server.trainer_address)"
             ) from error
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        meeting = Meeting(address, store.port, uuid.uuid4().hex, workers + 1, backend, timeout, self.timeout_s)
+        meeting = Meeting(found, store.port, uuid.uuid4().hex, workers + 1, backend, timeout, self.timeout_s)
 
         def join() -> Group:
             return Group(meeting, 0, self.device, store=store, stopped=stop.is_set)
@@ -240,12 +241,15 @@ class BroadcastTransfer:
             for bucket in weights.buckets:
                 part = {"entries": bucket.entries, "digest": f"{bucket.checksum:016x}"}
                 told = server.update(part, timeout + LAST_WORDS_S)
-                await _both(told, lambda b=bucket: group.broadcast(b.buffer.to(self.device)), stop)
+                await _both(told, partial(self._broadcast, group, bucket), stop)
             total = {"tensors": weights.tensors, "bytes": weights.bytes, "digest": weights.digest}
             await server.update({"entries": [], **total}, timeout)
         except BaseException:
             self.forget(server.url)
             raise
+
+    def _broadcast(self, group: Group, bucket: Bucket) -> None:
+        group.broadcast(bucket.buffer.to(self.device))
 
     def forget(self, url: str) -> None:
         """See `Transfer.forget`."""

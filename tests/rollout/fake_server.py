@@ -42,7 +42,9 @@ GENERATING = (
     "short_routes",
     "foreign_routes",
 )
-LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse", "hang_receiving")
+LOADING = ("die_loading", "load_nothing", "load_half", "load_other", "refuse")
+RECEIVING = (*LOADING, "hang_receiving")
+"""Faults of an update by broadcast."""
 SERVER_SIDE = Path(__file__).resolve().parents[2] / "megatron_vp2o" / "rollout" / "server_side"
 sys.path.insert(0, str(SERVER_SIDE))
 
@@ -138,7 +140,7 @@ class State:
             self.received.compare(info["tensors"], info["bytes"], info["digest"])
             self.whole = True
             return
-        kind = self.strikes(LOADING)
+        kind = self.strikes(RECEIVING)
         if kind == "die_loading":
             os._exit(9)
         if kind == "refuse" or self.group is None:

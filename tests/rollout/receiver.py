@@ -23,7 +23,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     group: Any = None
-    received, held = Received(), {}
+    received = Received()
+    held: dict[str, str] = {}
     print(json.dumps({"tensors": {}}), flush=True)
     for line in sys.stdin:
         said = json.loads(line)

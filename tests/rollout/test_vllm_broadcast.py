@@ -75,7 +75,7 @@ def test_a_sync_that_is_not_whole(harness: VLLMHarness, monkeypatch: pytest.Monk
     whole good set puts all right again."""
     pool = harness.engine
     pool.update_weights(harness.weights(0), 1, harness.probe(0))
-    take = pool.transfer.take
+    take: Any = pool.transfer.take
 
     def spoilt(*arguments: Any) -> HeldWeights:
         held = take(*arguments)
@@ -121,7 +121,7 @@ def test_two_workers(tmp_path: Path) -> None:
             made.engine.update_weights(made.weights(model), version, made.probe(model))
             print(f"sync {version}: {time.monotonic() - began:.2f} s")
             made.check(model)
-        (group,) = made.engine.transfer._groups.values()  # type: ignore[attr-defined]
+        (group,) = made.engine.transfer._groups.values()  # type: ignore[attr-defined,union-attr]
         assert group.meeting.size == 3
     finally:
         made.engine.close()

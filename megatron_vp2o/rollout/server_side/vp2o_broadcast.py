@@ -273,10 +273,11 @@ def _process_group(store: dist.Store, meeting: Meeting, rank: int, address: str)
     """A group beside torch's own one of this process, if it has one."""
     limit = timedelta(seconds=meeting.meet_s)  # until all are connected
     if meeting.backend == "gloo":
-        options: Any = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        gloo: Any = dist.ProcessGroupGloo  # torch's types lack the options
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=address)]
         options._timeout, options._threads = limit, 1
-        return dist.ProcessGroupGloo(store, rank, meeting.size, options)
+        return gloo(store, rank, meeting.size, options)
     options = dist.ProcessGroupNCCL.Options()
     # `Group.broadcast` looks at the time. NCCL's watchdog would end the process, of the trainer too, where a server has died.
     options._timeout = timedelta(seconds=10 * meeting.timeout_s)
