@@ -31,10 +31,40 @@ def weights_checksum(tensors: Sequence[Tensor]) -> Deferred[int]:
     column_W = _odd(_WIDTH, tensors[0].device)
     rows = max(tensor.numel() // _WIDTH for tensor in tensors) + 1
     row_R = _odd(rows, tensors[0].device, 0x7A3D70A3D70A3D71)
-    sums = [_weighted_sum(tensor, column_W, row_R) for tensor in tensors]
-    sums_N = torch.stack(sums)
-    total = (sums_N * _odd(len(sums), sums_N.device)).sum()
+    groups = _alike(tensors)
+    parts = [
+        _weighted_sums([tensors[place] for place in places], column_W, row_R)
+        if len(places) > 1
+        else _weighted_sum(tensors[places[0]], column_W, row_R)[None]
+        for places in groups
+    ]
+    order_N = torch.tensor([place for places in groups for place in places])
+    sums_N = torch.cat(parts)[order_N.argsort().to(parts[0].device, non_blocking=True)]
+    total = (sums_N * _odd(len(sums_N), sums_N.device)).sum()
     return Deferred((total,), lambda on_host: int(on_host[0].item()))
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of tensors of as many words of one kind that are weighted together, no more of them than fit the workspace."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        alike.setdefault((tensor.numel(), tensor.element_size()), []).append(place)
+    parts = []
+    for (words, _), places in alike.items():
+        most = max(1, _WIDTH * _ROWS // words)
+        parts += [places[first : first + most] for first in range(0, len(places), most)]
+    return parts
+
+
+def _weighted_sums(tensors: Sequence[Tensor], column_W: Tensor, row_R: Tensor) -> Tensor:
+    """`_weighted_sum` of several small tensors of equal size: an expert's weights are too little for an operation of their own."""
+    kind = _WORDS[tensors[0].element_size()]
+    words_NX = torch.stack([tensor.detach().contiguous().view(-1).view(kind) for tensor in tensors]).to(torch.int64)
+    rows = words_NX.shape[1] // _WIDTH
+    whole_NRW, rest_NX = words_NX[:, : rows * _WIDTH].unflatten(1, (rows, _WIDTH)), words_NX[:, rows * _WIDTH :]
+    last_N = (rest_NX * column_W[: rest_NX.shape[1]]).sum(1)
+    sums_NR = torch.cat([(whole_NRW * column_W).sum(2), last_N[:, None]], dim=1)
+    return (sums_NR * row_R[: rows + 1]).sum(1)
 
 
 def _weighted_sum(tensor: Tensor, column_W: Tensor, row_R: Tensor) -> Tensor:

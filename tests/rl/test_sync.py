@@ -12,6 +12,7 @@ from megatron_vp2o.core.deferred import read
 from megatron_vp2o.errors import SyncError
 from megatron_vp2o.megatron.actor.generation import MegatronEngine
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.megatron.model.build import named_weight_tensors
 from megatron_vp2o.megatron.platform import world
 from megatron_vp2o.parallel import checksum
 from megatron_vp2o.rl.sync import verify_sync
@@ -82,6 +83,34 @@ def test_the_checksum_sees_one_bit_and_an_exchange() -> None:
     halves = [torch.ones(3, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.float64)]
     assert weights_checksum(halves) == weights_checksum([half.clone() for half in halves]) != 0
     assert weights_checksum([]) == weights_checksum([torch.zeros(0)]) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tensors_of_equal_size_are_weighted_as_each_alone_would_be(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3,), (4096,), (64, 128), (2, 5000), (1, 4097), (4096 * 3,)]
+    picked = torch.randint(len(shapes), (40,), generator=generator).tolist()
+    dtypes = [(torch.float32, torch.bfloat16)[i] for i in torch.randint(2, (40,), generator=generator).tolist()]
+    tensors = [torch.randn(shapes[i], generator=generator).to(dtype) for i, dtype in zip(picked, dtypes, strict=True)]
+    tensors[7] = torch.randn(128, 64, generator=generator).t()  # not contiguous
+    monkeypatch.setattr(checksum, "_ROWS", 5)  # so few that parts of equal tensors and long tensors are cut
+    cpu = torch.device("cpu")
+    column_W, row_R = checksum._odd(checksum._WIDTH, cpu), checksum._odd(4, cpu, 0x7A3D70A3D70A3D71)
+    alone_N = torch.stack([checksum._weighted_sum(tensor, column_W, row_R) for tensor in tensors])
+    wanted = int((alone_N * checksum._odd(40, torch.device("cpu"))).sum())
+    assert max(map(len, checksum._alike(tensors))) > 1
+    assert weights_checksum(tensors) == wanted
+    assert weights_checksum(tensors[::-1]) != wanted
+
+
+def test_weights_are_named_as_torch_names_them(learner: Any) -> None:
+    _, policy, _ = learner
+    model = policy.model
+    kept = {f"{prefix}.{name}" for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set}
+    wanted = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n not in kept)]
+    found = named_weight_tensors(model)
+    assert [name for name, _ in found] == [name for name, _ in wanted] and len(found) > 20
+    assert all(one is other for (_, one), (_, other) in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

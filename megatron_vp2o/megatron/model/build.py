@@ -188,13 +188,16 @@ def named_weight_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
     Counters that a training step begins and ends (tokens by expert) are no part of it; an actor's twin has others of them.
     """
-    buffers = [
-        (f"{prefix}.{name}", buffer)
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
-    return [*model.named_parameters(), *buffers]
+    parameters: dict[Tensor, str] = {}
+    buffers: list[tuple[str, Tensor]] = []
+    for prefix, module in model.named_modules():  # once: a model has as many modules as experts, several times over
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # one that two modules share has the first one's name
+                parameters.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffers.append((f"{prefix}.{name}", buffer))
+    return [*((name, parameter) for parameter, name in parameters.items()), *buffers]
 
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
