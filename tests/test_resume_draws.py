@@ -13,9 +13,10 @@ import pytest
 from tests.resume_draws import draw
 from tests.resume_job import ROOT
 
-# Chosen so that weights move in each, and that together they have every algorithm, single, DP2, EP2 and PP2, bf16, an expert
-# bias, a budget, and a trust region that accepts and rejects. Tensor parallelism is in tests/megatron/test_checkpoint.py.
-SEEDS = [0, 3, 5, 7, 9, 13]
+# Chosen so that weights move in each, and that together they have every algorithm, single, DP2, EP2, PP2 and CP2, bf16, an
+# expert bias, a budget, a trust region that accepts and rejects, packed rows, shared prompts, chunks of logits and
+# implementation=torch. Tensor parallelism is in tests/megatron/test_checkpoint.py.
+SEEDS = [0, 3, 5, 7, 9, 13, 78]
 
 
 @pytest.mark.slow
