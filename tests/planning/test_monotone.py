@@ -189,7 +189,8 @@ def _recompute(a: Planned, b: Planned) -> list[bool]:
 
 def _budget(a: Planned, b: Planned) -> list[bool]:
     """Fewer tokens in a micro-batch."""
-    longer = a.work.micro_tokens > a.work.longest  # else a single row is what takes room
+    # else a single row takes that much room, or there are no more tokens
+    longer = a.work.micro_tokens > max(a.work.longest, getattr(b.config.algorithm, "micro_batch_tokens", None) or 0)
     stages = a.config.parallel.pipeline_parallel
     # as many micro-batches as there are stages are under way at once, if there are so many
     each = [one.memory.training["activations"] / min(stages, one.work.micro_batches) for one in (a, b)]
