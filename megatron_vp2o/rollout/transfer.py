@@ -214,7 +214,7 @@ class BroadcastTransfer:
         host = urlsplit(server.url).hostname or ""
         stop = threading.Event()
         try:
-            found = self.address or await asyncio.to_thread(address_towards, host)
+            found = str(self.address or await asyncio.to_thread(address_towards, host))
             timeout = min(timeout, MEET_S)
             limit = timedelta(seconds=timeout)
             store = dist.TCPStore("localhost", 0, workers + 1, True, limit, wait_for_workers=False)
