@@ -113,7 +113,7 @@ def _broken(engine: MegatronEngine, evaluation: Any, after: int) -> bool:
             raise _Stopped
         return sample(*args)
 
-    engine._sample = failing  # type: ignore[method-assign]
+    engine._sample = failing  # type: ignore[method-assign, assignment]
     try:
         with engine.at_learner_weights():
             evaluation()
