@@ -147,6 +147,7 @@ soak: install-dev ## After `make countdown`: 40 faults, 100 of servers, 30 uneve
 	VP2O_ROLLOUT_FAULTS=100 $(PY) -m pytest tests/rollout/test_soak.py -s $(TESTARGS)
 	VP2O_OVERLAP_KILLS=5 $(PY) -m pytest tests/rollout/test_ahead.py -s $(TESTARGS)
 	VP2O_PRETEND_LAYOUTS=1 $(PY) -m pytest tests/pretend $(TESTARGS)
+	VP2O_RESUME_DRAWS=1 $(PY) -m pytest tests/test_resume_draws.py $(TESTARGS)
 	VP2O_FAULTS=40 VP2O_UNEVEN=30 VP2O_WARM_UP='$(WARM_UP)' $(PY) -m pytest tests/test_faults.py \
 		tests/megatron/test_uneven_ranks.py tests/test_many_ranks.py --durations=0 $(TESTARGS)
 

@@ -237,7 +237,10 @@ def test_replay_makes_engine_and_trainer_agree_better(precision: Precision) -> N
             ]
             worst.append([float(difference.max()) for difference in differences])
             mean.append([float(difference.mean()) for difference in differences])
-        assert all(with_it <= without for with_it, without in [*worst, *mean]), (worst, mean)
+        # Where float32 flips no expert, both differ from the engine by rounding alone, and either may differ by more.
+        rounding = 2e-6 if precision is Precision.fp32 else 0.0
+        assert all(with_it <= without + rounding for with_it, without in worst), worst
+        assert all(with_it <= without + rounding / 10 for with_it, without in mean), mean
         if precision is Precision.bf16:  # rounding flips near-ties between decoding and training
             assert all(with_it < 0.8 * without for with_it, without in mean), mean
 
