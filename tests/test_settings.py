@@ -178,6 +178,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.mismatch.stop_kl=2",
             "algorithm.answer_repulsion.form=leave_one_out",
             "algorithm.answer_repulsion.strength=0.4",
+            "algorithm.answer_repulsion.spare_right=true",
             "algorithm.answer_repulsion.kernel=ngram",
             "algorithm.answer_repulsion.bandwidth=0.5",
             "algorithm.answer_repulsion.ngram=2",

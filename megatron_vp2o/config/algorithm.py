@@ -178,6 +178,9 @@ class AnswerRepulsionConfig:
     right answers alike, to the power of strength; quality_diversity: R times the mean distance to all others (DARLING)."""
     strength: Annotated[float, SHARE] = 0.5
     """alpha of leave_one_out, c of count; at most 1, so that a right answer always earns more than a wrong one."""
+    spare_right: bool = False
+    """Right answers get no negative advantage: those that many others give are left as they are while rare ones are made likelier.
+    To make an answer less likely makes wrong ones likelier, too."""
     kernel: AnswerKernel = AnswerKernel.canonical
     """When two answers are alike. canonical: equal by the task's canonical form; ngram, edit, embedding: exp(-distance /
     bandwidth), for tasks whose canonical form does not tell answers apart."""

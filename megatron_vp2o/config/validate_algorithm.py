@@ -137,6 +137,12 @@ def _shaping(algorithm: GRPOConfig) -> Iterator[str]:
             f"{as_yaml(repulsion.embedder)}: kernel=embedding needs an embedder (package.module:function), and no other "
             "kernel takes one"
         )
+    if repulsion.spare_right and not (on and algorithm.advantage is AdvantageEstimator.group_relative):
+        yield (
+            f"algorithm.answer_repulsion.spare_right=true with algorithm.answer_repulsion.form={repulsion.form.name} and "
+            f"algorithm.advantage={algorithm.advantage.name}: it is about right answers that repulsion pushes away, so choose a "
+            "form and algorithm.advantage=group_relative, or spare_right=false"
+        )
 
 
 def _mismatch(algorithm: GRPOConfig) -> Iterator[str]:

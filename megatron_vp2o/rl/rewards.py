@@ -192,9 +192,12 @@ class RewardShaping:
         settings = self.settings
         match settings.advantage:
             case AdvantageEstimator.group_relative:
-                return group_relative_advantages(
+                advantages_PG = group_relative_advantages(
                     shaped_PG, normalise_by_std=settings.normalise_by_std, epsilon=settings.advantage_epsilon
                 )
+                if settings.answer_repulsion.spare_right:
+                    return torch.where(right_PG, advantages_PG.clamp(min=0.0), advantages_PG)
+                return advantages_PG
             case AdvantageEstimator.w_reinforce:
                 return w_reinforce_advantages(shaped_PG, right_PG, positive_weight=settings.positive_weight)
             case AdvantageEstimator.pass_at_k:

@@ -123,6 +123,9 @@ def vllm_environment(cpu: bool, gpus: str = "") -> dict[str, str]:
         "PYTHONPATH": str(SERVER_SIDE),
     }
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    # A server of one worker gives it no process of its own: engine and worker would spin while they wait for each other, which on
+    # few cores takes the time that HTTP and the trainer need (docs/rollouts.md has what it costs).
+    on_cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return always | (on_cpu if cpu else {}) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
 
 

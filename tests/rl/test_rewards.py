@@ -78,6 +78,21 @@ def test_statistics_and_filter_act_on_the_shaped_reward():
     assert earned.rewards_PG[0].tolist() == [1.0] * 4 and earned.distinct == 3
 
 
+@pytest.mark.parametrize(
+    "form", [AnswerRepulsion.leave_one_out, AnswerRepulsion.count, AnswerRepulsion.quality_diversity]
+)
+def test_right_answers_are_spared(form):
+    """No right answer has a negative advantage, and nothing else changes: wrong ones, and right ones above the mean."""
+    verdicts = [[verdict(answer) for answer in ["x", "x", "x", "y"]], *VERDICTS]
+    rollouts = make_rollouts(["1", "1", "1", "2", *TEXTS])
+    plain = RewardShaping(settings(form), TOKENIZER)(verdicts, rollouts, None)
+    spared = RewardShaping(settings(form, spare_right=True), TOKENIZER)(verdicts, rollouts, None)
+    pushed_PG = plain.right_PG & (plain.advantages_PG < 0)
+    assert pushed_PG.any() and (plain.advantages_PG[~plain.right_PG] < 0).any()
+    assert torch.equal(spared.shaped_PG, plain.shaped_PG)
+    assert torch.equal(spared.advantages_PG, plain.advantages_PG.masked_fill(pushed_PG, 0.0))
+
+
 def test_the_prior_is_taken_off_before_the_mean():
     config = dataclasses.replace(
         settings(AnswerRepulsion.none),

@@ -175,7 +175,6 @@ class TestVLLM(EngineContract):
     [
         ("api_server", "generating"),
         ("EngineCore", "generating"),
-        ("Worker", "generating"),
         ("api_server", "syncing"),
         ("EngineCore", "syncing"),
     ],
@@ -183,6 +182,19 @@ class TestVLLM(EngineContract):
 def test_a_process_is_killed(harness: VLLMHarness, monkeypatch: pytest.MonkeyPatch, victim: str, moment: str) -> None:
     """kill -9 with requests in flight, or between two files of a sync: the server is restarted with the present weights, and lost
     prompts run again."""
+    kill_and_look(harness, monkeypatch, victim, moment)
+
+
+def test_a_worker_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two processes among which a server splits its layers."""
+    made = VLLMHarness(tmp_path, workers=2)
+    try:
+        kill_and_look(made, monkeypatch, "Worker", "generating")
+    finally:
+        made.engine.close()
+
+
+def kill_and_look(harness: VLLMHarness, monkeypatch: pytest.MonkeyPatch, victim: str, moment: str) -> None:
     pool = harness.engine
     pool.update_weights(harness.weights(0), 1, harness.probe(0))
     restarts, guard = pool.restarts, harness.process._guard

@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python", default=".venv-vllm/bin/python")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--in-flight", type=int, default=64, help="requests at once, of either client")
+    parser.add_argument("--sequences", type=int, default=64, help="of which the server computes so many side by side")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
 def _measure(options: argparse.Namespace, scratch: Path) -> None:
     model = Model()
     command = vllm_command(
-        options.python, dtype="float32", max_model_len=256, max_num_seqs=options.in_flight, cpu=True, arguments=[]
+        options.python, dtype="float32", max_model_len=256, max_num_seqs=options.sequences, cpu=True, arguments=[]
     )
 
     def with_tokenizer(folder: Path, port: int) -> list[str]:
