@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-from megatron_vp2o.config.schema import AnswerFormat, BracketsTaskConfig
-from megatron_vp2o.config.validate_task import check_task
+from megatron_vp2o.config.schema import BracketsTaskConfig
 from megatron_vp2o.rl.types import Problem, Verdict
-from megatron_vp2o.tasks.answers import Unfinished, extract
-from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed
+from megatron_vp2o.tasks.problems import Draw, stream_seed
+from megatron_vp2o.tasks.strings import StringTask
 
 FREE = "?"
 BRACKETS = re.compile(r"[()]*")
@@ -31,24 +30,14 @@ class Brackets:
     peaks: int
 
 
-class BracketsTask(PooledTask):
+class BracketsTask(StringTask):
     """Verdicts' reasons: parse (not as many brackets as there are places), given (another bracket where one is given), balance,
     peaks (too many or too few of them), unfinished (no answer after the thinking). `canonical` is the answer."""
 
     def __init__(self, config: BracketsTaskConfig, *, progress: bool = False) -> None:
-        check_task(config)
-        super().__init__("brackets", collect(_draws(config), config, progress=progress), config.tokenizer)
-        self.form = config.answer_format
+        super().__init__(config, _draws(config), progress=progress)
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        """Exact, in bounded time, for any text."""
-        data: Brackets = problem.data
-        try:
-            answer = extract(response, self.form)
-        except Unfinished:
-            return Verdict(False, None, "unfinished")
-        if self.form is AnswerFormat.lenient:
-            answer = re.sub(r"[\s,]+", "", answer)
+    def _judge(self, data: Brackets, answer: str) -> Verdict:
         if len(answer) != len(data.template) or not BRACKETS.fullmatch(answer):
             return Verdict(False, None, "parse")
         if any(given not in (FREE, bracket) for given, bracket in zip(data.template, answer, strict=True)):

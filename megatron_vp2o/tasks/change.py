@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-from megatron_vp2o.config.schema import AnswerFormat, ChangeTaskConfig
-from megatron_vp2o.config.validate_task import check_task
+from megatron_vp2o.config.schema import ChangeTaskConfig
 from megatron_vp2o.rl.types import Problem, Verdict
-from megatron_vp2o.tasks.answers import Unfinished, extract
-from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed
+from megatron_vp2o.tasks.problems import Draw, stream_seed
+from megatron_vp2o.tasks.strings import StringTask
 
 COINS = re.compile(r"[1-9]+")
 
@@ -30,24 +29,16 @@ class Change:
     coins: int  # at most so many
 
 
-class ChangeTask(PooledTask):
+class ChangeTask(StringTask):
     """Verdicts' reasons: parse (not a row of digits from 1 to 9), kind (a coin that is not among the given kinds), count (too many
     coins), sum, unfinished (no answer after the thinking). `canonical` is the coins in ascending order."""
 
-    def __init__(self, config: ChangeTaskConfig, *, progress: bool = False) -> None:
-        check_task(config)
-        super().__init__("change", collect(_draws(config), config, progress=progress), config.tokenizer)
-        self.form = config.answer_format
+    between = r"[\s,+]+"
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        """Exact, in bounded time, for any text."""
-        data: Change = problem.data
-        try:
-            answer = extract(response, self.form)
-        except Unfinished:
-            return Verdict(False, None, "unfinished")
-        if self.form is AnswerFormat.lenient:
-            answer = re.sub(r"[\s,+]+", "", answer)
+    def __init__(self, config: ChangeTaskConfig, *, progress: bool = False) -> None:
+        super().__init__(config, _draws(config), progress=progress)
+
+    def _judge(self, data: Change, answer: str) -> Verdict:
         if not COINS.fullmatch(answer):
             return Verdict(False, None, "parse")
         if len(answer) > data.coins:

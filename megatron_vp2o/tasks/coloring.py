@@ -6,7 +6,6 @@ colour are the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,11 +13,10 @@ from itertools import combinations
 from random import Random
 from string import ascii_lowercase
 
-from megatron_vp2o.config.schema import AnswerFormat, ColoringTaskConfig
-from megatron_vp2o.config.validate_task import check_task
+from megatron_vp2o.config.schema import ColoringTaskConfig
 from megatron_vp2o.rl.types import Problem, Verdict
-from megatron_vp2o.tasks.answers import Unfinished, extract
-from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed
+from megatron_vp2o.tasks.problems import Draw, stream_seed
+from megatron_vp2o.tasks.strings import StringTask
 
 Edges = tuple[tuple[int, int], ...]
 
@@ -32,24 +30,14 @@ class Coloring:
     edges: Edges  # sorted, each with the smaller node first
 
 
-class ColoringTask(PooledTask):
+class ColoringTask(StringTask):
     """Verdicts' reasons: parse (not one of the colours' letters for each node), edge (joins two of one colour), unfinished (no
     answer after the thinking). `canonical` is the answer with its colours renamed in the order in which they appear."""
 
     def __init__(self, config: ColoringTaskConfig, *, progress: bool = False) -> None:
-        check_task(config)
-        super().__init__("coloring", collect(_draws(config), config, progress=progress), config.tokenizer)
-        self.form = config.answer_format
+        super().__init__(config, _draws(config), progress=progress)
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        """Exact, in bounded time, for any text."""
-        data: Coloring = problem.data
-        try:
-            answer = extract(response, self.form)
-        except Unfinished:
-            return Verdict(False, None, "unfinished")
-        if self.form is AnswerFormat.lenient:
-            answer = re.sub(r"[\s,]+", "", answer)
+    def _judge(self, data: Coloring, answer: str) -> Verdict:
         if len(answer) != data.nodes or not set(answer) <= set(ascii_lowercase[: data.colors]):
             return Verdict(False, None, "parse")
         if any(answer[a] == answer[b] for a, b in data.edges):

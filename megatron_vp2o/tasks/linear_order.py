@@ -5,18 +5,16 @@ Prompt `a<d c<b e<f:` (a before d, c before b, e before f; six letters), a right
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 from string import ascii_lowercase
 
-from megatron_vp2o.config.schema import AnswerFormat, LinearOrderTaskConfig
-from megatron_vp2o.config.validate_task import check_task
+from megatron_vp2o.config.schema import LinearOrderTaskConfig
 from megatron_vp2o.rl.types import Problem, Verdict
-from megatron_vp2o.tasks.answers import Unfinished, extract
-from megatron_vp2o.tasks.problems import Draw, PooledTask, collect, stream_seed
+from megatron_vp2o.tasks.problems import Draw, stream_seed
+from megatron_vp2o.tasks.strings import StringTask
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -29,24 +27,16 @@ class Precedences:
     pairs: Pairs  # sorted
 
 
-class LinearOrderTask(PooledTask):
+class LinearOrderTask(StringTask):
     """Verdicts' reasons: parse (not each of the letters once), order (a precedence does not hold), unfinished (no answer after the
     thinking). `canonical` is the letters as they are ordered."""
 
-    def __init__(self, config: LinearOrderTaskConfig, *, progress: bool = False) -> None:
-        check_task(config)
-        super().__init__("linear_order", collect(_draws(config), config, progress=progress), config.tokenizer)
-        self.form = config.answer_format
+    between = r"[\s,<]+"
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        """Exact, in bounded time, for any text."""
-        data: Precedences = problem.data
-        try:
-            answer = extract(response, self.form)
-        except Unfinished:
-            return Verdict(False, None, "unfinished")
-        if self.form is AnswerFormat.lenient:
-            answer = re.sub(r"[\s,<]+", "", answer)
+    def __init__(self, config: LinearOrderTaskConfig, *, progress: bool = False) -> None:
+        super().__init__(config, _draws(config), progress=progress)
+
+    def _judge(self, data: Precedences, answer: str) -> Verdict:
         if sorted(answer) != list(ascii_lowercase[: data.letters]):
             return Verdict(False, None, "parse")
         place = {ord(letter) - ord("a"): position for position, letter in enumerate(answer)}
