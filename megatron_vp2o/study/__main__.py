@@ -6,13 +6,14 @@ import argparse
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_vp2o.errors import UserError
+from megatron_vp2o.errors import ConfigError, UserError
 from megatron_vp2o.study.report import markdown, plots
 from megatron_vp2o.study.results import collect, write_table
 from megatron_vp2o.study.runner import run_all
-from megatron_vp2o.study.spec import jobs, load_study
+from megatron_vp2o.study.spec import Study, jobs, load_study
 
 TABLE, PAGE = "results.csv", "results.md"
 
@@ -22,9 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
         study = load_study(options.study)
+        if options.against is not None:
+            study = _against(study, options.against)
         folder = Path(options.folder or Path("runs") / "study" / study.name)
         todo, failures = jobs(study, folder), []
-        if not options.table_only:
+        if not options.table_only and options.against is None:
             until = None if options.minutes is None else time.time() + 60 * options.minutes
             prefix = shlex.split(options.prefix)
             failures = run_all(
@@ -34,6 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = collect(todo)
+    if options.against is not None:
+        page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
+        (path := folder / f"results_against_{options.against}.md").write_text(page, encoding="utf-8")
+        print(path)
+        return 0 if len(results) == len(todo) else 1
     write_table(results, folder / TABLE)
     page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
     (folder / PAGE).write_text(page, encoding="utf-8")
@@ -45,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if len(results) == len(todo) else 1
 
 
+def _against(study: Study, variant: str) -> Study:
+    """The study with another baseline. Raises ConfigError."""
+    if variant not in study.variants:
+        raise ConfigError(f"--against {variant} is no variant: choose one of {', '.join(study.variants)}")
+    return replace(study, baseline=variant)
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megatron_vp2o.study", description=__doc__)
     parser.add_argument("study", help="name of a file in study/, or the path of one")
@@ -53,6 +68,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefix", default="", help="words before each run's command, `nice -n 10` for instance")
     parser.add_argument("--minutes", type=float, help="start nothing after so long, and let what runs save and stop")
     parser.add_argument("--table-only", action="store_true", help="run nothing; write table and page of what is done")
+    parser.add_argument(
+        "--against", metavar="VARIANT", help="run nothing; write a page of differences from this one, not the baseline"
+    )
     return parser.parse_args(arguments)
 
 

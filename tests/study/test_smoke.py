@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
+from megatron_vp2o.study.__main__ import main
 from megatron_vp2o.study.spec import FOLDER
 from tests.distributed import ROOT
 
@@ -32,6 +34,12 @@ def table(folder: Path) -> list[str]:
     return (folder / "results.csv").read_text().splitlines()
 
 
+def _difference(page: str, variant: str) -> float:
+    """In distinct answers."""
+    (line,) = [line for line in page.splitlines() if line.startswith((f"| {variant} |", f"| {variant} * |"))]
+    return float(line.split("|")[6].split("[")[0])
+
+
 def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     whole = start("smoke", tmp_path / "whole")
     output, _ = whole.communicate(timeout=400)
@@ -39,6 +47,10 @@ def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     page = (tmp_path / "whole" / "results.md").read_text()
     assert "5 of 5 runs are finished" in page and "| grpo" in page and "| answers" in page
     assert len(table(tmp_path / "whole")) == 1 + 5
+    assert main(["smoke", "--folder", str(tmp_path / "whole"), "--against", "answers"]) == 0
+    turned = (tmp_path / "whole" / "results_against_answers.md").read_text()
+    assert _difference(turned, "grpo") == pytest.approx(-_difference(page, "answers"), abs=1e-9)
+    assert main(["smoke", "--folder", str(tmp_path / "whole"), "--against", "nothing"]) == 2
 
     # the same study with a variant that cannot be: its runs fail, and the others do not care
     body = yaml.safe_load((ROOT / FOLDER / "smoke.yaml").read_text())
