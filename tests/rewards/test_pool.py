@@ -134,8 +134,10 @@ def test_a_caller_that_stops_to_do_something_else_makes_nobody_late() -> None:
         assert pool.counts.timed_out == 0
 
 
-def test_a_busy_machine_makes_no_answer_late() -> None:
-    """Workers that compute for 0.3 s each, under a limit of 0.6 s, on a processor that they share with two others."""
+def test_a_busy_machine_makes_no_answer_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that compute for 0.3 s each, under a limit of 0.6 s, on a processor that they share with two others, and with what
+    else runs beside the tests: so the last limit, which goes by the clock, is far away."""
+    monkeypatch.setattr("megatron_vp2o.rewards.pool.PATIENCE", 200.0)
     cpu = min(os.sched_getaffinity(0))
     burn = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]
     others = [subprocess.Popen(burn) for _ in range(2)]
