@@ -37,13 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = collect(todo)
+    page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
     if options.against is not None:
-        page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
         (path := folder / f"results_against_{options.against}.md").write_text(page, encoding="utf-8")
         print(path)
         return 0 if len(results) == len(todo) else 1
     write_table(results, folder / TABLE)
-    page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
     (folder / PAGE).write_text(page, encoding="utf-8")
     for name, text in plots(study, results).items():
         (folder / name).write_text(text, encoding="utf-8")
