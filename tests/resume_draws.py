@@ -118,6 +118,7 @@ def draw(seed: int) -> Draw:
         settings |= CONTEXT.get(layout, {})
         if layout in CONTEXT and settings.get("algorithm.prefix_sharing") == "on":  # refused
             settings["algorithm.prefix_sharing"] = "auto"
+    settings["algorithm.specialization.orthogonality_scale"] = later.one_of("absolute", "relative")
     return Draw(seed, layout, ranks, steps, f"countdown_tiny_{algorithm}", settings, _kills(dice, ranks, steps))
 
 

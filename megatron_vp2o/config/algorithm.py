@@ -19,6 +19,7 @@ from megatron_vp2o.core.choices import (
     MismatchLevel,
     Normalisation,
     Orthogonality,
+    OrthogonalityScale,
     PolicyLoss,
     RatioLength,
     RepulsionScale,
@@ -118,7 +119,10 @@ class SpecializationConfig:
     """Expert specialisation losses (Guo et al., arXiv 2505.22323). They add to the objective; 0 turns each off."""
 
     orthogonality_coef: Annotated[float, COEFFICIENT] = 0.0
-    """beta_o, weight of the overlap of the outputs of a token's experts."""
+    """beta_o, weight of the overlap of the outputs of a token's experts; see orthogonality_scale."""
+    orthogonality_scale: OrthogonalityScale = OrthogonalityScale.absolute
+    """absolute: the weight is of the loss itself; relative: of the loss over its first value, so that it begins at the weight. The
+    first step with a token measures that value and does not apply the loss."""
     orthogonality: Orthogonality = Orthogonality.projection
     """projection: the paper's equation; cosine: free of scale."""
     orthogonality_token_fraction: Annotated[float, SHARE] = 1.0
@@ -336,8 +340,12 @@ class VP2OConfig(GRPOConfig):
     """Decides when actors are refreshed."""
     stein: SteinConfig = field(default_factory=lambda: SteinConfig(enabled=True))
     """The gradient transform."""
-    specialization: SpecializationConfig = field(default_factory=lambda: SpecializationConfig(orthogonality_coef=1e-3))
-    """Further losses on experts and router; VP2O has the orthogonality loss."""
+    specialization: SpecializationConfig = field(
+        default_factory=lambda: SpecializationConfig(
+            orthogonality_coef=1e-4, orthogonality_scale=OrthogonalityScale.relative
+        )
+    )
+    """Further losses on experts and router; VP2O has the orthogonality loss, which begins at 1e-4."""
     kl_coef: Annotated[float, COEFFICIENT] = 0.02
     """beta, weight of the prior term; with kl_estimator=reward in nats of the whole response."""
     kl_estimator: KLEstimator = KLEstimator.reward

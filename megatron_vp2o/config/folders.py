@@ -40,6 +40,13 @@ def _run_folder(config: TrainConfig) -> Iterator[str]:
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir={config.run_dir} is a file: choose another run_dir or name"
         return
+    here = Path.cwd()
+    if run_dir.resolve() in (here, *here.parents):
+        yield (
+            f"run_dir={config.run_dir} is the working folder or one above it, and a run has a folder of its own: name one inside, "
+            "such as runs/NAME"
+        )
+        return
     nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         yield f"run_dir={config.run_dir} lies below {nearest}, which is a file: choose another run_dir or name"

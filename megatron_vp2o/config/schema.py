@@ -68,6 +68,7 @@ from megatron_vp2o.core.choices import MismatchCorrection as MismatchCorrection
 from megatron_vp2o.core.choices import MismatchLevel as MismatchLevel
 from megatron_vp2o.core.choices import Normalisation as Normalisation
 from megatron_vp2o.core.choices import Orthogonality as Orthogonality
+from megatron_vp2o.core.choices import OrthogonalityScale as OrthogonalityScale
 from megatron_vp2o.core.choices import PolicyLoss as PolicyLoss
 from megatron_vp2o.core.choices import RatioLength as RatioLength
 from megatron_vp2o.core.choices import RepulsionScale as RepulsionScale

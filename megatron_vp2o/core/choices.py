@@ -46,6 +46,13 @@ class Orthogonality(enum.Enum):
     cosine = "cosine"  # squared cosine: free of the outputs' scale
 
 
+class OrthogonalityScale(enum.Enum):
+    """What the coefficient of the orthogonality loss is of."""
+
+    absolute = "absolute"  # the loss
+    relative = "relative"  # the loss over its first value, as in Guo et al.'s code: the loss begins at the coefficient
+
+
 class RatioLength(enum.Enum):
     """How a response's log-ratio is taken over its tokens."""
 

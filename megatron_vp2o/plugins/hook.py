@@ -18,8 +18,10 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.utils import get_model_config
 
 from megatron_vp2o import __version__
+from megatron_vp2o.core.choices import OrthogonalityScale
 from megatron_vp2o.errors import CheckpointError, ConfigError
 from megatron_vp2o.megatron.model.moe_layer import VP2OMoELayer, moe_layers
+from megatron_vp2o.megatron.model.orthogonality_weight import specialise
 from megatron_vp2o.megatron.platform.world import current_groups
 from megatron_vp2o.megatron.stein.install import Installed, install
 from megatron_vp2o.plugins.settings import PluginConfig
@@ -99,8 +101,9 @@ def plug_in(model: Any, optimizer: Any, config: PluginConfig, host: str) -> Plug
         scale = optimizer if optimizer is not None else _LossScale(get_model_config(chunks[0]))
         installed = install(chunks, scale, config.stein)
     if config.specialises:
-        for layer in layers:
-            layer.specialise(config.specialization)
+        weight = specialise(layers, config.specialization, current_groups())
+        if installed is not None:
+            installed.orthogonality = weight
     setattr(chunks[0], _HOST, f"the plug-in for {host}")
     if dist.get_rank() == 0:
         print(f"megatron-vp2o {__version__} is active in {host}: {describe(config)}, {count} MoE layers", flush=True)
@@ -116,7 +119,8 @@ def describe(config: PluginConfig) -> str:
         parts.append("diagnostics, gradients untouched")
     losses = config.specialization
     if losses.orthogonality_coef > 0:
-        parts.append(f"orthogonality loss {losses.orthogonality_coef:g}")
+        relative = losses.orthogonality_scale is OrthogonalityScale.relative
+        parts.append(f"orthogonality loss {losses.orthogonality_coef:g}{' of its first value' if relative else ''}")
     if losses.variance_coef > 0:
         parts.append(f"variance loss {losses.variance_coef:g}")
     return ", ".join(parts)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vp2o.config.ranges import range_problems
 from megatron_vp2o.config.schema import SpecializationConfig, SteinConfig
+from megatron_vp2o.core.choices import OrthogonalityScale
 from megatron_vp2o.errors import ConfigError
 
 
@@ -69,6 +70,13 @@ def read_settings(given: Mapping[str, Any] | Sequence[str] | None, where: str) -
         problems.append(
             f"{where}.stein.neighbours={stein.neighbours} and "
             f"{where}.stein.coactivation_threshold={stein.coactivation_threshold}: set exactly one of them, and the other to null"
+        )
+    losses = config.specialization
+    relative = losses.orthogonality_scale is OrthogonalityScale.relative
+    if losses.orthogonality_coef > 0 and relative and not config.observes:
+        problems.append(
+            f"{where}.specialization.orthogonality_scale=relative needs {where}.stein.monitor=true (or enabled=true), which finds "
+            "the loss's first value after the first step: set it, or orthogonality_scale=absolute"
         )
     if problems:
         raise ConfigError("; ".join(problems))

@@ -25,7 +25,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     SupervisedConfig,
     TrainConfig,
 )
-from megatron_vp2o.core.choices import Orthogonality, RepulsionScale  # noqa: E402
+from megatron_vp2o.core.choices import Orthogonality, OrthogonalityScale, RepulsionScale  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
 from megatron_vp2o.megatron.platform import world  # noqa: E402
 from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes  # noqa: E402
@@ -50,6 +50,8 @@ def small_config(
         stein["repulsion_scale"] = RepulsionScale[stein["repulsion_scale"]]
     if "orthogonality" in specialization:
         specialization["orthogonality"] = Orthogonality[specialization["orthogonality"]]
+    if "orthogonality_scale" in specialization:
+        specialization["orthogonality_scale"] = OrthogonalityScale[specialization["orthogonality_scale"]]
     shape = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -132,6 +134,8 @@ def train(config: TrainConfig, steps: int, with_transform: bool = True) -> dict[
     policy.gather_parameters()
     if transform is not None:
         result["parameters"] = whole_experts(transform, groups, lambda parameter: parameter.detach(), owned=False)
+    if policy.orthogonality is not None:
+        result["first"] = policy.orthogonality.first
     scored = policy.log_probs(replace(global_batch(99, range(ROWS))), 5)
     result["final"] = scored.tolist()
     return result

@@ -46,7 +46,14 @@ def draw(seed: int, world_size: int) -> dict[str, Any]:
         "stein": rng.choice(["enabled", "monitor", "off"]),
         "prototype_interval": rng.choice([1, 3]),
         "power_iterations": rng.choice([1, 2]),
-        "specialization": rng.choice([{}, {"orthogonality_coef": 0.1}, {"variance_coef": 0.1}]),
+        "specialization": rng.choice(
+            [
+                {},
+                {"orthogonality_coef": 0.1},
+                {"orthogonality_coef": 0.3, "orthogonality_scale": "relative"},
+                {"variance_coef": 0.1},
+            ]
+        ),
         "model": {
             "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
             "moe_router_enable_expert_bias": sigmoid and rng.random() < 0.8,

@@ -31,10 +31,19 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+RELATIVE = {"specialization": {"orthogonality_coef": 0.3, "orthogonality_scale": "relative"}}
+
+
 @pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    (results,) = run_distributed(JOB, 1, [{}])
-    return results[0]
+def references() -> list[dict[str, Any]]:
+    """One process: without specialisation losses, with the relative orthogonality loss."""
+    (results,) = run_distributed(JOB, 1, [{}, RELATIVE])
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference(references: list[dict[str, Any]]) -> dict[str, Any]:
+    return references[0]
 
 
 def close(ours: Any, expected: Any, where: str, tolerance: float = 1e-5) -> None:
@@ -74,6 +83,27 @@ def test_layouts_agree(reference: dict[str, Any], world_size: int) -> None:
                 wanted = pytest.approx({n: expected[n] for n in names}, rel=1e-4, abs=1e-6)
                 assert {n: found[n] for n in names} == wanted, where
         assert len(seen) == len(reference["gradients"]) + len(reference["parameters"])  # all experts of all stages
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_layouts_agree_on_the_first_value_of_the_orthogonality_loss(
+    references: list[dict[str, Any]], world_size: int
+) -> None:
+    plain, expected = references
+    assert plain["loss"][:2] == pytest.approx(
+        expected["loss"][:2]
+    )  # the first step measures alone, and moves the second loss
+    assert expected["loss"][-1] != pytest.approx(plain["loss"][-1], rel=1e-4)  # the others have the loss
+    layouts = {name: {**layout, **RELATIVE, **SHARDED} for name, layout in LAYOUTS[world_size].items()}
+    by_rank = run_distributed(JOB, world_size, list(layouts.values()), timeout=280)
+    for index, name in enumerate(layouts):
+        for rank, results in enumerate(by_rank):
+            ours, where = results[index], f"{name}, rank {rank}"
+            assert ours["first"] == pytest.approx(expected["first"], rel=1e-5), where
+            assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5), where
+            assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), where
 
 
 @pytest.mark.distributed

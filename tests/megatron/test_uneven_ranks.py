@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vp2o.core.choices import OrthogonalityScale
 from tests.distributed import run_distributed
 from tests.megatron.test_stein_layouts import close
 from tests.megatron.uneven_job import GROUP, Draw
@@ -70,7 +71,10 @@ def draw(chance: random.Random, layouts: list[dict[str, Any]], ranks: int) -> Dr
     if chance.random() < 0.3:  # all in one optimizer step, none in the others
         minibatches = [chance.randrange(steps)] * rows
     # The variance loss is left out: it is the variance over a micro-batch, which depends on how data is dealt to ranks.
-    specialization = {"orthogonality_coef": 0.05} if chance.random() < 0.5 else {}
+    drawn = chance.random()
+    specialization: dict[str, Any] = {"orthogonality_coef": 0.05} if drawn < 0.5 else {}
+    if drawn < 0.25:
+        specialization = {"orthogonality_coef": 0.3, "orthogonality_scale": OrthogonalityScale.relative}
     return Draw(
         layout=chance.choice(layouts) | ({"distributed_optimizer": True} if chance.random() < 0.5 else {}),
         owner=deal(chance, prompts, ranks),

@@ -42,6 +42,10 @@ def test_nothing_is_on_before_it_is_switched_on(given: Any) -> None:
             {"stein": {"enabled": True, "coactivation_threshold": 0.5}},
             r"vp2o\.stein\.neighbours=4 and vp2o\.stein\.coactivation_threshold=0\.5: set exactly one",
         ),
+        (
+            {"specialization": {"orthogonality_coef": 1e-4, "orthogonality_scale": "relative"}},
+            r"vp2o\.specialization\.orthogonality_scale=relative needs vp2o\.stein\.monitor=true",
+        ),
         ("stein.enabled=true", r"vp2o='stein\.enabled=true': write a tree of settings"),
         (["stein.enabled"], r"vp2o\.stein\.enabled"),
     ],

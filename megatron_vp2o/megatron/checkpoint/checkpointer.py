@@ -165,6 +165,7 @@ class MegatronCheckpointer:
                 "stein_steps": 0 if self.stein is None else self.stein.steps,
                 "prototypes_current": self.prototypes is not None and self.prototypes.current,
                 "region": {} if self.region is None else self.region.counters(),
+                "orthogonality_first": None if policy.orthogonality is None else policy.orthogonality.first,
             }
         return tree
 
@@ -237,6 +238,8 @@ class MegatronCheckpointer:
             assert self.engine is not None
             self.engine.actor.load_state_dict(loaded[ACTOR])
             self.engine.version = state["actor_version"]
+        if self.policy.orthogonality is not None:  # checkpoints before 2026-11-27 lack it: it is measured anew
+            self.policy.orthogonality.first = loaded[SCHEDULE].get("orthogonality_first")
         if STEIN in parts:
             assert self.prototypes is not None
             current = loaded[SCHEDULE].get("prototypes_current", False)  # format 1 does not say

@@ -25,6 +25,7 @@ from megatron_vp2o.megatron.learner.step_state import StepState
 from megatron_vp2o.megatron.model.build import DTYPES, build_model, weight_tensors
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
 from megatron_vp2o.megatron.model.moe_layer import moe_layers
+from megatron_vp2o.megatron.model.orthogonality_weight import specialise
 from megatron_vp2o.megatron.model.output_layer import OutputLayer
 from megatron_vp2o.megatron.model.packed import PackedRows
 from megatron_vp2o.megatron.model.replay import ModelReplay
@@ -107,7 +108,9 @@ class MegatronPolicy:
         self._squares: Tensor | None = None  # from `gradient_norm`, for `take_step`
         self._layers = moe_layers(self.ddp)
         self._replay: ModelReplay | None = None
-        self._specialised = self._specialise(config)
+        losses = config.algorithm.specialization
+        self.orthogonality = specialise(self._layers, losses, groups) if losses.enabled else None
+        """The weight of the orthogonality loss, where the layers attach specialisation losses."""
         aux_loss = (
             config.model.moe_aux_loss_coeff > 0
             and config.model.moe_router_load_balancing_type is not LoadBalancing.none
@@ -131,13 +134,6 @@ class MegatronPolicy:
             wd_incr_style="constant",
         )
         self._wire_schedule(parallel.overlap_grad_reduce, parallel.overlap_param_gather)
-
-    def _specialise(self, config: TrainConfig) -> bool:
-        """Whether the layers attach specialisation losses."""
-        losses = config.algorithm.specialization
-        for layer in self._layers if losses.enabled else ():
-            layer.specialise(losses)
-        return losses.enabled
 
     def _wire_schedule(self, overlap_grads: bool, overlap_params: bool) -> None:
         """The callbacks through which Megatron's schedules reach the data-parallel wrapper and the optimizer."""
@@ -164,7 +160,7 @@ class MegatronPolicy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         parts, sharing = self._micro_batches(batch, micro_batch_size)
-        if self._specialised or self._router_losses or sharing:
+        if self.orthogonality is not None or self._router_losses or sharing:
             self._begin_step(batch)
 
         def loss(logprob_NS: Tensor, entropy_NS: Tensor, part: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -202,6 +198,8 @@ class MegatronPolicy:
             self._tell_layers(None)
             if replay is not None:
                 replay.stop()
+        if self.orthogonality is not None:
+            self.orthogonality.settle()
         losses = router_losses(
             [layer.router for layer in self._layers],
             self._router_losses,
@@ -330,7 +328,7 @@ class MegatronPolicy:
 
     def save_state(self) -> StepState:
         """What the coming forward and backward passes change besides gradients, as it is now."""
-        return StepState.of(self.model)
+        return StepState.of(self.model, self.orthogonality)
 
     def restore_state(self, saved: StepState) -> None:
         """Return to what `save_state` returned: the step did not happen."""

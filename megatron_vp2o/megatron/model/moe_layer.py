@@ -23,6 +23,7 @@ from megatron_vp2o.core.diagnostics import output_overlap
 from megatron_vp2o.core.specialization import gated_orthogonality_loss, variance_loss
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.megatron.model.experts import GroupedSequentialMLP
+from megatron_vp2o.megatron.model.orthogonality_weight import OrthogonalityWeight
 from megatron_vp2o.megatron.model.router import ObservedRouter, PackedTokens, StepTokens
 from megatron_vp2o.megatron.model.routing_statistics import RoutingStatistics
 
@@ -109,6 +110,8 @@ class VP2OMoELayer(MoELayer):
 
     statistics: RoutingStatistics | None = None
     specialization = SpecializationConfig()
+    orthogonality: OrthogonalityWeight | None = None
+    """The weight of the orthogonality loss, which all layers have in common."""
     step_tokens: StepTokens | None = None
     """Set before each step by a policy that divides gradients by loss tokens (calculate_per_token_loss)."""
     packed: PackedTokens | None = None
@@ -161,8 +164,11 @@ class VP2OMoELayer(MoELayer):
         self._need_router("routing statistics")
         self.statistics = RoutingStatistics(self.config.num_moe_experts)
 
-    def specialise(self, losses: SpecializationConfig) -> None:
-        """Attach these losses to the layer's output from now on.
+    def specialise(self, losses: SpecializationConfig, orthogonality: OrthogonalityWeight) -> None:
+        """Attach these losses to the layer's output from now on; `orthogonality_weight.specialise` does so for all layers.
+
+        Args:
+            orthogonality: the weight of the orthogonality loss.
 
         Raises:
             ConfigError: where the outputs of a token's experts do not meet again on the token's rank.
@@ -176,7 +182,7 @@ class VP2OMoELayer(MoELayer):
                 f"apart on the token's own rank, and {kind} (drop_and_pad={getattr(self, 'drop_and_pad', False)}) adds them up "
                 "elsewhere: use model.moe_token_dispatcher_type=alltoall without padding to capacity"
             )
-        self.specialization = losses
+        self.specialization, self.orthogonality = losses, orthogonality
 
     def begin_step(self, step_tokens: StepTokens) -> None:
         """Tell layer and router what the coming micro-batches are parts of."""
@@ -324,9 +330,12 @@ class VP2OMoELayer(MoELayer):
         if self.statistics is not None:
             self.statistics.add("orthogonality", total.detach() * valid_T.sum() / sampled.clamp(min=1))
         count = valid_T.sum()
-        return _attach(
-            output_RD, total * count / sampled.clamp(min=1), count, settings.orthogonality_coef, self._scale()
-        )
+        total = total * count / sampled.clamp(min=1)
+        assert self.orthogonality is not None
+        if self.orthogonality.value is None:
+            self.orthogonality.add(self.layer_number, total, count)
+            return output_RD
+        return _attach(output_RD, total, count, self.orthogonality.value, self._scale())
 
     @torch.no_grad()
     def _measure_overlap(self, output_RD: Tensor, routed: _Routed) -> None:

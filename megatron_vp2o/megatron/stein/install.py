@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_vp2o.config.schema import SteinConfig
 from megatron_vp2o.errors import ConfigError
+from megatron_vp2o.megatron.model.orthogonality_weight import OrthogonalityWeight
 from megatron_vp2o.megatron.stein.prototypes import ExpertPrototypes
 from megatron_vp2o.megatron.stein.transform import SteinTransform
 
@@ -21,11 +22,13 @@ class Installed:
     Attributes:
         transform: what runs; its state lives as long as this object, also while it is taken out.
         metrics: those of the last step.
+        orthogonality: the weight of the loop's orthogonality loss, which is settled after each step; None where it has none.
     """
 
     def __init__(self, transform: SteinTransform, model_config: Any) -> None:
         self.transform = transform
         self.metrics: dict[str, float] = {}
+        self.orthogonality: OrthogonalityWeight | None = None
         self._model_config = model_config
         self._inner: Callable[..., Any] | None = None
         self._ours: Callable[..., Any] | None = None
@@ -66,6 +69,8 @@ class Installed:
             result = inner(*args, **kwargs)
             self.metrics.clear()
             self.metrics.update(self.transform.apply())
+            if self.orthogonality is not None:
+                self.orthogonality.settle()
             return result
 
         finalize_then_transform.stein_installed = self  # type: ignore[attr-defined]
@@ -92,7 +97,8 @@ class Installed:
 
     def state_dict(self) -> dict[str, Any]:
         """The transform's state for the loop's own checkpoints: plain values and tensors, equal on all ranks of a stage."""
-        return self.transform.state_dict()
+        first = None if self.orthogonality is None else self.orthogonality.first
+        return self.transform.state_dict() | {"orthogonality_first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -101,6 +107,8 @@ class Installed:
             ConfigError: it is of other layers or another number of experts.
         """
         self.transform.load_state_dict(state)
+        if self.orthogonality is not None:
+            self.orthogonality.first = state.get("orthogonality_first")
 
 
 def install(model: Any, optimizer: Any, config: SteinConfig) -> Installed:
