@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vp2o.errors import ConfigError, UserError
-from megatron_vp2o.study.report import markdown, plots
+from megatron_vp2o.study.records import RECORDS, read_records, write_records
+from megatron_vp2o.study.report import insert, markdown, plots
 from megatron_vp2o.study.results import collect, write_table
 from megatron_vp2o.study.runner import run_all
 from megatron_vp2o.study.spec import Study, jobs, load_study
@@ -27,25 +28,38 @@ def main(arguments: list[str] | None = None) -> int:
             study = _against(study, options.against)
         folder = Path(options.folder or Path("runs") / "study" / study.name)
         todo, failures = jobs(study, folder), []
+        recorded = read_records([Path(name) for name in options.records], todo)
         if not options.table_only and options.against is None:
             until = None if options.minutes is None else time.time() + 60 * options.minutes
             prefix = shlex.split(options.prefix)
             failures = run_all(
-                todo, folder, slots=options.slots, prefix=prefix, preload=study.preload, until=until, say=_say
+                todo,
+                folder,
+                slots=options.slots,
+                prefix=prefix,
+                preload=study.preload,
+                until=until,
+                known=recorded.keys(),
+                say=_say,
             )
+        results = collect(todo, recorded)
+        page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
+        if options.into is not None:
+            insert(page, study.name, Path(options.into))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = collect(todo)
-    page = markdown(study, todo, results, failures, f"make study STUDY={study.name}")
+    folder.mkdir(parents=True, exist_ok=True)
     if options.against is not None:
         (path := folder / f"results_against_{options.against}.md").write_text(page, encoding="utf-8")
         print(path)
         return 0 if len(results) == len(todo) else 1
     write_table(results, folder / TABLE)
+    write_records(results, folder / RECORDS)
     (folder / PAGE).write_text(page, encoding="utf-8")
     for name, text in plots(study, results).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        for place in (folder, *([Path(options.into).parent] if options.into is not None else [])):
+            (place / name).write_text(text, encoding="utf-8")
     print(f"{folder / TABLE}\n{folder / PAGE}")
     for failure in failures:
         print(f"failed: {failure.job.name} (status {failure.status})", file=sys.stderr)
@@ -69,6 +83,19 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table-only", action="store_true", help="run nothing; write table and page of what is done")
     parser.add_argument(
         "--against", metavar="VARIANT", help="run nothing; write a page of differences from this one, not the baseline"
+    )
+    parser.add_argument(
+        "--records",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help=f"{RECORDS} of other folders or machines: what they have is not run again, and is in table and page",
+    )
+    parser.add_argument(
+        "--into",
+        metavar="FILE",
+        help="put the page into this Markdown file, too, between the lines `<!-- study NAME -->` and `<!-- end of study NAME -->`, "
+        "and the plots beside it",
     )
     return parser.parse_args(arguments)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from megatron_vp2o import atomic
+from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.study.plot import front_plot
 from megatron_vp2o.study.results import Result
 from megatron_vp2o.study.runner import Failure
@@ -50,6 +53,26 @@ def markdown(
     for task in study.tasks:
         lines += ["", *_task(study, task, [r for r in results if r.job.task == task])]
     return "\n".join(lines) + "\n"
+
+
+def insert(page: str, name: str, document: Path) -> None:
+    """Put a study's page, without its heading, where a Markdown file has its place: between two lines of comment.
+
+    Raises:
+        ConfigError: the file does not have them, once each and in this order.
+    """
+    begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--into {document}: {error.strerror}; name a Markdown file") from error
+    lines = text.splitlines()
+    places = [[i for i, line in enumerate(lines) if line.strip() == mark] for mark in (begin, end)]
+    if [len(found) for found in places] != [1, 1] or places[0] > places[1]:
+        raise ConfigError(f"--into {document}: it needs the lines `{begin}` and `{end}`, once each and in this order")
+    (first,), (last,) = places
+    body = page.split("\n", 1)[1].strip("\n").splitlines()
+    atomic.write_text(document, "\n".join([*lines[: first + 1], "", *body, "", *lines[last:]]) + "\n")
 
 
 def _left(jobs: Sequence[Job]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from megatron_vp2o import atomic
 from megatron_vp2o.core.evaluation import pass_at_k
 from megatron_vp2o.study.runner import DONE
-from megatron_vp2o.study.spec import WARM_UP, Job
+from megatron_vp2o.study.spec import WARM_UP, Job, portable
 from megatron_vp2o.study.statistics import Array, expected_distinct
 from megatron_vp2o.tracking.record import read
 
@@ -65,9 +65,15 @@ class Result:
         return float(np.mean(expected)) if expected else None
 
 
-def collect(jobs: Iterable[Job]) -> list[Result]:
-    """The finished ones among these runs."""
-    return [_result(job) for job in jobs if (Path(job.folder) / DONE).is_file()]
+def collect(jobs: Iterable[Job], recorded: Mapping[str, Result] | None = None) -> list[Result]:
+    """The finished ones among these runs.
+
+    Args:
+        recorded: those that were finished elsewhere, by the job's name; what is finished here comes first.
+    """
+    recorded = recorded or {}
+    here = {job: (Path(job.folder) / DONE).is_file() for job in jobs}
+    return [_result(job) if here[job] else recorded[job.name] for job in here if here[job] or job.name in recorded]
 
 
 def _result(job: Job) -> Result:
@@ -101,9 +107,7 @@ def write_table(results: Sequence[Result], path: Path) -> None:
                 "best_eval/pass@1": max(result.series["eval/pass@1"]),
                 "commit": result.done["commit"],
                 "machine": result.done["machine"],
-                "arguments": " ".join(
-                    a for a in job.arguments if not a.startswith(("run_dir=", "init_from=", "name="))
-                ),
+                "arguments": " ".join(portable(job.arguments)),
             }
         )
     text = io.StringIO(newline="")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -71,6 +71,7 @@ def run_all(
     prefix: Sequence[str] = (),
     preload: bool = False,
     until: float | None = None,
+    known: Collection[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
     """Bring every job to its end, `slots` at a time. One process works in a study's folder at a time.
@@ -79,6 +80,8 @@ def run_all(
         prefix: words before each run's command (`nice`, for instance).
         preload: fork runs from this process with everything imported, in place of new interpreters.
         until: time (`time.time()`) after which no further run is started, and the present ones are asked to save and stop.
+        known: names of runs that were brought to their end elsewhere; a warm-up among them is run all the same where another run
+            of its task is still to come.
 
     Returns:
         The runs that failed, and with them those that wait for one that did.
@@ -92,7 +95,9 @@ def run_all(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is running this study; wait for it, or stop it") from None
-        waiting = [job for job in jobs if not is_done(job)]
+        waiting = [job for job in jobs if not is_done(job) and job.name not in known]
+        needed = {job.after for job in waiting}
+        waiting = [job for job in jobs if job in waiting or (job.name in needed and not is_done(job))]
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done")
         return _work(waiting, slots, _Forked if preload else partial(_start, tuple(prefix)), until, say)
 

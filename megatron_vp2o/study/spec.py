@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -166,3 +166,8 @@ def _job(
     arguments = [*first, f"run_dir={place}", f"name={task}_{variant}_{seed}", *study.overrides, *spec.overrides, *own]
     after = None if variant == WARM_UP else f"{task}/{WARM_UP}/seed_0"
     return Job(task, variant, seed, tuple(arguments), after, str(place))
+
+
+def portable(arguments: Sequence[str]) -> list[str]:
+    """A run's arguments without those that say where it lies."""
+    return [argument for argument in arguments if not argument.startswith(("run_dir=", "init_from=", "name="))]

@@ -52,6 +52,12 @@ def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     assert _difference(turned, "grpo") == pytest.approx(-_difference(page, "answers"), abs=1e-9)
     assert main(["smoke", "--folder", str(tmp_path / "whole"), "--against", "nothing"]) == 2
 
+    there = ["--records", str(tmp_path / "whole" / "records.jsonl")]
+    assert main(["smoke", "--folder", str(tmp_path / "elsewhere"), *there]) == 0, "nothing is left to run"
+    assert table(tmp_path / "elsewhere") == table(tmp_path / "whole")
+    assert (tmp_path / "elsewhere" / "results.md").read_text() == page
+    assert [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_dir()] == []
+
     # the same study with a variant that cannot be: its runs fail, and the others do not care
     body = yaml.safe_load((ROOT / FOLDER / "smoke.yaml").read_text())
     body["variants"]["broken"] = ["algorithm.group_size=1"]
