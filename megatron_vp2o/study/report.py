@@ -32,6 +32,7 @@ class Compared:
     )  # distinct answers on validation minus the baseline's, where both first have the same accuracy
     degradation: float  # best accuracy on validation minus the last, mean over seeds
     tokens_per_solution: float  # generated tokens for one right answer on test
+    syncs: float  # refreshes of the actors in a run
 
 
 def markdown(
@@ -144,8 +145,9 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
     p = holm({row.variant: row.distinct_difference.p for row in others})
     lines += [
         "| variant | seeds | accuracy (pass@1) | distinct right answers | accuracy - baseline | distinct - baseline "
-        "| Holm p (distinct) | distinct - baseline at equal accuracy | late loss of accuracy | tokens per right answer |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Holm p (distinct) | distinct - baseline at equal accuracy | late loss of accuracy | tokens per right answer "
+        "| weight syncs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         own = row.variant == study.baseline
@@ -160,6 +162,7 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
             "" if own or row.matched is None else f"{row.matched:+.2f}",
             f"{row.degradation:.3f}",
             f"{row.tokens_per_solution:.1f}",
+            f"{row.syncs:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -195,6 +198,7 @@ def compare(study: Study, results: Sequence[Result]) -> list[Compared]:
                 _matched(ours, theirs),
                 float(np.mean([max(r.series["eval/pass@1"]) - r.series["eval/pass@1"][-1] for r in ours])),
                 _tokens_per_solution(ours),
+                float(np.mean([run.final["actor/refreshes"] for run in ours])),
             )
         )
     return rows

@@ -20,7 +20,15 @@ from megatron_vp2o.study.statistics import Array, expected_distinct
 from megatron_vp2o.tracking.record import read
 
 PROBLEMS = "problems_test.jsonl"
-METRICS = ("test/greedy_accuracy", "test/pass@1", "test/distinct", "test/coverage", "eval/pass@1", "eval/distinct")
+METRICS = (
+    "test/greedy_accuracy",
+    "test/pass@1",
+    "test/distinct",
+    "test/coverage",
+    "eval/pass@1",
+    "eval/distinct",
+    "actor/refreshes",
+)
 
 
 @dataclass(frozen=True)
