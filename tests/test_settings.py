@@ -234,6 +234,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             "algorithm.stein.prototype_interval=2",
             "algorithm.stein.chunk_mib=0.01",
             "algorithm.specialization.orthogonality_coef=0.01",
+            "algorithm.specialization.orthogonality_scale=absolute",
             "algorithm.specialization.orthogonality=cosine",
             "algorithm.specialization.orthogonality_token_fraction=0.5",
             "algorithm.specialization.variance_coef=0.01",

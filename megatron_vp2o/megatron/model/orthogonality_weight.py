@@ -74,7 +74,7 @@ class OrthogonalityWeight:
                 seen.clear()
         if groups.stage.size() > 1 and len(rows_L2):
             dist.all_reduce(rows_L2, group=groups.stage)
-        means = torch.stack([(rows_L2[:, 0] / rows_L2[:, 1].clamp(min=1)).sum(), rows_L2.new_tensor(len(rows_L2))])
+        means = torch.stack([(rows_L2[:, 0] / rows_L2[:, 1].clamp(min=1)).sum(), rows_L2.new_full((), len(rows_L2))])
         if groups.pp.size() > 1:
             dist.all_reduce(means, group=groups.pp)
         total, layers = means.tolist()
