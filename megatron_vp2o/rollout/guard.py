@@ -39,8 +39,12 @@ def main() -> int:
     if os.getppid() != parent:
         return 1
 
+    guard = os.getpid()
+
     def in_child() -> None:
         libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != guard:  # it died before the line above
+            os._exit(1)
 
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=in_child, stdin=subprocess.DEVNULL)
     child_ends = os.pidfd_open(child.pid)

@@ -35,7 +35,7 @@ def _line(result: Result) -> dict[str, Any]:
         "seed": job.seed,
         "done": {**result.done, "arguments": portable(result.done["arguments"])},
         "series": {key: result.series[key] for key in _SERIES if key in result.series},
-        "final": {key: value for key, value in result.final.items() if key.startswith(_FINAL)},
+        "final": {key: value for key, value in result.final.items() if key.startswith(_FINAL) or key in _SERIES},
         "problems": [[line["samples"], *sorted(line["answers"].values(), reverse=True)] for line in result.problems],
     }
 

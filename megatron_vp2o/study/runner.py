@@ -151,7 +151,9 @@ def _start(prefix: Sequence[str], job: Job) -> _Process:
     """A run in a new interpreter. It dies with this process: a killed study leaves no run behind that a second one would meet."""
     command = [*prefix, sys.executable, "-m", "megatron_vp2o.train", *job.arguments]
     with _output(job) as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=partial(_die_with, os.getpid())
+        )
 
 
 class _Forked:
@@ -160,9 +162,11 @@ class _Forked:
     def __init__(self, job: Job) -> None:
         _preload()
         sys.stdout.flush()
+        parent = os.getpid()
         with _output(job) as output:
             self.pid = os.fork()
             if self.pid == 0:
+                _die_with(parent)
                 _run_here(job, output.fileno())
 
     def poll(self) -> int | None:
@@ -182,7 +186,6 @@ def _preload() -> None:
 
 
 def _run_here(job: Job, output: int) -> NoReturn:
-    _die_with_parent()
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["megatron_vp2o.train", *job.arguments]
@@ -206,8 +209,10 @@ def _output(job: Job) -> IO[bytes]:
     return (place / OUTPUT).open("ab")
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def _mark(job: Job, seconds: float) -> None:

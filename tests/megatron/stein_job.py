@@ -37,6 +37,12 @@ from megatron_vp2o.rl.types import TrainBatch  # noqa: E402
 VOCAB, ROWS, WIDTH = 24, 16, 12
 
 
+def specialization_config(given: dict[str, Any]) -> SpecializationConfig:
+    """Settings with choices by name, as JSON has them."""
+    kinds: dict[str, Any] = {"orthogonality": Orthogonality, "orthogonality_scale": OrthogonalityScale}
+    return SpecializationConfig(**{key: kinds[key][value] if key in kinds else value for key, value in given.items()})
+
+
 def small_config(
     *,
     stein: dict[str, Any] | None = None,
@@ -45,13 +51,9 @@ def small_config(
     **parallel: Any,
 ) -> TrainConfig:
     """Two layers, eight experts of which two or three serve a token."""
-    stein, specialization = dict(stein or {}), dict(specialization or {})
+    stein = dict(stein or {})
     if "repulsion_scale" in stein:
         stein["repulsion_scale"] = RepulsionScale[stein["repulsion_scale"]]
-    if "orthogonality" in specialization:
-        specialization["orthogonality"] = Orthogonality[specialization["orthogonality"]]
-    if "orthogonality_scale" in specialization:
-        specialization["orthogonality_scale"] = OrthogonalityScale[specialization["orthogonality_scale"]]
     shape = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -67,7 +69,7 @@ def small_config(
     return TrainConfig(
         algorithm=SupervisedConfig(
             stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **stein}),
-            specialization=SpecializationConfig(**specialization),
+            specialization=specialization_config(specialization or {}),
         ),
         model=ModelConfig(**{**shape, **(model or {})}),
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5),

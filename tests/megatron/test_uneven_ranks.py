@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from megatron_vp2o.core.choices import OrthogonalityScale
 from tests.distributed import run_distributed
 from tests.megatron.test_stein_layouts import close
 from tests.megatron.uneven_job import GROUP, Draw
@@ -74,7 +73,7 @@ def draw(chance: random.Random, layouts: list[dict[str, Any]], ranks: int) -> Dr
     drawn = chance.random()
     specialization: dict[str, Any] = {"orthogonality_coef": 0.05} if drawn < 0.5 else {}
     if drawn < 0.25:
-        specialization = {"orthogonality_coef": 0.3, "orthogonality_scale": OrthogonalityScale.relative}
+        specialization = {"orthogonality_coef": 0.3, "orthogonality_scale": "relative"}
     return Draw(
         layout=chance.choice(layouts) | ({"distributed_optimizer": True} if chance.random() < 0.5 else {}),
         owner=deal(chance, prompts, ranks),

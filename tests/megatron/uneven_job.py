@@ -25,7 +25,6 @@ from megatron_vp2o.config.schema import (  # noqa: E402
     OptimizerConfig,
     ParallelConfig,
     PrefixSharing,
-    SpecializationConfig,
     SteinConfig,
     TrainConfig,
     TrustRegionConfig,
@@ -46,7 +45,7 @@ from megatron_vp2o.rl.types import Rollouts, SamplingParams, Split, TrainBatch  
 from megatron_vp2o.tasks import make_task  # noqa: E402
 from tests.megatron.policy_job import small_config  # noqa: E402
 from tests.megatron.replay_watch import ReplayWatch  # noqa: E402
-from tests.megatron.stein_job import whole_experts  # noqa: E402
+from tests.megatron.stein_job import specialization_config, whole_experts  # noqa: E402
 
 GROUP, WIDTH = 4, 8
 SYMBOLS = 15  # ids that every task's tokenizer has
@@ -112,7 +111,7 @@ def config_of(draw: Draw) -> TrainConfig:
             prefix_sharing=PrefixSharing(draw.prefix_sharing),
             entropy_coef=0.01,
             stein=SteinConfig(**{"enabled": True, "neighbours": 2, "eta": 0.05, "chunk_mib": 0.02, **draw.stein}),
-            specialization=SpecializationConfig(**draw.specialization),
+            specialization=specialization_config(draw.specialization),
             trust_region=TrustRegionConfig(
                 mode=ControlMode.enforce,
                 delta=draw.delta,

@@ -18,7 +18,7 @@ import pytest
 from megatron_vp2o.errors import RolloutError, SyncError
 from megatron_vp2o.rl.types import SamplingParams
 from megatron_vp2o.rollout.contract import SAMPLING, ClosingContract, EngineContract, check_form
-from megatron_vp2o.rollout.launch import ServerProcess
+from megatron_vp2o.rollout.launch import GUARD, ServerProcess
 from megatron_vp2o.rollout.members import STRIKES, Member
 from tests.rollout.fakes import FAKE, FakeHarness, make_pool
 
@@ -258,6 +258,20 @@ def test_a_killed_guard_takes_the_server_with_it(tmp_path: Path) -> None:
         wait_for(lambda: not alive(server) and not process.running)
     finally:
         process.stop()
+
+
+def test_a_guard_that_is_killed_as_it_starts_leaves_no_server() -> None:
+    """At the first moment at which there is a server, when it may not have asked the kernel yet to die with its guard."""
+    left = []
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, str(GUARD), str(os.getpid()), "sleep", "77"])
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (found := children.read_text().split()):
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        left.append(int(found[0]))
+    wait_for(lambda: not any(alive(pid) for pid in left))
 
 
 def unwatch(harness: FakeHarness) -> None:
