@@ -95,9 +95,10 @@ def run_all(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is running this study; wait for it, or stop it") from None
-        waiting = [job for job in jobs if not is_done(job) and job.name not in known]
-        needed = {job.after for job in waiting}
-        waiting = [job for job in jobs if job in waiting or (job.name in needed and not is_done(job))]
+        left = [job for job in jobs if not is_done(job)]
+        missing = {job.name for job in left if job.name not in known}
+        missing |= {job.after for job in left if job.name in missing}
+        waiting = [job for job in left if job.name in missing]
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done")
         return _work(waiting, slots, _Forked if preload else partial(_start, tuple(prefix)), until, say)
 

@@ -10,6 +10,8 @@ import torch
 from megatron_vp2o.core.choices import Orthogonality
 from megatron_vp2o.core.specialization import orthogonality_loss
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+from megatron_vp2o.plugins.hook import plug_in
+from megatron_vp2o.plugins.settings import read_settings
 from tests.megatron.stein_job import ROWS, global_batch
 from tests.megatron.test_stein_local import backward, learner
 
@@ -131,3 +133,25 @@ def test_scoring_measures_nothing_and_what_is_taken_back_is_forgotten() -> None:
         assert policy.orthogonality.first is None
         backward(policy)
         assert policy.orthogonality.first == first
+
+
+def test_a_plug_in_measures_it_in_the_hosts_first_step_and_keeps_it() -> None:
+    settings = read_settings({"stein": {"monitor": True}, "specialization": RELATIVE}, "vp2o")
+    (without, _), _ = two_passes({})
+    _, first = two_passes(RELATIVE)
+    with learner(stein={"enabled": False}) as (policy, _):
+        plugged = plug_in(policy.ddp, policy.optimizer, settings, "a host")
+        assert plugged is not None and plugged.installed is not None
+        backward(policy)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(policy), without, strict=True))
+        state = plugged.installed.state_dict()
+        assert state["orthogonality_first"] == pytest.approx(first, rel=1e-6)
+        backward(policy)
+        applied = gradients(policy)
+        assert not all(torch.equal(a, b) for a, b in zip(applied, without, strict=True))
+    with learner(stein={"enabled": False}) as (policy, _):
+        plugged = plug_in(policy.ddp, policy.optimizer, settings, "a host")
+        assert plugged is not None and plugged.installed is not None
+        plugged.installed.load_state_dict(state)
+        backward(policy)  # the loss from the first step on
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(gradients(policy), applied, strict=True))
