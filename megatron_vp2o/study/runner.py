@@ -97,7 +97,7 @@ def run_all(
             raise ConfigError(f"{folder}: another process is running this study; wait for it, or stop it") from None
         left = [job for job in jobs if not is_done(job)]
         missing = {job.name for job in left if job.name not in known}
-        missing |= {job.after for job in left if job.name in missing}
+        missing |= {job.after for job in left if job.name in missing and job.after is not None}
         waiting = [job for job in left if job.name in missing]
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done")
         return _work(waiting, slots, _Forked if preload else partial(_start, tuple(prefix)), until, say)
