@@ -63,18 +63,18 @@ def main() -> int:
     """Run the stages. The status is 1 where any of them failed."""
     parser = argparse.ArgumentParser(prog="tools.gpu_check", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="small shapes, for a machine without CUDA")
-    parser.add_argument("--stages", default="", help="comma-separated names; default: all, in order")
+    parser.add_argument("--stages", default="", help="comma-separated names, run in this order; default: all")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no stage after so many seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "build", help="folder of the results")
     arguments = parser.parse_args()
-    names = [stage.name for stage in STAGES]
-    chosen = arguments.stages.split(",") if arguments.stages else names
-    if unknown := [name for name in chosen if name not in names]:
-        parser.error(f"--stages {unknown[0]}: there are {', '.join(names)}")
+    stages = {stage.name: stage for stage in STAGES}
+    chosen = arguments.stages.split(",") if arguments.stages else list(stages)
+    if unknown := [name for name in chosen if name not in stages]:
+        parser.error(f"--stages {unknown[0]}: there are {', '.join(stages)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     begin, results = time.monotonic(), []
     about = _about()
-    for stage in (stage for stage in STAGES if stage.name in chosen):
+    for stage in (stages[name] for name in chosen):
         if time.monotonic() - begin > arguments.seconds:
             results.append(Result(stage.name, "not started: no time left", 0.0))
         else:
