@@ -47,7 +47,7 @@ def _bench(*arguments: str) -> tuple[str, ...]:
 STAGES = (
     Stage("smoke", 100, ("-m", "tools.gpu_smoke")),
     Stage("ceilings", 40, _bench("ceilings")),
-    Stage("tests", 150, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
+    Stage("tests", 230, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")),
     Stage("layer_qwen3_30b_a3b", 90, _bench("layer", "--shape", "qwen3_30b_a3b")),
     Stage("layer_vp2o_33b_a4b", 90, _bench("layer", "--shape", "vp2o_33b_a4b")),
     Stage("layer_torch", 90, _bench("layer", "--shape", "qwen3_30b_a3b", "--implementation", "torch")),

@@ -1,6 +1,7 @@
 """The first minute on a CUDA machine: is there a device, does everything import, does a tiny model decode, score and train.
 
-Runs the work of tests/megatron/policy_job.py in float32 and in bfloat16 and says how far decoding and scoring are apart.
+Runs the work of tests/megatron/policy_job.py in float32, in bfloat16 and in bfloat16 with replayed routes, and says how far decoding and
+scoring are apart.
 """
 
 from __future__ import annotations
@@ -9,29 +10,30 @@ import sys
 import time
 import traceback
 
-PRECISIONS = {"fp32": 1e-3, "bf16": 1.0}
-"""Largest difference of log-probabilities between decoding and scoring that is rounding; in bfloat16 it includes experts that a
-near-tie in the router chose differently."""
+CASES = {"fp32": ("fp32", "off", 1e-3), "bf16": ("bf16", "off", float("inf")), "bf16_replay": ("bf16", "R3", 0.1)}
+"""Precision, router replay, and the largest difference of log-probabilities between decoding and scoring that is rounding. In
+bfloat16 a near-tie in the router chooses other experts, unless routes are replayed: that difference is only printed."""
 
 
 def main() -> int:
-    """Returns 1 where one of the precisions fails; both are tried."""
+    """Returns 1 where one of the cases fails; all are tried."""
     begin = time.perf_counter()
     from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
     patches = enable_cpu()
     import torch
 
-    from megatron_vp2o.config.schema import Implementation, Precision
+    from megatron_vp2o.config.schema import Implementation, Precision, RouterReplay
     from megatron_vp2o.megatron.platform import world
     from tests.megatron import policy_job
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{device}; imports took {time.perf_counter() - begin:.1f} s; {len(patches)} CPU patches")
     status = 0
-    for name, bound in PRECISIONS.items():
+    for name, (precision, replay, bound) in CASES.items():
         config = policy_job.small_config()
-        config.model.precision = Precision[name]
+        config.model.precision = Precision[precision]
+        config.rollout.router_replay = RouterReplay[replay]
         config.model.implementation = Implementation.torch
         begin = time.perf_counter()
         try:
@@ -40,7 +42,7 @@ def main() -> int:
             print(f"figure smoke/{name}/seconds {time.perf_counter() - begin:.6g} s")
             print(f"{name}: loss {result['loss']}, gradient norms {result['grad_norm']}")
             status |= int(not max(result["mismatch"]) <= bound)
-        except Exception:  # the other precision is tried, too
+        except Exception:  # the others are tried, too
             traceback.print_exc()
             status = 1
         finally:

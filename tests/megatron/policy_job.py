@@ -12,7 +12,13 @@ from megatron_vp2o.megatron.platform.cpu import enable_cpu
 
 enable_cpu()
 
-from megatron_vp2o.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig  # noqa: E402
+from megatron_vp2o.config.schema import (  # noqa: E402
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RouterReplay,
+    TrainConfig,
+)
 from megatron_vp2o.core.objective import GRPOObjective  # noqa: E402
 from megatron_vp2o.megatron.actor.generation import MegatronEngine  # noqa: E402
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # noqa: E402
@@ -69,6 +75,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     groups = world.start(config.parallel, config.seed)
     policy = MegatronPolicy(config, groups, vocab_size=VOCAB, optimizer_steps=STEPS)
     engine = MegatronEngine(config, policy, eos_ids=ENDS, pad_id=0)
+    if config.rollout.router_replay is RouterReplay.R3:
+        engine.record_routes()  # scoring and training then replay what decoding chose
     share = len(PROMPTS) // groups.dp_size
     mine = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
     objective = OnRollouts(GRPOObjective(clip_epsilon_low=0.2, clip_epsilon_high=0.2, kl_coef=0.0, entropy_coef=0.01))

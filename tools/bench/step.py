@@ -51,3 +51,5 @@ def report(name: str, record: Path) -> None:
         if values:
             middle = statistics.median(values)
             print(f"  {label:18}" + (f"{middle:12,.0f}" if key in PER_SECOND else f"{middle * 1e3:12,.1f} ms"))
+            figure = (f"{middle:.6g}", "tokens/s") if key in PER_SECOND else (f"{middle * 1e3:.6g}", "ms")
+            print("figure", f"step/{name}/{label.replace(' ', '_')}", *figure)  # tools.gpu_check collects these
