@@ -1,7 +1,7 @@
 """The first minute on a CUDA machine: is there a device, does everything import, does a tiny model decode, score and train.
 
-Runs the work of tests/megatron/policy_job.py in float32, in bfloat16 and in bfloat16 with replayed routes, and says how far decoding and
-scoring are apart.
+Runs the work of tests/megatron/policy_job.py in float32, in bfloat16, and in bfloat16 with replayed routes, and says how far
+decoding and scoring are apart.
 """
 
 from __future__ import annotations

@@ -14,7 +14,16 @@ from megatron_vp2o.study.plot import front_plot
 from megatron_vp2o.study.results import Result
 from megatron_vp2o.study.runner import Failure
 from megatron_vp2o.study.spec import WARM_UP, Job, Study
-from megatron_vp2o.study.statistics import Array, Estimate, at_accuracy, bootstrap, front, holm, paired_difference
+from megatron_vp2o.study.statistics import (
+    Array,
+    Estimate,
+    at_accuracy,
+    bootstrap,
+    front,
+    holm,
+    paired_difference,
+    paired_ratio,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Compared:
     distinct: Estimate
     accuracy_difference: Estimate
     distinct_difference: Estimate
+    distinct_ratio: Estimate | None  # None where one of the two has no right answers
     matched: (
         float | None
     )  # distinct answers on validation minus the baseline's, where both first have the same accuracy
@@ -51,9 +61,66 @@ def markdown(
         lines += ["", f"Not finished: {left}."]
     for failure in failures:
         lines += ["", f"Failed: {failure.job.name}, status {failure.status}."]
+    lines += _all_tasks(study, results)
     for task in study.tasks:
         lines += ["", *_task(study, task, [r for r in results if r.job.task == task])]
     return "\n".join(lines) + "\n"
+
+
+def _all_tasks(study: Study, results: Sequence[Result]) -> list[str]:
+    """One row a variant over all tasks. Nothing where there is one task, or nothing to compare on more than one."""
+    rows = {
+        task: {row.variant: row for row in compare(study, [r for r in results if r.job.task == task])}
+        for task in study.tasks
+    }
+    if sum(len(found) > 1 for found in rows.values()) < 2:
+        return []
+    lines = [
+        "",
+        "### All tasks",
+        "",
+        f"Differences of accuracy from {study.baseline}'s in points, and its distinct right answers times what.",
+        "",
+        "| variant | " + " | ".join(study.tasks) + " | mean over tasks: accuracy - baseline | distinct / baseline |",
+        "| --- |" + " --- |" * (len(study.tasks) + 2),
+    ]
+    for variant in study.variants:
+        found = [rows[task].get(variant) for task in study.tasks]
+        if variant == study.baseline or not any(found):
+            continue
+        cells = []
+        for row in found:
+            if row is None:
+                cells.append("")
+                continue
+            ratio = row.distinct_ratio
+            seeds = f"{len(row.seeds)} seed{'s' * (len(row.seeds) > 1)}"
+            cells.append(
+                f"{100 * row.accuracy_difference.mean:+.1f}, {'no answers' if ratio is None else f'{ratio.mean:.2f}x'} ({seeds})"
+            )
+        accuracy, ratio = _over_tasks(study, results, variant) if all(found) else (None, None)
+        cells += ["" if accuracy is None else str(accuracy), "" if ratio is None else str(ratio)]
+        lines.append("| " + " | ".join([variant, *cells]) + " |")
+    return [
+        *lines,
+        "",
+        "The last two columns: mean of the tasks' differences, geometric mean of their ratios, for variants that ran on all tasks; "
+        "95 % intervals over seeds and problems of these tasks, not over other tasks.",
+    ]
+
+
+def _over_tasks(study: Study, results: Sequence[Result], variant: str) -> tuple[Estimate, Estimate | None]:
+    """A variant's difference of accuracy and ratio of distinct answers over all tasks, each on the seeds that both have."""
+    pairs: dict[str, list[tuple[Array, Array]]] = {"accuracy": [], "distinct": []}
+    for task in study.tasks:
+        ours, theirs = (
+            {r.job.seed: r for r in results if (r.job.task, r.job.variant) == (task, name)}
+            for name in (variant, study.baseline)
+        )
+        seeds = sorted(ours.keys() & theirs.keys())
+        for what, found in pairs.items():
+            found.append((_stack([ours[s] for s in seeds], what), _stack([theirs[s] for s in seeds], what)))
+    return paired_difference(*pairs["accuracy"]), paired_ratio(*pairs["distinct"])
 
 
 def insert(page: str, name: str, document: Path) -> None:
@@ -145,9 +212,9 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
     p = holm({row.variant: row.distinct_difference.p for row in others})
     lines += [
         "| variant | seeds | accuracy (pass@1) | distinct right answers | accuracy - baseline | distinct - baseline "
-        "| Holm p (distinct) | distinct - baseline at equal accuracy | late loss of accuracy | tokens per right answer "
-        "| weight syncs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| distinct / baseline | Holm p (distinct) | distinct - baseline at equal accuracy | late loss of accuracy "
+        "| tokens per right answer | weight syncs |",
+        "|" + " --- |" * 12,
     ]
     for row in rows:
         own = row.variant == study.baseline
@@ -158,6 +225,7 @@ def _task(study: Study, task: str, results: list[Result]) -> list[str]:
             str(row.distinct),
             "baseline" if own else str(row.accuracy_difference),
             "baseline" if own else str(row.distinct_difference),
+            "" if own or row.distinct_ratio is None else str(row.distinct_ratio),
             "" if own else f"{p[row.variant]:.3f}",
             "" if own or row.matched is None else f"{row.matched:+.2f}",
             f"{row.degradation:.3f}",
@@ -193,8 +261,9 @@ def compare(study: Study, results: Sequence[Result]) -> list[Compared]:
                 seeds,
                 bootstrap(accuracy_SP),
                 bootstrap(distinct_SP),
-                paired_difference(accuracy_SP, _stack(theirs, "accuracy")),
-                paired_difference(distinct_SP, _stack(theirs, "distinct")),
+                paired_difference((accuracy_SP, _stack(theirs, "accuracy"))),
+                paired_difference((distinct_SP, _stack(theirs, "distinct"))),
+                paired_ratio((distinct_SP, _stack(theirs, "distinct"))),
                 _matched(ours, theirs),
                 float(np.mean([max(r.series["eval/pass@1"]) - r.series["eval/pass@1"][-1] for r in ours])),
                 _tokens_per_solution(ours),

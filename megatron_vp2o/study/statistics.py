@@ -5,6 +5,7 @@ Shape legend: S seeds, P problems (the same ones, in the same order, for every s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,14 +39,19 @@ def bootstrap(values_SP: Array, *, seed: int = 0, resamples: int = RESAMPLES) ->
     Raises:
         ValueError: for nothing.
     """
+    return _estimate(float(values_SP.mean()), _resampled_means_R(values_SP, seed, resamples))
+
+
+def _resampled_means_R(values_SP: Array, seed: int = 0, resamples: int = RESAMPLES) -> Array:
+    """Means of R resamples. The same seed draws the same resamples of arrays that have the same shape, which pairs them."""
     seeds, problems = values_SP.shape
     if not values_SP.size:
         raise ValueError("no values to estimate a mean from")
     random = np.random.default_rng(seed)
-    weights_S = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    weights_P = random.multinomial(problems, np.full(problems, 1 / problems), size=resamples) / problems
-    means = np.einsum("rs,sp,rp->r", weights_S, values_SP, weights_P, optimize=True)
-    return _estimate(float(values_SP.mean()), means)
+    weights_RS = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    weights_RP = random.multinomial(problems, np.full(problems, 1 / problems), size=resamples) / problems
+    means_R: Array = np.einsum("rs,sp,rp->r", weights_RS, values_SP, weights_RP, optimize=True)
+    return means_R
 
 
 def bootstrap_over_problems(
@@ -95,11 +101,47 @@ def _estimate(value: float, draws: Array) -> Estimate:
     return Estimate(value, float(low), float(high), float(min(1.0, 2 * tail)))
 
 
-def paired_difference(ours_SP: Array, theirs_SP: Array, **options: int) -> Estimate:
-    """Mean of ours minus theirs, paired by seed and problem. Raises ValueError where they have not the same shape."""
-    if ours_SP.shape != theirs_SP.shape:
-        raise ValueError(f"cannot pair {ours_SP.shape} seeds and problems with {theirs_SP.shape}")
-    return bootstrap(ours_SP - theirs_SP, **options)
+def paired_difference(*pairs: tuple[Array, Array], seed: int = 0) -> Estimate:
+    """Mean of ours minus theirs, paired by seed and problem; of several tasks, the mean of their differences.
+
+    Args:
+        pairs: (ours_SP, theirs_SP), one a task. Tasks are resampled independently of each other, and each of them always counts.
+
+    Raises:
+        ValueError: the two of a pair have not the same shape.
+    """
+    _check_shapes(pairs)
+    differences = [ours_SP - theirs_SP for ours_SP, theirs_SP in pairs]
+    draws_R = np.mean([_resampled_means_R(d, seed + task) for task, d in enumerate(differences)], axis=0)
+    return _estimate(float(np.mean([d.mean() for d in differences])), draws_R)
+
+
+def paired_ratio(*pairs: tuple[Array, Array], seed: int = 0) -> Estimate | None:
+    """Mean of ours over mean of theirs, as `paired_difference`; of several tasks, the geometric mean of their ratios.
+
+    Its p-value is against 1. None where one of the means, or a resample of it, is 0.
+
+    Raises:
+        ValueError: the two of a pair have not the same shape.
+    """
+    _check_shapes(pairs)
+    logs_TR = []
+    for task, pair in enumerate(pairs):
+        means_2R = np.stack(  # what was measured first, then the resamples
+            [np.append(values_SP.mean(), _resampled_means_R(values_SP, seed + task)) for values_SP in pair]
+        )
+        if not (means_2R > 0).all():
+            return None
+        logs_TR.append(np.log(means_2R[0] / means_2R[1]))
+    logs_R = np.mean(logs_TR, axis=0)
+    found = _estimate(float(logs_R[0]), logs_R[1:])
+    return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.p)
+
+
+def _check_shapes(pairs: Sequence[tuple[Array, Array]]) -> None:
+    for ours_SP, theirs_SP in pairs:
+        if ours_SP.shape != theirs_SP.shape:
+            raise ValueError(f"cannot pair {ours_SP.shape} seeds and problems with {theirs_SP.shape}")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

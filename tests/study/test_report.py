@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vp2o.study.plot import front_plot
 from megatron_vp2o.study.report import markdown
+from megatron_vp2o.study.results import Result
 from megatron_vp2o.study.spec import Job, Study, TaskSpec
 from megatron_vp2o.study.statistics import Estimate
 
@@ -27,6 +28,37 @@ def test_missing_runs_are_said_by_task_and_seeds() -> None:
     ]
     page = markdown(study, jobs, [], [], "make study")
     assert "Not finished: t warm_up (seed 0); t grpo, a (seeds 1, 2); t b (seed 2)." in page
+
+
+def run(task: str, variant: str, seed: int, counts: list[int]) -> Result:
+    """Problems with so many distinct answers among four samples, all of them right."""
+    problems = [{"answers": {str(i): 4 // n + (i < 4 % n) for i in range(n)}, "samples": 4} for n in counts]
+    done = {"commit": "c", "machine": "m"}
+    series = {"eval/pass@1": [0.1, 0.2], "eval/distinct": [1.0, 1.0]}
+    final = {"test/pass@1": 1.0, "test/response_length": 5.0, "actor/refreshes": 3.0}
+    return Result(Job(task, variant, seed, ()), done, series, final, problems)
+
+
+def test_all_tasks_together() -> None:
+    """Ratios by task, over the seeds that both have; the mean only where a variant ran on every task."""
+    study = Study(
+        "s", {t: TaskSpec("w", "r") for t in ("one", "two")}, {"grpo": (), "a": (), "b": (), "c": ()}, (1, 2), "grpo"
+    )
+    results = [
+        *(run(task, "grpo", seed, [1, 1, 2]) for task in ("one", "two") for seed in (1, 2)),
+        *(run("one", "a", seed, [2, 2, 4]) for seed in (1, 2)),
+        run("two", "a", 1, [4, 4, 4]),
+        run("two", "b", 2, [1, 1, 2]),
+        run("two", "c", 3, [4, 4, 4]),  # the baseline has no such seed
+    ]
+    page = markdown(study, [], results, [], "make study")
+    section = page.split("### All tasks")[1].split("###")[0]
+    rows = {line.split(" | ")[0][2:]: line for line in section.splitlines() if line.startswith("| ")}
+    assert {"a", "b"} <= rows.keys() and "c" not in rows
+    assert "| a | +0.0, 2.00x (2 seeds) | +0.0, 3.00x (1 seed) | 0.000 [0.000, 0.000] | 2.449 [" in rows["a"]
+    assert rows["b"] == "| b |  | +0.0, 1.00x (1 seed) |  |  |"
+    alone = Study("s", {"one": TaskSpec("w", "r")}, study.variants, (1, 2), "grpo")
+    assert "### All tasks" not in markdown(alone, [], results, [], "make study")
 
 
 def test_a_front_has_each_variant_where_its_numbers_are() -> None:

@@ -14,6 +14,7 @@ from megatron_vp2o.study.statistics import (
     front,
     holm,
     paired_difference,
+    paired_ratio,
 )
 
 
@@ -44,11 +45,48 @@ def test_pairing_takes_out_what_is_common():
     random = np.random.default_rng(2)
     common_SP = random.normal(0, 5, size=(4, 50))
     ours_SP, theirs_SP = common_SP + 0.2 + random.normal(0, 0.1, size=(4, 50)), common_SP
-    found = paired_difference(ours_SP, theirs_SP)
+    found = paired_difference((ours_SP, theirs_SP))
     assert 0.15 < found.low < 0.2 < found.high < 0.25 and found.p < 0.01
-    assert paired_difference(theirs_SP, theirs_SP).p == 1.0
+    assert paired_difference((theirs_SP, theirs_SP)).p == 1.0
     with pytest.raises(ValueError, match="cannot pair"):
-        paired_difference(ours_SP, theirs_SP[:, :9])
+        paired_difference((ours_SP, theirs_SP[:, :9]))
+
+
+def test_a_ratio_is_that_of_resampled_means():
+    """Against a loop over resamples with drawn indices, and where seeds and problems cancel."""
+    random = np.random.default_rng(4)
+    theirs_SP = random.gamma(2.0, 2.0, size=(6, 1)) * random.gamma(2.0, 1.0, size=(1, 80))
+    exact = paired_ratio((2.2 * theirs_SP, theirs_SP))
+    assert exact is not None and (exact.mean, exact.low, exact.high) == pytest.approx((2.2, 2.2, 2.2))
+    ours_SP = 1.5 * theirs_SP * random.gamma(4.0, 0.25, size=theirs_SP.shape)
+    found, drawn = paired_ratio((ours_SP, theirs_SP)), []
+    for _ in range(4000):
+        s, p = random.integers(0, 6, 6), random.integers(0, 80, 80)
+        drawn.append(ours_SP[np.ix_(s, p)].mean() / theirs_SP[np.ix_(s, p)].mean())
+    assert found is not None and found.mean == pytest.approx(ours_SP.mean() / theirs_SP.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), rel=0.02)
+    assert found.p < 0.01 and paired_ratio((theirs_SP, theirs_SP)).p == 1.0
+    with pytest.raises(ValueError, match="cannot pair"):
+        paired_ratio((ours_SP, theirs_SP[:, :9]))
+
+
+def test_nothing_has_a_ratio_to_no_answers():
+    some_SP, none_SP = np.ones((2, 5)), np.zeros((2, 5))
+    rare_SP = none_SP.copy()
+    rare_SP[0, 0] = 1.0  # not in every resample
+    assert [paired_ratio(pair) for pair in ((some_SP, none_SP), (none_SP, some_SP), (some_SP, rare_SP))] == [None] * 3
+
+
+def test_several_tasks_together():
+    """Means of what each task says, with intervals as much narrower as for independent measurements."""
+    random = np.random.default_rng(5)
+    tasks = [(random.normal(3.0 + t, 1.0, (5, 60 + t)), random.normal(2.0, 0.1, (5, 60 + t))) for t in range(4)]
+    each, ratios = [paired_difference(pair) for pair in tasks], [paired_ratio(pair) for pair in tasks]
+    together, ratio = paired_difference(*tasks), paired_ratio(*tasks)
+    assert together.mean == pytest.approx(np.mean([e.mean for e in each]))
+    assert ratio is not None and ratio.mean == pytest.approx(np.prod([r.mean for r in ratios]) ** 0.25)
+    width = np.sqrt(np.mean([(e.high - e.low) ** 2 for e in each]) / 4)
+    assert together.high - together.low == pytest.approx(width, rel=0.15)
 
 
 def test_holm_by_hand():
