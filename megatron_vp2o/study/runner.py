@@ -33,6 +33,7 @@ OUTPUT = "output.txt"
 LOCK = ".lock"
 TAIL = 12  # lines of a failed run's output that are reported
 POLL_S = 0.2
+LOCK_WAIT_S = 15.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -91,16 +92,36 @@ def run_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is running this study; wait for it, or stop it") from None
+        _take(lock, folder, say)
         left = [job for job in jobs if not is_done(job)]
         missing = {job.name for job in left if job.name not in known}
         missing |= {job.after for job in left if job.name in missing and job.after is not None}
         waiting = [job for job in left if job.name in missing]
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done")
         return _work(waiting, slots, _Forked if preload else partial(_start, tuple(prefix)), until, say)
+
+
+def _take(lock: IO[str], folder: Path, say: Callable[[str], None]) -> None:
+    """Hold the folder's lock. It is waited for: runs of a study that was killed have it until they are gone, too, moments later.
+
+    Raises:
+        ConfigError: somebody else holds it still, after `LOCK_WAIT_S`.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_S
+    told = False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{folder}: another process is running this study; wait for it, or stop it") from None
+        if not told:
+            say(
+                f"{folder}: another process is running this study; in case it was just killed, "
+                f"waiting {LOCK_WAIT_S:.0f} s for its end"
+            )
+            told = True
+        time.sleep(POLL_S)
 
 
 def _work(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_vp2o.config.compose import compose
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.study.runner import DONE, is_done, run_all
+from megatron_vp2o.study import runner
+from megatron_vp2o.study.runner import DONE, LOCK, is_done, run_all
 from megatron_vp2o.study.spec import FOLDER, WARM_UP, jobs, load_study, parse_study
 
 GOOD = {
@@ -23,14 +27,16 @@ GOOD = {
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_run_of_a_shipped_study_composes(path):
+def test_runs_of_a_shipped_study_compose(path):
+    """Every variant on the first task, and on each other one its warm-up, the baseline and one variant more, drawn anew each time."""
     study = load_study(path.stem)
     found = jobs(study, Path("folder"))
     assert len(found) == len(study.tasks) * (1 + len(study.variants) * len(study.seeds))
     assert len({job.name for job in found}) == len({job.folder for job in found}) == len(found)
     composed = {}
+    everywhere = {WARM_UP, study.baseline, random.choice(list(study.variants))}
     for job in found:
-        if job.seed in (0, study.seeds[0]):
+        if job.seed in (0, study.seeds[0]) and (job.task == next(iter(study.tasks)) or job.variant in everywhere):
             config = compose(job.arguments[1], list(job.arguments[2:]))
             assert config.run_dir == job.folder and (job.variant == WARM_UP or config.seed == job.seed)
             composed[job.name] = config
@@ -93,16 +99,35 @@ def test_a_changed_study_does_not_pass_for_the_old_one(tmp_path):
         is_done(second)
 
 
-def test_two_processes_do_not_run_one_study(tmp_path):
-    import fcntl
+def hold(folder: Path, seconds: float) -> int:
+    """A process that holds the study's lock for so long, as the runs of one that was killed do until they are gone."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.write(tell, b"x")
+            time.sleep(seconds)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(tell)
+    return pid
 
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run_all([], tmp_path, slots=1)
-            except ConfigError:
-                os._exit(3)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+def test_two_processes_do_not_run_one_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LOCK_WAIT_S", 0.5)
+    pid = hold(tmp_path, 60)
+    try:
+        with pytest.raises(ConfigError, match="another process is running this study"):
+            run_all([], tmp_path, slots=1)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_what_is_left_of_a_killed_study_is_waited_for(tmp_path):
+    """Its runs end moments after it: whoever starts it again at once gets no error."""
+    pid, said = hold(tmp_path, 1.0), []
+    assert run_all([], tmp_path, slots=1, say=said.append) == []
+    assert os.waitpid(pid, os.WNOHANG)[0] in (0, pid) and len(said) == 2 and "just killed" in said[0]
