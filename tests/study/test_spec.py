@@ -28,7 +28,7 @@ GOOD = {
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_runs_of_a_shipped_study_compose(path):
-    """Every variant on the first task, and on each other one its warm-up, the baseline and one variant more, drawn anew each time."""
+    """Every variant on the first task; on each other one the warm-up, the baseline and one variant more, drawn anew each time."""
     study = load_study(path.stem)
     found = jobs(study, Path("folder"))
     assert len(found) == len(study.tasks) * (1 + len(study.variants) * len(study.seeds))
