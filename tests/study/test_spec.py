@@ -128,6 +128,7 @@ def test_two_processes_do_not_run_one_study(tmp_path, monkeypatch):
 
 def test_what_is_left_of_a_killed_study_is_waited_for(tmp_path):
     """Its runs end moments after it: whoever starts it again at once gets no error."""
-    pid, said = hold(tmp_path, 1.0), []
+    said: list[str] = []
+    pid = hold(tmp_path, 1.0)
     assert run_all([], tmp_path, slots=1, say=said.append) == []
     assert os.waitpid(pid, os.WNOHANG)[0] in (0, pid) and len(said) == 2 and "just killed" in said[0]
