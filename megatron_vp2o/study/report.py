@@ -32,6 +32,8 @@ class Compared:
 
     variant: str
     seeds: list[int]
+    accuracy_pair: tuple[Array, Array]  # its own by seed and problem, and the baseline's
+    distinct_pair: tuple[Array, Array]
     accuracy: Estimate
     distinct: Estimate
     accuracy_difference: Estimate
@@ -98,8 +100,13 @@ def _all_tasks(study: Study, results: Sequence[Result]) -> list[str]:
             cells.append(
                 f"{100 * row.accuracy_difference.mean:+.1f}, {'no answers' if ratio is None else f'{ratio.mean:.2f}x'} ({seeds})"
             )
-        accuracy, ratio = _over_tasks(study, results, variant) if all(found) else (None, None)
-        cells += ["" if accuracy is None else str(accuracy), "" if ratio is None else str(ratio)]
+        everywhere = [row for row in found if row is not None]
+        if len(everywhere) == len(found):
+            over_tasks = paired_ratio(*(row.distinct_pair for row in everywhere))
+            cells.append(str(paired_difference(*(row.accuracy_pair for row in everywhere))))
+            cells.append("" if over_tasks is None else str(over_tasks))
+        else:
+            cells += ["", ""]
         lines.append("| " + " | ".join([variant, *cells]) + " |")
     return [
         *lines,
@@ -107,20 +114,6 @@ def _all_tasks(study: Study, results: Sequence[Result]) -> list[str]:
         "The last two columns: mean of the tasks' differences, geometric mean of their ratios, for variants that ran on all tasks; "
         "95 % intervals over seeds and problems of these tasks, not over other tasks.",
     ]
-
-
-def _over_tasks(study: Study, results: Sequence[Result], variant: str) -> tuple[Estimate, Estimate | None]:
-    """A variant's difference of accuracy and ratio of distinct answers over all tasks, each on the seeds that both have."""
-    pairs: dict[str, list[tuple[Array, Array]]] = {"accuracy": [], "distinct": []}
-    for task in study.tasks:
-        ours, theirs = (
-            {r.job.seed: r for r in results if (r.job.task, r.job.variant) == (task, name)}
-            for name in (variant, study.baseline)
-        )
-        seeds = sorted(ours.keys() & theirs.keys())
-        for what, found in pairs.items():
-            found.append((_stack([ours[s] for s in seeds], what), _stack([theirs[s] for s in seeds], what)))
-    return paired_difference(*pairs["accuracy"]), paired_ratio(*pairs["distinct"])
 
 
 def insert(page: str, name: str, document: Path) -> None:
@@ -254,16 +247,18 @@ def compare(study: Study, results: Sequence[Result]) -> list[Compared]:
         if not seeds:
             continue
         ours, theirs = [runs[s] for s in seeds], [baseline[s] for s in seeds]
-        accuracy_SP, distinct_SP = _stack(ours, "accuracy"), _stack(ours, "distinct")
+        accuracy, distinct = ((_stack(ours, what), _stack(theirs, what)) for what in ("accuracy", "distinct"))
         rows.append(
             Compared(
                 variant,
                 seeds,
-                bootstrap(accuracy_SP),
-                bootstrap(distinct_SP),
-                paired_difference((accuracy_SP, _stack(theirs, "accuracy"))),
-                paired_difference((distinct_SP, _stack(theirs, "distinct"))),
-                paired_ratio((distinct_SP, _stack(theirs, "distinct"))),
+                accuracy,
+                distinct,
+                bootstrap(accuracy[0]),
+                bootstrap(distinct[0]),
+                paired_difference(accuracy),
+                paired_difference(distinct),
+                paired_ratio(distinct),
                 _matched(ours, theirs),
                 float(np.mean([max(r.series["eval/pass@1"]) - r.series["eval/pass@1"][-1] for r in ours])),
                 _tokens_per_solution(ours),
