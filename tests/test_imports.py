@@ -18,6 +18,7 @@ PACKAGE = "megatron_vp2o"
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": set(),
+    "cores": set(),
     "own_code": {"errors"},
     "core": set(),
     "config": {"atomic", "errors", "core.choices"},  # names only
@@ -28,6 +29,7 @@ BELOW: dict[str, set[str]] = {
     "report": {"atomic", "tracking", "config", "errors"},
     # of hf: names and shapes; of tracking: how metrics aggregate
     "megatron": {
+        "cores",
         "hf",
         "parallel",
         "core",
@@ -41,12 +43,13 @@ BELOW: dict[str, set[str]] = {
     },
     "rollout": {"parallel", "core", "config", "errors", "rl.types", "rl.interfaces"},
     "hf": {"parallel", "core", "config", "errors", "rl.types", "rl.interfaces"},
-    "rewards": {"own_code", "config", "errors", "rl.types", "rl.interfaces"},
+    "rewards": {"own_code", "cores", "config", "errors", "rl.types", "rl.interfaces"},
     "tasks": {"own_code", "data", "core", "config", "errors", "rl.types", "rl.interfaces"},
     "rl": {"parallel", "core", "config", "errors", "data", "tracking"},
     "launch": {"config", "errors", "hf.reader"},
     "study": {
         "atomic",
+        "cores",
         "core",
         "tracking",
         "config",

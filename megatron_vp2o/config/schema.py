@@ -269,7 +269,7 @@ class TrainConfig:
     """Continue from the newest whole checkpoint of run_dir if there is one (auto), only so (must), or start in a
     run_dir that holds no run yet (never)."""
     threads: Annotated[Optional[int], Range(1, 1024)] = None
-    """CPU threads per process; null divides the cores among the processes of this node."""
+    """CPU threads per process; null divides the cores that the job may use among its processes on this node."""
     exp_manager: Any = None
     """Settings of NeMo's experiment manager (folder, loggers), as in NeMo's recipes; needs nemo-toolkit; null: not used."""
     notes: Any = None

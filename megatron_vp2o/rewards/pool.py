@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_vp2o.config.reward import RewardConfig
+from megatron_vp2o.cores import share_of_cores
 from megatron_vp2o.errors import RewardError
 from megatron_vp2o.rewards.channel import Messages, framed
 from megatron_vp2o.rewards.grade import CRASH, TIME, Grade, wrong
@@ -465,8 +466,7 @@ class WorkerPool:
 
 def default_workers() -> int:
     """Worker processes where reward.workers is null: this node's cores among its processes, at most 8."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores, 8))
+    return min(share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 8)
 
 
 def process_state(pid: int | None) -> tuple[str, float]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from megatron_vp2o import atomic
+from megatron_vp2o.cores import share_of_cores
 from megatron_vp2o.errors import ConfigError
 from megatron_vp2o.study.spec import Job
 
@@ -77,6 +78,8 @@ def run_all(
 ) -> list[Failure]:
     """Bring every job to its end, `slots` at a time. One process works in a study's folder at a time.
 
+    Runs share the cores: each gets `threads=` its share, unless its arguments say how many.
+
     Args:
         prefix: words before each run's command (`nice`, for instance).
         preload: fork runs from this process with everything imported, in place of new interpreters.
@@ -98,7 +101,9 @@ def run_all(
         missing |= {job.after for job in left if job.name in missing and job.after is not None}
         waiting = [job for job in left if job.name in missing]
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done")
-        return _work(waiting, slots, _Forked if preload else partial(_start, tuple(prefix)), until, say)
+        threads = share_of_cores(slots)
+        start = partial(_Forked, threads) if preload else partial(_start, tuple(prefix), threads)
+        return _work(waiting, slots, start, until, say)
 
 
 def _take(lock: IO[str], folder: Path, say: Callable[[str], None]) -> None:
@@ -169,9 +174,14 @@ class _Process(Protocol):
         ...
 
 
-def _start(prefix: Sequence[str], job: Job) -> _Process:
+def _with_threads(job: Job, threads: int) -> list[str]:
+    """The run's arguments. Those of the job come last, because they hold where they say something of threads themselves."""
+    return [f"threads={threads}", *job.arguments]
+
+
+def _start(prefix: Sequence[str], threads: int, job: Job) -> _Process:
     """A run in a new interpreter. It dies with this process: a killed study leaves no run behind that a second one would meet."""
-    command = [*prefix, sys.executable, "-m", "megatron_vp2o.train", *job.arguments]
+    command = [*prefix, sys.executable, "-m", "megatron_vp2o.train", *_with_threads(job, threads)]
     with _output(job) as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=partial(_die_with, os.getpid())
@@ -181,7 +191,7 @@ def _start(prefix: Sequence[str], job: Job) -> _Process:
 class _Forked:
     """A run in a fork of this process, which has everything imported and has touched no tensor."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, threads: int, job: Job) -> None:
         _preload()
         sys.stdout.flush()
         parent = os.getpid()
@@ -189,7 +199,7 @@ class _Forked:
             self.pid = os.fork()
             if self.pid == 0:
                 _die_with(parent)
-                _run_here(job, output.fileno())
+                _run_here(_with_threads(job, threads), output.fileno())
 
     def poll(self) -> int | None:
         """See `_Process`."""
@@ -207,10 +217,10 @@ def _preload() -> None:
     from megatron_vp2o.megatron.checkpoint import checkpointer  # noqa: F401
 
 
-def _run_here(job: Job, output: int) -> NoReturn:
+def _run_here(arguments: Sequence[str], output: int) -> NoReturn:
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.argv = ["megatron_vp2o.train", *job.arguments]
+    sys.argv = ["megatron_vp2o.train", *arguments]
     status = 1
     try:
         runpy.run_module("megatron_vp2o.train", run_name="__main__")

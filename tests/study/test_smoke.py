@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_vp2o.cores import share_of_cores
 from megatron_vp2o.study.__main__ import main
 from megatron_vp2o.study.spec import FOLDER
 from tests.distributed import ROOT
@@ -47,6 +48,8 @@ def test_killed_and_resumed_it_gives_the_same_table(tmp_path):
     page = (tmp_path / "whole" / "results.md").read_text()
     assert "5 of 5 runs are finished" in page and "| grpo" in page and "| answers" in page
     assert len(table(tmp_path / "whole")) == 1 + 5
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "whole").rglob("config.yaml")]
+    assert [config["config"]["threads"] for config in configs] == [share_of_cores(1)] * 5
     assert main(["smoke", "--folder", str(tmp_path / "whole"), "--against", "answers"]) == 0
     turned = (tmp_path / "whole" / "results_against_answers.md").read_text()
     assert _difference(turned, "grpo") == pytest.approx(-_difference(page, "answers"), abs=1e-9)

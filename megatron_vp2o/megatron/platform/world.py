@@ -16,15 +16,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vp2o.config.schema import ParallelConfig
+from megatron_vp2o.cores import share_of_cores
 from megatron_vp2o.parallel import failure
 from megatron_vp2o.parallel.groups import Groups
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of this process: as told, else the cores divided among the processes of this node."""
-    if threads is None:
-        threads = max(1, (os.cpu_count() or 1) // local_size())
-    torch.set_num_threads(threads)
+    """CPU threads of this process: as told, else the cores that it may use, divided among the processes of this node."""
+    torch.set_num_threads(share_of_cores(local_size()) if threads is None else threads)
 
 
 def environment_rank() -> int:
