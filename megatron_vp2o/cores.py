@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 
+def local_size() -> int:
+    """Processes of this run on this node, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def share_of_cores(processes: int) -> int:
     """Cores for each of so many processes that share those which this process may use; at least 1.
 

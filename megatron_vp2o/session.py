@@ -33,6 +33,7 @@ from megatron_vp2o.config.schema import (  # noqa: E402
 from megatron_vp2o.config.store import as_plain, save_config  # noqa: E402
 from megatron_vp2o.config.validate import compares_rollouts, validate, validate_prompts, validate_vocabulary  # noqa: E402
 from megatron_vp2o.config.validate_algorithm import optimizer_steps  # noqa: E402
+from megatron_vp2o.cores import local_size  # noqa: E402
 from megatron_vp2o.data.documents import Documents, JsonlText, TaskDemonstrations  # noqa: E402
 from megatron_vp2o.data.packing import PackedBatches  # noqa: E402
 from megatron_vp2o.evaluation.data import Questions  # noqa: E402
@@ -132,7 +133,7 @@ def _train(config: TrainConfig, reward: Reward | None, asked: list[Questions], g
             config,
             groups.world_size,
             cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
-            local_world_size=world.local_size(),
+            local_world_size=local_size(),
         )
         run = _assemble(config, task, groups, [questions.benchmark.name for questions in asked])
         trainer = _trainer(run)

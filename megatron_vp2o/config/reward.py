@@ -157,7 +157,7 @@ class RewardConfig:
     code: CodeConfig = field(default_factory=CodeConfig)
     """Programs."""
     workers: Annotated[Optional[int], Range(1, 1024)] = None
-    """Worker processes of each rank; null: the node's cores divided among its ranks, at most 8."""
+    """Worker processes of each rank; null: the cores that the job may use on the node, divided among its ranks, at most 8."""
     timeout_s: Annotated[float, TIME] = 10.0
     """Seconds for one answer and one reward, after which it is worth 0: on the clock while it waits, of processor time
     while it computes (code has limits of its own). For the own

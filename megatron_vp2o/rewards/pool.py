@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_vp2o.config.reward import RewardConfig
-from megatron_vp2o.cores import share_of_cores
+from megatron_vp2o.cores import local_size, share_of_cores
 from megatron_vp2o.errors import RewardError
 from megatron_vp2o.rewards.channel import Messages, framed
 from megatron_vp2o.rewards.grade import CRASH, TIME, Grade, wrong
@@ -465,8 +465,8 @@ class WorkerPool:
 
 
 def default_workers() -> int:
-    """Worker processes where reward.workers is null: this node's cores among its processes, at most 8."""
-    return min(share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 8)
+    """Worker processes where reward.workers is null: the cores that the job may use here among its processes, at most 8."""
+    return min(share_of_cores(local_size()), 8)
 
 
 def process_state(pid: int | None) -> tuple[str, float]:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vp2o.config.schema import ParallelConfig
-from megatron_vp2o.cores import share_of_cores
+from megatron_vp2o.cores import local_size, share_of_cores
 from megatron_vp2o.parallel import failure
 from megatron_vp2o.parallel.groups import Groups
 
@@ -29,11 +29,6 @@ def set_threads(threads: int | None) -> None:
 def environment_rank() -> int:
     """This process's rank, as its launcher says, before there is a process group."""
     return int(os.environ.get("RANK", "0"))
-
-
-def local_size() -> int:
-    """Processes of this run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def start(parallel: ParallelConfig, seed: int) -> Groups:
