@@ -123,7 +123,7 @@ verify: install ## Compare a Hugging Face and a Megatron checkpoint: HF=folder M
 	$(PY) -m tools.convert verify '$(HF)' '$(MEGATRON)' $(CONVERTARGS)
 
 test: install-dev ## Install what tests need and run them (TESTARGS='-k word')
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(TESTARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 $(TESTARGS)
 
 install-launch: python ## Make the environment with what tests and `make launch` need (NeMo-Run)
 	@$(INSTALL) --extras dev,nemo

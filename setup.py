@@ -48,7 +48,7 @@ EXTRAS = {
         *REWARDS,
         "pytest>=8.2,<10",
         "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",  # test files side by side: most of a file's time is one process, and imports
+        "pytest-xdist>=3.7",  # test files side by side: most of a file's time is one process, and imports
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # a formatter changes its mind between minor releases
         "mypy>=1.15,<3",
