@@ -81,6 +81,11 @@ def initial_prototypes(layers: Sequence[int], experts: Sequence[int], hidden: in
     return start_LED / start_LED.norm(dim=-1, keepdim=True)
 
 
+def _made_once(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same weights. Those of a single layer are held: a sequence that makes them when asked would make them at every use."""
+    return [weights[0]] if len(weights) == 1 else weights
+
+
 def power_iteration(
     weights: Sequence[Tensor], prototypes_LED: Tensor, steps: int, reduce: Reduce = local_sum
 ) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ def power_iteration(
             for weight_EDF, rows_ED in zip(weights, prototypes_LED, strict=True)
         ]
         return torch.cat([vectors for vectors, _ in parts]), torch.cat([residuals for _, residuals in parts])
-    start_LED = prototypes_LED
+    weights, start_LED = _made_once(weights), prototypes_LED
     image_LED = start_LED
     for _ in range(steps):
         image_LED = gram_product(weights, prototypes_LED, reduce)
@@ -162,6 +167,7 @@ def converged_prototypes(
         >>> found.prototypes_LED.round(decimals=3).tolist()
         [[[-1.0, 0.0]]]
     """
+    weights = _made_once(weights)
     start_LED, change_LED = prototypes_LED, torch.zeros_like(prototypes_LED)
     value_LED = gram_product(weights, prototypes_LED, reduce)
     angle_LE = residual_LE = torch.full_like(prototypes_LED[..., 0], torch.inf)
@@ -316,7 +322,7 @@ def prototype_gradient(
             torch.cat([part.left_b_LED for part in parts]),
             [right for part in parts for right in part.right_b],
         )
-    v_LED = prototypes_LED
+    weights, v_LED = _made_once(weights), prototypes_LED
     wv = output_rows(weights, v_LED)
     lambda_LE1 = reduce(torch.stack([h_EF.square().sum(-1) for h_EF in wv]))[..., None]
     inverse_LE1 = torch.where(lambda_LE1 > _TINY, 1.0 / lambda_LE1.clamp(min=_TINY), 0.0)

@@ -14,6 +14,7 @@ Shape legend: E experts, e local experts, L layers, P parameters of one expert, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -111,14 +112,18 @@ class ExpertExchange:
         members: the group; with one rank nothing is sent.
         experts: E.
         chunk_bytes: most bytes of workspace.
+        tf32: on a GPU products of float32 gradients may take their factors with 10 bits of mantissa, three more than the bfloat16
+            in which such gradients were computed; sums stay in float32.
 
     Raises:
         ValueError: if units disagree with each other, or the bound is too small for one column.
     """
 
-    def __init__(self, units: Sequence[Unit], members: Members, experts: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, units: Sequence[Unit], members: Members, experts: int, chunk_bytes: int, *, tf32: bool = False
+    ) -> None:
         _check(units, members, experts)
-        self.units, self.members, self.experts = units, members, experts
+        self.units, self.members, self.experts, self.tf32 = units, members, experts, tf32
         first = units[0].rows[0]
         self.dtype, self.device = first.dtype, first.device
         self._local = len(units[0].rows)
@@ -149,10 +154,11 @@ class ExpertExchange:
         Args:
             weights_LEE: w+, float32, the same on all ranks.
         """
-        if self._matrices and None not in self._matrices:
-            self._mix_in_place(weights_LEE)
-        else:
-            self._mix_by_messages(weights_LEE)
+        with _tf32() if self.tf32 else nullcontext():
+            if self._matrices and None not in self._matrices:
+                self._mix_in_place(weights_LEE)
+            else:
+                self._mix_by_messages(weights_LEE)
 
     def _mix_in_place(self, weights_LEE: Tensor) -> None:
         """One rank whose rows lie at equal distances: products read them where they are, and results are copied back."""
@@ -322,6 +328,17 @@ class ExpertExchange:
             if high > low:
                 yield _Piece(index, start + low, start + high)
             passed += stop - start
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Inside, products of float32 on a GPU may use TF32, which torch has off unless it is asked."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _cut(flat: Tensor, intervals: Sequence[Interval]) -> list[Tensor]:

@@ -221,3 +221,27 @@ def test_squaring_finds_what_the_eigenvalue_routine_finds() -> None:
     assert apart.sum() > count // 2 and float((1 - cosine).max()) < 1e-9
     nothing = principal_vectors_by_squaring(torch.zeros(2, 3, 3, dtype=torch.float64))
     assert nothing.norm(dim=-1).tolist() == [1.0, 1.0]
+
+
+class Counted(list[Tensor]):
+    """Weights that say how often they were made."""
+
+    made = 0
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        self.made += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return (self[index] for index in range(len(self)))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_weights_are_made_once_a_layer(layers: int) -> None:
+    """A sequence makes them anew whenever it is asked: one layer's cost as much as two before this was asked of it."""
+    weights = Counted([torch.randn(2, 5, 4) for _ in range(layers)])
+    start_LED = initial_prototypes(range(layers), range(2), 5, seed=0)
+    found_LED, _ = power_iteration(weights, start_LED, steps=4)
+    assert weights.made == layers
+    prototype_gradient(weights, found_LED, torch.randn(layers, 2, 5), steps=3)
+    assert weights.made == 2 * layers

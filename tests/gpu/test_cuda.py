@@ -161,3 +161,32 @@ def test_training_with_chunks_of_logits_equals_training_without():
     world.stop()
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(torch.tensor(results[0][name]), torch.tensor(results[1][name]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["side by side", "apart"])
+@pytest.mark.parametrize(("tf32", "bound"), [(False, 1e-6), (True, 1e-3)])
+def test_the_exchange_is_the_product(tf32: bool, bound: float, beside: bool):
+    """Against float64. With TF32 it is as far off as 10 bits of mantissa say, less than the bfloat16 that gradients came from."""
+    import torch.distributed as dist
+
+    from megatron_vp2o.parallel.exchange import ExpertExchange, Members, Unit
+
+    experts, columns = 128, 3000
+    generator = torch.Generator("cuda").manual_seed(0)
+    matrix = torch.randn(experts, columns, device="cuda", generator=generator)
+    rows = list(matrix.unbind(0)) if beside else [row.clone() for row in matrix]
+    weights_LEE = torch.rand(1, experts, experts, device="cuda", generator=generator)
+    expected = weights_LEE[0].double() @ matrix.double()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        members = Members(group, [0], [0])
+        unit = Unit(0, rows, [[(0, columns)]] * experts)
+        ExpertExchange([unit], members, experts, 8 * experts * 700, tf32=tf32).mix(weights_LEE)
+    finally:
+        dist.destroy_process_group()
+    error = ((torch.stack(rows).double() - expected).norm() / expected.norm()).item()
+    assert error < bound
+    assert tf32 == (error > 2e-6)  # the setting does what it says
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.megatron.stein_job import ROWS, VOCAB, global_batch, small_config, world
 
 from megatron_vp2o.config.schema import Precision  # isort: skip  (after the CPU is enabled)
-from megatron_vp2o.megatron.control.snapshot import Snapshot  # isort: skip
+from megatron_vp2o.megatron.control import snapshot as snapshot_module  # isort: skip
+from megatron_vp2o.megatron.control.snapshot import Snapshot, _copies  # isort: skip
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy  # isort: skip
 from megatron_vp2o.parallel.groups import Groups  # isort: skip
 from megatron_vp2o.rl.objectives import next_token  # isort: skip
@@ -146,3 +150,24 @@ def test_a_snapshot_on_the_host_is_there(groups: Groups) -> None:
         assert kept and all(old.state for old in kept)
         for old in kept:
             assert old.value.device.type == "cpu" and old.value.data_ptr() != old.parameter.data_ptr()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_copies_of_any_tensors_are_equal_and_by_themselves(data: st.DataObject) -> None:
+    kinds = st.tuples(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.lists(st.integers(0, 5), max_size=3)
+    )
+    drawn = data.draw(st.lists(kinds, max_size=12))
+    tensors = [torch.randn(*shape).to(dtype) if shape else torch.tensor(1.5).to(dtype) for dtype, shape in drawn]
+    room = data.draw(st.sampled_from([1, 64, 2**20]))
+    with mock.patch.object(snapshot_module, "ROOM_BYTES", room):
+        copies = _copies(tensors, data.draw(st.booleans()))
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    assert len(copies) == len(tensors)
+    for copy, there in zip(copies, expected, strict=True):
+        assert copy.dtype == there.dtype and torch.equal(copy, there)
+        copy.fill_(7)  # and no two share an element
+    assert all((copy == 7).all() for copy in copies) and not any(tensor.any() for tensor in tensors)

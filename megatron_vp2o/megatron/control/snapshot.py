@@ -7,13 +7,18 @@ and the Stein transform's state change earlier, in the forward and backward pass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vp2o.megatron.learner.policy import MegatronPolicy
+
+ROOM_BYTES = 256 * 2**20
+"""About how many bytes one allocation for several copies has: one of everything might find no room between others."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +40,24 @@ class Snapshot:
     def __init__(self, policy: MegatronPolicy, *, on_host: bool = False) -> None:
         self._policy = policy
         self._schedule = policy.scheduler.num_steps
-        self._on_host = on_host
-        self._pending: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        self._kept = [
-            _Kept(
-                parameter, self._copy(parameter), {k: self._copy(v) for k, v in inner.state.get(parameter, {}).items()}
-            )
+        live = [
+            (parameter, inner.state.get(parameter, {}))
             for inner in _inner(policy)
             for group in inner.param_groups
             for parameter in group["params"]
         ]
-        self._groups = [
-            {key: self._copy(value) for key, value in group.items() if key != "params"}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
             for inner in _inner(policy)
             for group in inner.param_groups
         ]
-        for targets, sources in self._pending.values():  # few operations: a layer of 128 experts has 1,024 tensors
-            torch._foreach_copy_(targets, sources, non_blocking=True)
-        self._pending.clear()
+        parameters = _copies([parameter for parameter, _ in live], on_host)
+        states = _copied([state for _, state in live], on_host)
+        self._kept = [
+            _Kept(parameter, value, state)
+            for (parameter, _), value, state in zip(live, parameters, states, strict=True)
+        ]
+        self._groups = _copied(groups, on_host)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -81,16 +86,46 @@ class Snapshot:
             old.parameter.data.copy_(torch.lerp(value, old.parameter.data, 0.5))
         _publish(self._policy)
 
-    def _copy(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach()
-        place: dict[str, Any] = {"device": "cpu", "pin_memory": value.is_cuda} if self._on_host else {}
-        copy = torch.empty_like(value, **place)
-        targets, sources = self._pending.setdefault((value.device, value.dtype), ([], []))
-        targets.append(copy)
-        sources.append(value)
-        return copy
+
+def _copied(entries: Sequence[dict[str, Any]], on_host: bool) -> list[dict[str, Any]]:
+    """The dictionaries again, with copies of the tensors in them."""
+    copies = iter(_copies([v for entry in entries for v in entry.values() if isinstance(v, Tensor)], on_host))
+    return [{k: next(copies) if isinstance(v, Tensor) else v for k, v in entry.items()} for entry in entries]
+
+
+def _copies(tensors: Sequence[Tensor], on_host: bool) -> list[Tensor]:
+    """Copies, made by few operations: a layer of 128 experts has 1,024 tensors."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(index)
+    copies: dict[int, Tensor] = {}
+    for indices in alike.values():
+        sources = [tensors[index] for index in indices]
+        targets = _pages(sources) if on_host else _side_by_side(sources)
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+        copies.update(zip(indices, targets, strict=True))
+    return [copies[index] for index in range(len(tensors))]
+
+
+def _pages(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Room for copies in host memory, page-locked where the tensors are on a GPU."""
+    return [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Room for copies of tensors of one device and dtype, many by one allocation."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    apart = max(1, 16 // dtype.itemsize)  # each begins where vectors of 16 bytes can
+    sizes = [-(-tensor.numel() // apart) * apart for tensor in tensors]
+    places = zip(tensors, sizes, accumulate(sizes, initial=0), strict=False)
+    room: list[Tensor] = []
+    for _, run in groupby(places, key=lambda place: place[2] * dtype.itemsize // ROOM_BYTES):
+        those = list(run)
+        parts = torch.empty(sum(size for _, size, _ in those), dtype=dtype, device=device).split(
+            [n for _, n, _ in those]
+        )
+        room += [part[: tensor.numel()].view(tensor.shape) for part, (tensor, _, _) in zip(parts, those, strict=True)]
+    return room
 
 
 def _put_back(entries: dict[str, Any], old: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ Shape legend: L MoE layers of this pipeline stage, E experts, e local experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_vp2o.errors import ConfigError
-from megatron_vp2o.megatron.stein.expert_weights import ExpertWeights, Row
+from megatron_vp2o.megatron.stein.expert_weights import ExpertWeights, OutputGradients, Row
 from megatron_vp2o.parallel.exchange import ExpertExchange, Interval, Members, Unit
 from megatron_vp2o.parallel.groups import Groups, gather_places
+from megatron_vp2o.parallel.strided import matrix_of
 
 
 class ExpertGradients:
@@ -51,43 +52,78 @@ class ExpertGradients:
         """The reduced gradient, shaped like the parameter."""
         return parameter.main_grad  # type: ignore[attr-defined, no-any-return]
 
+    @property
+    def exchange(self) -> ExpertExchange:
+        """Mixes the gradients of all experts."""
+        return self._present()._exchange
+
+    @property
+    def outputs(self) -> list[OutputGradients]:
+        """The output projections' gradients, one entry a layer."""
+        return self._present()._outputs
+
     def mix(self, weights_LEE: Tensor) -> None:
         """Attraction, in place. A collective over the expert group (of all replicas, where they share the gradients)."""
-        if self._storage() != self._built_on:
-            self._build()  # buffers were offloaded and came back elsewhere
         self.exchange.mix(weights_LEE)
 
     def norms(self) -> Tensor:
         """Norm of each expert's whole gradient, [L, E]. A collective over the stage's expert groups."""
+        self._present()
         squares_LE = torch.zeros(len(self._layers), self.experts, device=self.groups.device)
-        norms = torch.stack(torch._foreach_norm(self._owned)).float() if self._owned else squares_LE.new_zeros(0)
-        squares_LE.view(-1).index_add_(0, self._owners, norms.square())
+        norms = [torch.linalg.vector_norm(rows_eP, dim=1).float() for rows_eP in self._whole]
+        if self._pieces:
+            norms.append(torch.stack(torch._foreach_norm(self._pieces)).float())
+        if norms:
+            squares_LE.view(-1).index_add_(0, self._owners, torch.cat(norms).square())
         for group in (self._members.group, self.groups.etp):
             if group.size() > 1:
                 dist.all_reduce(squares_LE, group=group)
         return squares_LE.sqrt()
 
+    def _present(self) -> ExpertGradients:
+        """This, with views of where the gradients lie now: buffers may have been offloaded, and come back elsewhere."""
+        if self._storage() != self._built_on:
+            self._build()
+        return self
+
     def _build(self) -> None:
-        placed, owned, owners = [], [], []
+        placed: list[tuple[int, Unit]] = []
+        whole: list[Tensor] = []
+        pieces: list[Tensor] = []
+        owners_of_whole: list[int] = []
+        owners_of_pieces: list[int] = []
         shard = self._members.shard[self._members.rank]
         for index, weights in enumerate(self._layers):
+            first = index * self.experts + weights.first
             for rows in weights.parts.values():
                 unit = Unit(
                     index, [row.of(self.of(row.parameter)) for row in rows], [self._intervals(row) for row in rows]
                 )
                 placed.append((self._places[rows[0].parameter][1] + rows[0].start, unit))
+                if self._shards == 1 and (found := matrix_of(unit.rows)) is not None:  # one norm for all experts
+                    order = range(len(rows))
+                    whole.append(found[0])
+                    owners_of_whole += [first + e for e in (reversed(order) if found[1] else order)]
+                    continue
                 for e, (flat, intervals) in enumerate(zip(unit.rows, unit.owned, strict=True)):
                     start, stop = intervals[shard]
                     if stop > start:
-                        owned.append(flat[start:stop])
-                        owners.append(index * self.experts + weights.first + e)
-        self._owned, self._owners = owned, torch.tensor(owners, dtype=torch.long, device=self.groups.device)
+                        pieces.append(flat[start:stop])
+                        owners_of_pieces.append(first + e)
+        self._whole, self._pieces = whole, pieces
+        self._owners = torch.tensor(owners_of_whole + owners_of_pieces, dtype=torch.long, device=self.groups.device)
+        self._outputs = [weights.output_gradients(self.of) for weights in self._layers]
         units = [unit for _, unit in sorted(placed, key=lambda place: place[0])]  # in the order of the buffer
-        self.exchange = ExpertExchange(units, self._members, self.experts, self._chunk_bytes)
+        rounded = all(parameter.dtype is torch.bfloat16 for parameter in self._parameters())
+        self._exchange = ExpertExchange(units, self._members, self.experts, self._chunk_bytes, tf32=rounded)
         self._built_on = self._storage()
 
+    def _parameters(self) -> Iterator[Parameter]:
+        """One of each part of each layer."""
+        return (rows[0].parameter for weights in self._layers for rows in weights.parts.values())
+
     def _storage(self) -> list[int]:
-        return [self.of(rows[0].parameter).data_ptr() for weights in self._layers for rows in weights.parts.values()]
+        return [self.of(parameter).data_ptr() for parameter in self._parameters()]
 
     def _intervals(self, row: Row) -> list[Interval]:
         """Which columns of a row each replica owns."""

@@ -9,8 +9,8 @@ Shape legend: E local experts, D hidden size, F expert intermediate size (this r
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,28 @@ class Row:
         return tensor.view(-1)[self.start : self.start + self.numel]
 
 
+class _Stacked:
+    """Rows of parameters as one matrix [E, P]. How they lie is found out once, and again where they have been moved; no view is
+    kept, so that weights which a host loop offloads are not held here."""
+
+    def __init__(self) -> None:
+        self._where: tuple[int, int] | None = None
+        self._beside = False
+
+    def of(self, rows: Sequence[Row]) -> Tensor:
+        """A view where the rows lie side by side in order, else a copy."""
+        first, size = rows[0], rows[0].numel
+        where = first.parameter.data_ptr(), rows[-1].parameter.data_ptr()
+        if where != self._where:
+            found = matrix_of([row.of(row.parameter.detach()) for row in rows])
+            self._beside = found is not None and not found[1] and found[0].stride(0) == size
+            self._where = where
+        if not self._beside:
+            return torch.stack([row.of(row.parameter.detach()) for row in rows])
+        flat = first.parameter.detach()
+        return flat.as_strided((len(rows), size), (size, 1), flat.storage_offset() + first.start)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """The routed experts of one layer on this rank.
@@ -52,40 +74,51 @@ class ExpertWeights:
     output: str
     hidden: int
     transposed: bool = False
+    _outputs: _Stacked = field(default_factory=lambda: _Stacked(), repr=False, compare=False)
 
     @property
     def experts(self) -> int:
         return len(self.parts[self.output])
 
     def output_projection(self) -> Tensor:
-        """W^T of all local experts, [E, D, F] float32: a copy, or a view where one parameter holds them all in float32."""
-        rows = self.parts[self.output]
-        shape = (-1, self.hidden) if self.transposed else (self.hidden, -1)
-        if len({id(row.parameter) for row in rows}) == 1:
-            stacked = rows[0].parameter.detach().view(len(rows), *shape)
-        else:
-            stacked = torch.stack([row.of(row.parameter.detach()).view(shape) for row in rows])
-        return (stacked.transpose(1, 2) if self.transposed else stacked).float()
-
-    def add_to_outputs(self, gradients: Sequence[Tensor], left_ED2: Tensor, right_E2F: Tensor) -> None:
-        """Add left right, of rank two, to each expert's gradient of the output projection.
-
-        Args:
-            gradients: one a local expert, flat (`Row.of`). Where they lie at equal distances, one product serves all.
-        """
-        dtype = gradients[0].dtype
-        first, second = left_ED2.to(dtype), right_E2F.to(dtype)
+        """W^T of all local experts, [E, D, F] float32: a copy, or a view where they lie side by side in float32."""
+        stacked = self._outputs.of(self.parts[self.output])
         if self.transposed:
+            return stacked.view(self.experts, -1, self.hidden).transpose(1, 2).float()
+        return stacked.view(self.experts, self.hidden, -1).float()
+
+    def output_gradients(self, of: Callable[[Parameter], Tensor]) -> OutputGradients:
+        """Where the output projections' gradients lie; `of` gives a parameter's gradient, of its shape."""
+        return OutputGradients([row.of(of(row.parameter)) for row in self.parts[self.output]], self.transposed)
+
+
+class OutputGradients:
+    """The gradients of one layer's output projections. Where they lie is found out once: a layer may have hundreds of experts.
+
+    Args:
+        rows: one a local expert, flat (`Row.of`); views that stay valid. Where they lie at equal distances, one product serves all.
+        transposed: as `ExpertWeights.transposed`.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], transposed: bool) -> None:
+        self._rows, self._transposed = rows, transposed
+        self._matrix = matrix_of(rows)
+
+    def add(self, left_ED2: Tensor, right_E2F: Tensor) -> None:
+        """Add left right, of rank two, to each expert's gradient."""
+        dtype = self._rows[0].dtype
+        first, second = left_ED2.to(dtype), right_E2F.to(dtype)
+        if self._transposed:
             first, second = second.transpose(1, 2), first.transpose(1, 2)
         shape = first.shape[1], second.shape[2]
-        if (found := matrix_of(gradients)) is not None:
-            matrix, reverse = found
+        if self._matrix is not None:
+            matrix, reverse = self._matrix
             if reverse:
                 first, second = first.flip(0), second.flip(0)
             strides = (matrix.stride(0), shape[1], 1)
-            matrix.as_strided((len(gradients), *shape), strides, matrix.storage_offset()).baddbmm_(first, second)
+            matrix.as_strided((len(self._rows), *shape), strides, matrix.storage_offset()).baddbmm_(first, second)
             return
-        for flat, one, other in zip(gradients, first, second, strict=True):
+        for flat, one, other in zip(self._rows, first, second, strict=True):
             flat.view(shape).addmm_(one, other)
 
 

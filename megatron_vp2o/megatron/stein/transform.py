@@ -234,11 +234,8 @@ class SteinTransform:
 
     def _add(self, gradient: RankTwo, scale_Le: Tensor) -> None:
         left_LeD2 = torch.stack([gradient.left_a_LED, gradient.left_b_LED], dim=-1) * scale_Le[..., None, None]
-        for index, weights in enumerate(self.prototypes.weights):
-            right_e2F = torch.stack([gradient.right_a[index], gradient.right_b[index]], dim=1)
-            rows = weights.parts[weights.output]
-            gradients = [row.of(self.gradients.of(row.parameter)) for row in rows]
-            weights.add_to_outputs(gradients, left_LeD2[index], right_e2F)
+        for index, gradients in enumerate(self.gradients.outputs):
+            gradients.add(left_LeD2[index], torch.stack([gradient.right_a[index], gradient.right_b[index]], dim=1))
 
     def _loss_scale(self) -> Tensor | float:
         return self.optimizer.get_loss_scale() if self.optimizer is not None else 1.0
