@@ -47,11 +47,19 @@ def _resampled_means_R(values_SP: Array, seed: int = 0, resamples: int = RESAMPL
     seeds, problems = values_SP.shape
     if not values_SP.size:
         raise ValueError("no values to estimate a mean from")
+    weights_RS, weights_RP = _weights(seeds, problems, seed, resamples)
+    means_R: Array = np.einsum("rs,sp,rp->r", weights_RS, values_SP, weights_RP, optimize=True)
+    return means_R
+
+
+@lru_cache(maxsize=16)
+def _weights(seeds: int, problems: int, seed: int, resamples: int) -> tuple[Array, Array]:
+    """How much each seed and each problem counts in each resample. Drawn once for all comparisons of a table: it takes longer than
+    the rest of them."""
     random = np.random.default_rng(seed)
     weights_RS = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     weights_RP = random.multinomial(problems, np.full(problems, 1 / problems), size=resamples) / problems
-    means_R: Array = np.einsum("rs,sp,rp->r", weights_RS, values_SP, weights_RP, optimize=True)
-    return means_R
+    return weights_RS, weights_RP
 
 
 def bootstrap_over_problems(
