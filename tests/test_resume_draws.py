@@ -17,8 +17,9 @@ from tests.resume_job import ROOT
 # expert bias, a budget, a trust region that accepts and rejects, packed rows, shared prompts, chunks of logits and
 # implementation=torch. Tensor parallelism is in tests/megatron/test_checkpoint.py.
 SEEDS = [0, 3, 5, 7, 9, 13, 78]
-FEWER = [5, 7, 9, 78]
-"""Without VP2O_RESUME_DRAWS=1, which `make soak` sets: a quarter of a minute each, and CI has a limit."""
+FEWER = [7, 9, 78]
+"""Without VP2O_RESUME_DRAWS=1, which `make soak` sets: CI has a limit. What seed 5 draws, GRPO on two ranks that share the data, is
+killed and resumed in test_resume.py, too, with the experts on both."""
 
 
 @pytest.mark.slow
