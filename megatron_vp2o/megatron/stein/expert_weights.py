@@ -74,7 +74,7 @@ class ExpertWeights:
     output: str
     hidden: int
     transposed: bool = False
-    _outputs: _Stacked = field(default_factory=lambda: _Stacked(), repr=False, compare=False)
+    _outputs: _Stacked = field(default_factory=_Stacked, repr=False, compare=False)
 
     @property
     def experts(self) -> int:
